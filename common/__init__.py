@@ -1,0 +1,1 @@
+"""What at least two roles need; knows no role."""

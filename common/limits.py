@@ -1,0 +1,60 @@
+"""Every bound, with its name, its unit and its reason. Nothing in nbdshard grows, waits or retries without one."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+
+# -- the NBD protocol (spec, "Protocol phases" and "Size constraints") ------------------------------------------------
+EXPORT_NAME_BYTES_MAX: Final = 4096  # spec: a string is at most 4096 bytes
+OPTION_REPLY_BYTES_MAX: Final = 64 * KIB  # the longest reply we have a use for is far shorter; a peer's length is not trusted
+OPTION_REPLIES_MAX: Final = 1024  # replies to one option before the peer is held to be babbling
+CONTEXTS_MAX: Final = 64  # metadata contexts one negotiation may select
+ERROR_MESSAGE_BYTES_MAX: Final = 4096  # spec: human-readable strings are at most 4096 bytes
+EXTENTS_PER_REPLY_MAX: Final = 128 * KIB  # 1 MiB (or 2 MiB extended) of descriptors; nbdkit sends at most 1 Mi of them
+CHUNKS_WITHOUT_DATA_MAX: Final = 64  # error or empty chunks in one reply before the peer is held to be babbling
+BLOCK_BYTES_MAX_DEFAULT: Final = 32 * MIB  # spec: what a client may send when the server names no maximum
+
+# -- one copy ---------------------------------------------------------------------------------------------------------
+REQUEST_BYTES_MIN: Final = 4 * KIB  # nbdcopy's limits for --request-size
+REQUEST_BYTES_MAX: Final = 32 * MIB
+REQUEST_BYTES_DEFAULT: Final = MIB
+REQUESTS_MAX: Final = 1024
+REQUESTS_DEFAULT: Final = 64  # in flight per connection (nbdcopy's default)
+QUEUE_BYTES_DEFAULT: Final = 16 * MIB  # in flight per connection (nbdcopy's default)
+CONNECTIONS_DEFAULT: Final = 4  # per side and job
+CONNECTIONS_MAX: Final = 1024
+WORKERS_MAX: Final = 1024
+SPARSE_UNIT_DEFAULT: Final = 4 * KIB
+RANGE_BYTES_DEFAULT: Final = 128 * MIB  # the peers' measured unit of work
+RANGE_BYTES_MIN: Final = 64 * KIB  # the spec's largest minimum block size: a range boundary is aligned for every server
+RANGES_PER_WORKER_MIN: Final = 4  # smaller ranges for small exports, so that every worker has work
+LEASES_PER_WORKER: Final = 2  # the one being copied and the next, so that extents are asked while data moves
+ATTEMPTS_PER_REQUEST: Final = 5  # tries of one read or write before its range fails
+ATTEMPTS_PER_RANGE: Final = 3  # leases of one range before the job fails
+RETRY_DELAY_SECONDS: Final = 0.05  # before the second try; doubles with each
+ZERO_RUNS_MAX: Final = 256  # runs of zeroes a lease holds back to coalesce them
+ZERO_BYTES_MAX: Final = GIB  # one WRITE_ZEROES (the length field has 32 bits)
+
+# -- time (seconds) ---------------------------------------------------------------------------------------------------
+CONNECT_SECONDS: Final = 5.0
+HANDSHAKE_SECONDS: Final = 10.0
+REQUEST_SECONDS: Final = 30.0  # age of the oldest request outstanding ...
+REQUEST_SECONDS_PER_MIB: Final = 1.0  # ... plus this for each MiB of it
+FLUSH_SECONDS: Final = 30.0
+FLUSH_BYTES_PER_SECOND: Final = 10 * MIB  # plus what is unflushed at this rate, or a slow disk would be cut off
+HEARTBEAT_SECONDS: Final = 2.0
+LEASE_SECONDS: Final = 10.0
+PROGRESS_SECONDS: Final = 0.25  # between a worker's reports of one lease
+DISCONNECT_SECONDS: Final = 2.0  # for a soft disconnect before the socket is shut down
+DRAIN_SECONDS: Final = 10.0  # for workers to finish what is on the wire after a stop was asked
+WORKER_START_SECONDS: Final = 30.0  # from starting a local worker process to its Hello
+IDLE_JOB_SECONDS: Final = 300.0  # a coordinator of a distributed job without any worker gives up
+
+# -- the control channel ----------------------------------------------------------------------------------------------
+MESSAGE_BYTES_MAX: Final = 64 * KIB  # a control message is a few hundred bytes; ZeroMQ's MAXMSGSIZE
+MESSAGES_QUEUED_MAX: Final = 1000  # high-water mark of either side
+TEXT_BYTES_MAX: Final = 8 * KIB  # any string in a control message

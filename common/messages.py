@@ -1,0 +1,298 @@
+"""The control protocol: every message between a coordinator and its workers, and how it is packed.
+
+A closed, versioned set. Each message is one msgpack map in one ZeroMQ frame; the key `t` names the type. Decoding
+rejects unknown types, unknown or missing fields and wrong types with a line that names the path (`$.range.start`).
+docs/control-protocol.md tells the conversation as a whole.
+
+Every message after `Hello` carries the job's uuid and the coordinator's epoch, those about a range the lease id too;
+the receiver drops what belongs to another job, epoch or lease. Ranges and sizes are in bytes, times in seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgpack
+import msgspec
+
+from nbdshard.common.errors import ProtocolError
+from nbdshard.common.limits import MESSAGE_BYTES_MAX, TEXT_BYTES_MAX
+from nbdshard.common.ranges import Range
+
+PROTOCOL_VERSION = 1
+
+Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=86_400.0)]
+Side: TypeAlias = Literal["source", "destination"]
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a message."""
+
+
+class EndpointAddress(Record, frozen=True):
+    """Where one end of the copy is, in the form a worker opens.
+
+    `kind` "nbd": `address` is an NBD URI. "file": an absolute path of a file or block device, which must still be the
+    inode `identity` names. "stream": standard input or output, inherited as descriptor number `address`. "null":
+    nothing. `read_only` endpoints are opened so.
+    """
+
+    kind: Literal["nbd", "file", "stream", "null"]
+    address: Text
+    identity: Text = ""  # "device:inode" of a local file
+
+
+class EndpointDescription(Record, frozen=True):
+    """What a worker found when it opened an endpoint: for NBD the outcome of the negotiation.
+
+    `size` is None for a stream and for `null:`. `block_*` in bytes, powers of two except `block_maximum`.
+    """
+
+    peer: Text  # for messages: the URI or path, without credentials
+    size: Count | None
+    read_only: bool = False
+    can_multi_conn: bool = False
+    can_flush: bool = False
+    can_fua: bool = False
+    can_zero: bool = False
+    can_extents: bool = False
+    block_minimum: Count = 1
+    block_preferred: Count = 4096
+    block_maximum: Count = 32 << 20
+    rotational: bool = False
+    is_stream: bool = False
+
+
+class JobOptions(Record, frozen=True):
+    """The options of a copy that a worker needs (cli/copy.py explains each to the user)."""
+
+    request_size: Count
+    requests: Count
+    queue_size: Count
+    sparse_unit: Count | None  # None: the default; 0: no zero detection
+    allocated: bool = False
+    destination_is_zero: bool = False
+    extents: bool = True
+    synchronous: bool = False
+    flush: bool = True
+    connect_seconds: Seconds = 5.0
+    handshake_seconds: Seconds = 10.0
+    request_seconds: Seconds = 30.0
+
+
+class ErrorReport(Record, frozen=True):
+    """One failure, as the worker that met it tells it. `kind` is the branch of common.errors it belongs to."""
+
+    kind: Literal["request", "connection", "protocol", "user", "bug"]
+    text: Text  # the one line for the user
+    side: Side | None = None
+    peer: Text = ""
+    offset: Count | None = None
+    length: Count | None = None
+    errno_name: Text = ""
+
+
+class Counters(Record, frozen=True):
+    """Bytes of one lease that are complete, by what became of them. Absolute, never a difference."""
+
+    copied: Count = 0
+    zeroed: Count = 0
+    skipped: Count = 0
+
+    @property
+    def total(self) -> int:
+        return self.copied + self.zeroed + self.skipped
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
+    """A message on the wire; the tag is the class's name."""
+
+
+class JobMessage(Message, frozen=True):
+    """A message of one job and one life of its coordinator."""
+
+    job: Text
+    epoch: Count
+
+
+# -- worker -> coordinator ---------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """A worker is there. Answered by `Assign` or `Refused`."""
+
+    version: Count
+    worker: Text  # a name of its own choice, unique within the job (uuid)
+    machine: Text  # /etc/machine-id: tells whether local paths mean the same files
+    host: Text
+    pid: Count
+    ring: Text  # "io_uring" or "epoll"
+
+
+class Opened(JobMessage, frozen=True):
+    """At least one connection to either side is up. Sent again when the number of connections changes."""
+
+    source: EndpointDescription
+    destination: EndpointDescription
+    source_connections: Count
+    destination_connections: Count
+
+
+class OpenFailed(JobMessage, frozen=True):
+    """The worker could not open one side at all, or lost all it had; it holds no connection now."""
+
+    error: ErrorReport
+
+
+class Wanted(JobMessage, frozen=True):
+    """The worker can take up to `leases` more leases now. Workers pull; an old wish is replaced by a newer one."""
+
+    leases: Count
+
+
+class Progress(JobMessage, frozen=True):
+    """How far a lease is. Completions only, never submissions."""
+
+    lease: Count
+    done: Counters
+
+
+class Written(JobMessage, frozen=True):
+    """Every byte of the lease was acknowledged by the destination; not yet flushed. Sent again until `Noted`.
+
+    For a stream source `end` says where it ended (its size); otherwise None.
+    """
+
+    lease: Count
+    done: Counters
+    end: Count | None = None
+
+
+class Failed(JobMessage, frozen=True):
+    """The lease could not be completed; nothing of it counts. The worker has stopped writing to it."""
+
+    lease: Count
+    error: ErrorReport
+
+
+class Flushed(JobMessage, frozen=True):
+    """Answer to `Flush`: each connection that wrote was flushed, or `error` says why one was not.
+
+    `durable` False without an error: the server has no FLUSH, durability is unknown.
+    """
+
+    flush: Count
+    leases: list[Count]  # written leases this flush covers
+    durable: bool
+    error: ErrorReport | None = None
+
+
+class Alive(JobMessage, frozen=True):
+    """The worker's heartbeat."""
+
+
+class Goodbye(JobMessage, frozen=True):
+    """Answer to `Stop`, or the worker leaves by itself: its connections are closed, it writes nothing more."""
+
+    reason: Text
+
+
+# -- coordinator -> worker ---------------------------------------------------------------------------------------------
+
+
+class Assign(JobMessage, frozen=True):
+    """The job, and this worker's share of its connections. 0 connections: stand by until the next `Assign`."""
+
+    source: EndpointAddress
+    destination: EndpointAddress
+    options: JobOptions
+    source_connections: Count
+    destination_connections: Count
+    heartbeat_seconds: Seconds
+    lease_seconds: Seconds
+    expected_source: EndpointDescription | None = None  # what an earlier worker found: refuse if yours differs
+    expected_destination: EndpointDescription | None = None
+
+
+class Refused(Message, frozen=True):
+    """The coordinator does not take this worker; `reason` names both versions, or the unknown key, or what else."""
+
+    version: Count
+    reason: Text
+
+
+class Lease(JobMessage, frozen=True):
+    """Copy `range` of the export. `seconds` from receipt the lease is over unless an `AliveToo` came since."""
+
+    lease: Count
+    range: Range
+    seconds: Seconds
+    until_end: bool = False  # a stream: the range is an upper bound, its end is the stream's
+
+
+class Revoke(JobMessage, frozen=True):
+    """Stop working on the lease and forget it; answered by `Failed` of kind "connection" once nothing is on the wire."""
+
+    lease: Count
+
+
+class Noted(JobMessage, frozen=True):
+    """The coordinator has recorded `Written` of this lease."""
+
+    lease: Count
+
+
+class Flush(JobMessage, frozen=True):
+    """Flush every connection that wrote; answered by `Flushed` with the same `flush` id."""
+
+    flush: Count
+
+
+class AliveToo(JobMessage, frozen=True):
+    """The coordinator's heartbeat; it renews every lease of this worker."""
+
+
+class Stop(JobMessage, frozen=True):
+    """Finish what is on the wire, disconnect softly, say `Goodbye`, and exit. `now`: do not wait for the wire."""
+
+    reason: Text
+    now: bool = False
+
+
+FromWorker: TypeAlias = (
+    Hello | Opened | OpenFailed | Wanted | Progress | Written | Failed | Flushed | Alive | Goodbye
+)
+FromCoordinator: TypeAlias = Assign | Refused | Lease | Revoke | Noted | Flush | AliveToo | Stop
+
+
+def encode(message: Message) -> bytes:
+    """One frame. A Range travels as the map {start, end}."""
+    return msgpack.packb(msgspec.to_builtins(message))  # type: ignore[no-any-return]
+
+
+def decode_from_worker(frame: bytes, peer: str) -> FromWorker:
+    """The message in `frame`. Raises ProtocolError naming `peer` and the path of what is wrong."""
+    return _convert(frame, peer, FromWorker)  # type: ignore[no-any-return]
+
+
+def decode_from_coordinator(frame: bytes, peer: str) -> FromCoordinator:
+    """The message in `frame`. Raises ProtocolError naming `peer` and the path of what is wrong."""
+    return _convert(frame, peer, FromCoordinator)  # type: ignore[no-any-return]
+
+
+def _unpack(frame: bytes, peer: str) -> Any:
+    if len(frame) > MESSAGE_BYTES_MAX:
+        raise ProtocolError(peer, "control message", f"{len(frame)} bytes, at most {MESSAGE_BYTES_MAX} are allowed")
+    try:
+        return msgpack.unpackb(frame, strict_map_key=True)
+    except Exception as error:  # msgpack raises ValueError subclasses, UnicodeDecodeError and its own
+        raise ProtocolError(peer, "control message", f"not msgpack: {error}") from None
+
+
+def _convert(frame: bytes, peer: str, kind: Any) -> Any:
+    try:
+        return msgspec.convert(_unpack(frame, peer), kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(peer, "control message", str(error)) from None
