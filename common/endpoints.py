@@ -1,0 +1,149 @@
+"""What stands in SOURCE and DESTINATION: which kind of endpoint a word means. Pure: nothing is opened.
+
+::
+
+    -                     StreamEndpoint    standard input or output
+    null:                 NullEndpoint      a destination that takes everything
+    [ CMD ARGS ... ]      CommandEndpoint   a server we start, and stop at the end
+    nbd://, nbd+unix://   NbdEndpoint       a server that runs
+    anything else         FileEndpoint      a local file or block device
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
+from socket import inet_aton
+from typing import Final, TypeAlias
+
+from nbdshard.common.errors import UserError
+from nbdshard.common.messages import EndpointAddress, Side
+from nbdshard.common.nbd.uri import NbdUri, parse_uri
+
+KNOWN_SCHEMES: Final = ("nbd", "nbd+unix")
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_NBD_LIKE: Final = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class NbdEndpoint:
+    """An export of an NBD server; `text` is the URI as the user wrote it."""
+
+    uri: NbdUri
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileEndpoint:
+    """A local file or block device, by its path as given."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEndpoint:
+    """Standard input as a source, standard output as a destination."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandEndpoint:
+    """`[ CMD ARGS ... ]`: an NBD server to start by systemd socket activation."""
+
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NullEndpoint:
+    """`null:`, which takes every write and keeps nothing."""
+
+
+Endpoint: TypeAlias = NbdEndpoint | FileEndpoint | StreamEndpoint | CommandEndpoint | NullEndpoint
+
+
+def parse_endpoint(words: str | Sequence[str], side: Side) -> Endpoint:
+    """The endpoint that one word of the command line means, or the words between `[` and `]`.
+
+    Raises UserError for an empty word or command, an unknown scheme, a malformed URI, `null:` as a source.
+    """
+    if not isinstance(words, str):
+        return _command(tuple(words), side)
+    if words == "":
+        raise UserError(
+            f"the {side} is an empty word", advice="name a URI, a file, '-' or '[ CMD ARGS ... ]'"
+        )
+    if "\0" in words:
+        raise UserError(f"the {side} has a NUL byte in it", repr(words))
+    if words == "-":
+        return StreamEndpoint()
+    if words == "null:":
+        if side == "source":
+            raise UserError("null: can only be a destination: there is nothing to read from it", "null:")
+        return NullEndpoint()
+    if _NBD_LIKE.match(words):
+        return NbdEndpoint(parse_uri(words), words)
+    scheme = _SCHEME.match(words)
+    if scheme is not None:
+        known = ", ".join(f"{name}://" for name in KNOWN_SCHEMES)
+        advice = f"known are {known}; for a local file of that name write ./{words}"
+        raise UserError(f"unknown scheme {scheme[1]!r}", words, advice)
+    return FileEndpoint(words)
+
+
+def describe(endpoint: Endpoint, side: Side) -> str:
+    """How messages name the endpoint. An NBD URI carries no credentials, so it is shown as written."""
+    match endpoint:
+        case NbdEndpoint():
+            return endpoint.text
+        case FileEndpoint():
+            return endpoint.path
+        case StreamEndpoint():
+            return "standard input" if side == "source" else "standard output"
+        case CommandEndpoint():
+            return f"[ {' '.join(endpoint.argv)} ]"
+        case NullEndpoint():
+            return "null:"
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether `host`, by its text alone, means the machine that connects to it.
+
+    Also the odd spellings a resolver takes: `127.1`, `0x7f000001`, `::ffff:127.0.0.1`, and the unspecified
+    addresses, which connect to loopback. Other names that resolve to it are for the resolver to notice.
+    """
+    name = host.strip("[]").rstrip(".").lower()
+    if name in ("", "localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback"):
+        return True
+    if name.endswith(".localhost"):
+        return True
+    try:
+        address = ip_address(name.partition("%")[0])
+    except ValueError:
+        try:
+            address = ip_address(inet_aton(name))
+        except OSError:
+            return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback or address.is_unspecified
+
+
+def is_remote_reachable(address: EndpointAddress) -> bool:
+    """Whether a worker on another machine may open `address` and find the same disk there.
+
+    A file, a stream, a unix socket or a loopback address means another disk on another machine; `null:` means
+    the same everywhere.
+    """
+    if address.kind == "null":
+        return True
+    if address.kind != "nbd":
+        return False
+    uri = parse_uri(address.address)
+    return uri.socket is None and not is_loopback_host(uri.host or "")
+
+
+def _command(argv: tuple[str, ...], side: Side) -> CommandEndpoint:
+    if not argv:
+        raise UserError(f"the {side} [ ] holds no command", advice="write [ CMD ARGS ... ]")
+    return CommandEndpoint(argv)
