@@ -1,0 +1,149 @@
+"""The command `nbdshard`: finds the subcommand, imports only that, makes a line and a code of every outcome.
+
+A subcommand is a module with `build_parser(prog)` and `run(args) -> int`. What it raises ends here:
+
+======================================  =====================================================  ====
+raised                                  printed on standard error                              code
+======================================  =====================================================  ====
+UsageError                              nbdshard: the line                                     2
+any other NbdshardError but a BugError  nbdshard: the line                                     1
+KeyboardInterrupt                       nbdshard: interrupted                                  130
+BrokenPipeError (standard output)       nothing: who read it has gone                          141
+BugError, and anything else             nbdshard: internal error: ... and how to see more      1
+======================================  =====================================================  ====
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import Final, Protocol, cast
+
+from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, Parser, UsageError
+from nbdshard.common.errors import BugError, NbdshardError
+
+EXIT_BROKEN_PIPE: Final = 141  # 128 + SIGPIPE, as shells say it
+DEBUG_VARIABLE: Final = "NBDSHARD_DEBUG"
+
+SUBCOMMANDS: Final = {
+    "copy": ("nbdshard.cli.copy", "copy an export, file, device or stream to another"),
+    "coordinator": ("nbdshard.cli.coordinator", "run a copy whose workers may be on several machines"),
+    "worker": ("nbdshard.cli.worker", "work for a coordinator"),
+    "info": ("nbdshard.cli.info", "show what a server says about an export"),
+    "map": ("nbdshard.cli.map", "show which parts of an export are data, holes and zeroes"),
+    "keygen": ("nbdshard.cli.keygen", "make the keys by which a coordinator and its workers know each other"),
+}
+
+HELP: Final = "\n".join(
+    [
+        "usage: nbdshard SUBCOMMAND [OPTIONS] ...",
+        "",
+        "Copy block devices between NBD servers with many processes at once.",
+        "",
+        *(f"  {name:<12} {what}" for name, (_, what) in SUBCOMMANDS.items()),
+        "",
+        "nbdshard SUBCOMMAND --help lists the options of one; nbdshard(1) tells the rest.",
+        "nbdshard --version prints the version.",
+    ]
+)
+
+
+class Subcommand(Protocol):
+    """What a subcommand's module offers."""
+
+    def build_parser(self, prog: str) -> ArgumentParser:
+        """The parser of its options; `Parser` of cli.grammar where operands may be `[ CMD ]`."""
+
+    def run(self, args: Namespace) -> int:
+        """Do it; the exit code. With a `Parser`, `args.commands` holds the bracketed commands."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (without the program's name) and return the exit code."""
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except UsageError as error:
+        return _say(str(error), EXIT_USAGE)
+    except BugError as error:
+        return _internal_error(error)
+    except NbdshardError as error:
+        return _say(str(error), EXIT_FAILURE)
+    except KeyboardInterrupt:
+        return _say("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        _silence_standard_output()
+        return EXIT_BROKEN_PIPE
+    except SystemExit as exit_:  # argparse's --help
+        return exit_.code if isinstance(exit_.code, int) else EXIT_OK
+    except Exception as error:
+        return _internal_error(error)
+    return code
+
+
+def version_line() -> str:
+    """ "nbdshard 0.1.0"; imported late because looking it up costs more than starting a copy."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"nbdshard {version('nbdshard')}"
+    except PackageNotFoundError:
+        return "nbdshard (not installed)"
+
+
+def load(name: str) -> Subcommand:
+    """The module of subcommand `name`, imported now."""
+    return cast(Subcommand, importlib.import_module(SUBCOMMANDS[name][0]))
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv:
+        raise UsageError("no subcommand; try 'nbdshard --help'")
+    name, words = argv[0], argv[1:]
+    if name in ("-h", "--help", "help"):
+        print(HELP)
+        return EXIT_OK
+    if name in ("-V", "--version"):
+        print(version_line())
+        return EXIT_OK
+    if name not in SUBCOMMANDS:
+        what = "option" if name.startswith("-") else "subcommand"
+        raise UsageError(f"unknown {what} {name!r}", advice=f"known are {', '.join(SUBCOMMANDS)}")
+    subcommand = load(name)
+    parser = subcommand.build_parser(f"nbdshard {name}")
+    if isinstance(parser, Parser):
+        return subcommand.run(parser.parse_words(words))
+    return subcommand.run(parser.parse_args(words))
+
+
+def _say(line: str, code: int) -> int:
+    """Print one line, whatever a peer managed to put into it, and return `code`."""
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(line.splitlines()))
+    try:
+        print(f"nbdshard: {printable}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # standard error is closed: the code has to say it
+        pass
+    return code
+
+
+def _internal_error(error: Exception) -> int:
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exception(error)
+    what = str(error) or "no text"
+    hint = f"run with {DEBUG_VARIABLE}=1 for the traceback"
+    return _say(f"internal error: {type(error).__name__}: {what} ({hint})", EXIT_FAILURE)
+
+
+def _silence_standard_output() -> None:
+    """Nobody reads standard output any more: let the interpreter's own last flush go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The options of a copy, under nbdcopy's names: a script which calls nbdcopy can call `nbdshard copy`.
+
+What `nbdshard copy` and `nbdshard coordinator` share is added by the `add_*` functions, read by the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+from nbdshard.cli.grammar import COUNT, Parser, UsageError, count_between, refuse, size_where
+from nbdshard.common.endpoints import Endpoint, parse_endpoint
+from nbdshard.common.limits import (
+    CONNECTIONS_DEFAULT,
+    CONNECTIONS_MAX,
+    QUEUE_BYTES_DEFAULT,
+    QUEUE_BYTES_MAX,
+    RANGE_BYTES_DEFAULT,
+    RANGE_BYTES_MAX,
+    RANGE_BYTES_MIN,
+    REQUEST_BYTES_DEFAULT,
+    REQUEST_BYTES_MAX,
+    REQUEST_BYTES_MIN,
+    REQUESTS_DEFAULT,
+    REQUESTS_MAX,
+    SPARSE_UNIT_MIN,
+    WORKERS_MAX,
+)
+from nbdshard.common.messages import JobOptions
+from nbdshard.common.units import size_text
+
+RINGS: Final = ("auto", "io_uring", "epoll")
+
+
+def _is_power_of_two(size: int) -> bool:
+    return size > 0 and size & (size - 1) == 0
+
+
+_request_size = size_where(
+    f"a power of two from {size_text(REQUEST_BYTES_MIN)} to {size_text(REQUEST_BYTES_MAX)}",
+    lambda size: REQUEST_BYTES_MIN <= size <= REQUEST_BYTES_MAX and _is_power_of_two(size),
+)
+_sparse_unit = size_where(
+    f"0 or a power of two from {size_text(SPARSE_UNIT_MIN)} to {size_text(REQUEST_BYTES_MAX)}",
+    lambda size: size == 0 or (SPARSE_UNIT_MIN <= size <= REQUEST_BYTES_MAX and _is_power_of_two(size)),
+)
+_queue_size = size_where(
+    f"a size from 0 to {size_text(QUEUE_BYTES_MAX)}",
+    lambda size: size <= QUEUE_BYTES_MAX,
+)
+_range_size = size_where(
+    f"a multiple of {size_text(RANGE_BYTES_MIN)}, at most {size_text(RANGE_BYTES_MAX)}",
+    lambda size: RANGE_BYTES_MIN <= size <= RANGE_BYTES_MAX and size % RANGE_BYTES_MIN == 0,
+)
+
+
+class ProgressKind(Enum):
+    """How progress is shown."""
+
+    AUTO = auto()  # a bar if standard error is a terminal, else nothing
+    BAR = auto()  # a bar; on what is no terminal, plain lines
+    JSON = auto()  # one JSON object a second on standard error
+    DESCRIPTOR = auto()  # lines "N/100" on a descriptor, as nbdcopy writes them
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressChoice:
+    """What `--progress` asks for; `descriptor` only with DESCRIPTOR."""
+
+    kind: ProgressKind
+    descriptor: int | None = None
+
+
+def progress_choice(text: str) -> ProgressChoice:
+    """The value of `--progress=`: `bar`, `json`, or the number of a descriptor that is open for writing."""
+    if text == "bar":
+        return ProgressChoice(ProgressKind.BAR)
+    if text == "json":
+        return ProgressChoice(ProgressKind.JSON)
+    if COUNT.fullmatch(text) is None:
+        refuse(text, "'bar', 'json' or the number of an open descriptor")
+    descriptor = int(text)
+    try:
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    except (OSError, OverflowError):
+        refuse(text, "an open descriptor")
+    if mode == os.O_RDONLY:
+        refuse(text, "a descriptor open for writing")
+    return ProgressChoice(ProgressKind.DESCRIPTOR, descriptor)
+
+
+def add_copy_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how to copy, shared by `copy` and `coordinator`."""
+    size = "SIZE"
+    add = parser.add_argument
+    add(
+        "--allocated",
+        action="store_true",
+        help="write a fully allocated destination: no holes, no zero detection",
+    )
+    add(
+        "-C",
+        "--connections",
+        metavar="N",
+        type=count_between(1, CONNECTIONS_MAX),
+        default=CONNECTIONS_DEFAULT,
+        help=f"connections to each side, shared by all workers (default {CONNECTIONS_DEFAULT})",
+    )
+    add(
+        "--destination-is-zero",
+        "--target-is-zero",
+        action="store_true",
+        help="trust that the destination reads as zeroes, and skip zeroes",
+    )
+    add("--flush", action="store_true", help="flush before exit: the default, taken for nbdcopy's sake")
+    add("--no-flush", action="store_true", help="do not flush: what is copied may still be in caches at exit")
+    add("--no-extents", action="store_true", help="do not ask the source what is sparse; read everything")
+    add(
+        "--queue-size",
+        metavar=size,
+        type=_queue_size,
+        default=QUEUE_BYTES_DEFAULT,
+        help=f"bytes in flight on each connection (default {size_text(QUEUE_BYTES_DEFAULT)})",
+    )
+    add(
+        "--range-size",
+        metavar=size,
+        type=_range_size,
+        default=RANGE_BYTES_DEFAULT,
+        help=f"bytes a worker takes at a time, at most (default {size_text(RANGE_BYTES_DEFAULT)})",
+    )
+    add(
+        "--request-size",
+        metavar=size,
+        type=_request_size,
+        default=REQUEST_BYTES_DEFAULT,
+        help=f"bytes of one read or write, at most (default {size_text(REQUEST_BYTES_DEFAULT)})",
+    )
+    add(
+        "-R",
+        "--requests",
+        metavar="N",
+        type=count_between(1, REQUESTS_MAX),
+        default=REQUESTS_DEFAULT,
+        help=f"requests in flight on each connection (default {REQUESTS_DEFAULT})",
+    )
+    add(
+        "-S",
+        "--sparse",
+        metavar=size,
+        type=_sparse_unit,
+        default=None,
+        help="unit of zeroes to find in data (default 4k, or what the destination prefers); 0: do not look",
+    )
+    add("--synchronous", action="store_true", help="copy in order, one worker, one request at a time")
+
+
+def add_progress_options(parser: Parser) -> None:
+    """Add `-p`, `--progress` and `-v`."""
+    parser.value_unless_given["--progress"] = "bar"
+    parser.add_argument(
+        "-p",
+        dest="progress",
+        action="store_const",
+        const=ProgressChoice(ProgressKind.BAR),
+        default=ProgressChoice(ProgressKind.AUTO),
+        help="show a progress bar, also where standard error is no terminal",
+    )
+    parser.add_argument(
+        "--progress",
+        metavar="HOW",
+        dest="progress",
+        type=progress_choice,
+        default=argparse.SUPPRESS,
+        help="=bar as -p; =json one object a second; =FD lines 'N/100' on that descriptor",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say on standard error what is being done"
+    )
+
+
+def add_ring_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--ring`."""
+    parser.add_argument(
+        "--ring",
+        choices=RINGS,
+        default="auto",
+        help="I/O loop: io_uring, epoll, or what works here (default auto)",
+    )
+
+
+def add_worker_count(parser: argparse.ArgumentParser) -> None:
+    """Add `-T`, `--threads` and `--workers`; 0 and the default mean the number of usable cores."""
+    parser.add_argument(
+        "-T",
+        "--threads",
+        "--workers",
+        metavar="N",
+        dest="workers",
+        type=count_between(0, WORKERS_MAX),
+        default=0,
+        help="worker processes (default, and 0: the number of usable cores)",
+    )
+
+
+def add_operands(parser: argparse.ArgumentParser) -> None:
+    """Add SOURCE and DESTINATION; `parse_operands` turns them into endpoints."""
+    parser.add_argument("operands", metavar="SOURCE DESTINATION", nargs="*", help=argparse.SUPPRESS)
+
+
+def parse_operands(args: argparse.Namespace) -> tuple[Endpoint, Endpoint]:
+    """SOURCE and DESTINATION. Raises UsageError unless there are two, UserError for what is wrong in them."""
+    operands: list[str] = args.operands
+    commands: dict[str, list[str]] = args.commands
+    if len(operands) < 2:
+        missing = "the destination is" if operands else "source and destination are"
+        raise UsageError(f"{missing} missing", advice="see --help for what can stand there")
+    if len(operands) > 2:
+        extra = operands[2] if operands[2] not in commands else f"[ {' '.join(commands[operands[2]])} ]"
+        raise UsageError(f"one word too many: {extra!r}", advice="a copy has one source and one destination")
+    source, destination = (commands.get(word, word) for word in operands)
+    return parse_endpoint(source, "source"), parse_endpoint(destination, "destination")
+
+
+def job_options(args: argparse.Namespace) -> JobOptions:
+    """The options a worker needs. A queue smaller than one request is raised to it."""
+    if args.flush and args.no_flush:
+        raise UsageError("--flush and --no-flush contradict each other")
+    return JobOptions(
+        request_size=args.request_size,
+        requests=1 if args.synchronous else args.requests,
+        queue_size=max(args.queue_size, args.request_size),
+        sparse_unit=0 if args.allocated else args.sparse,
+        allocated=args.allocated,
+        destination_is_zero=args.destination_is_zero,
+        extents=not args.no_extents,
+        synchronous=args.synchronous,
+        flush=not args.no_flush,
+    )
+
+
+def worker_count(args: argparse.Namespace) -> int:
+    """How many local workers to start."""
+    if args.synchronous:
+        return 1
+    return args.workers or len(os.sched_getaffinity(0))
