@@ -282,6 +282,19 @@ def decode_from_coordinator(frame: bytes, peer: str) -> FromCoordinator:
     return _convert(frame, peer, FromCoordinator)  # type: ignore[no-any-return]
 
 
+def foreign_version(frame: bytes, peer: str) -> int | None:
+    """The version in a `Hello` of another protocol version than ours, else None. Raises ProtocolError: not msgpack.
+
+    Looks at `t` and `version` only, which keep their place and meaning in every version, as all of `Refused` does.
+    """
+    content = _unpack(frame, peer)
+    if not isinstance(content, dict) or content.get("t") != "Hello":
+        return None
+    version = content.get("version")
+    is_number = isinstance(version, int) and not isinstance(version, bool)
+    return version if is_number and version != PROTOCOL_VERSION else None
+
+
 def _unpack(frame: bytes, peer: str) -> Any:
     if len(frame) > MESSAGE_BYTES_MAX:
         raise ProtocolError(peer, "control message", f"{len(frame)} bytes, at most {MESSAGE_BYTES_MAX} are allowed")
