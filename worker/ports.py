@@ -1,16 +1,33 @@
-"""What the copier sees of the world: connections it queues requests on. The shells implement it; so do the simulations.
+"""What the copier sees of the world: connections it queues requests on, and how it hears of their outcome.
 
-Methods only queue: they never block, never call back, and report later through the copier's events (`sent`,
-`arriving`, `completed`, `lost`). A handle is an index into that connection's own vector, chosen by the copier, and
-free again once `completed` was reported for it.
+The shells implement `Connection` (an NBD link, a local file, a stream, `null:`); so do the simulations. Its methods
+only queue: they never block and never call back. Later the connection tells its `Listener`, for every request
+exactly one `done`, and before it `sent`, when the last byte of the request has left. A handle is an index into that
+connection's own vector, chosen by the copier, and free again from `done` on.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+from nbdshard.common.errors import RequestError
 from nbdshard.common.messages import EndpointDescription
 from nbdshard.common.ranges import Range
+
+Extents = list[tuple[Range, int]]  # NBD_CMD_BLOCK_STATUS: ranges in order without gaps, each with its state flags
+
+
+class Listener(Protocol):
+    """The copier's half of one connection."""
+
+    def sent(self, handle: int) -> None:
+        """The last byte of the request is out."""
+
+    def arriving(self, handle: int) -> None:
+        """The first payload of a read is here."""
+
+    def done(self, handle: int, error: RequestError | None, count: int, extents: Extents | None) -> None:
+        """The request is complete. `count`: bytes read, shorter than asked only at the end of a stream."""
 
 
 class Connection(Protocol):
@@ -22,13 +39,13 @@ class Connection(Protocol):
         """Read `where` into `buffer` (exactly as long). A stream may complete short, at its end."""
 
     def write(self, handle: int, where: Range, buffer: memoryview) -> None:
-        """Write `buffer` (exactly as long) at `where`; it must not change until `completed`."""
+        """Write `buffer` (exactly as long) at `where`; it must not change until `done`."""
 
     def zero(self, handle: int, where: Range, *, allocated: bool) -> None:
         """Make `where` read as zeroes; `allocated`: leave no hole (NO_HOLE)."""
 
     def extents(self, handle: int, where: Range) -> None:
-        """Ask base:allocation of `where`; completes with a list of (Range, flags) from the start of `where` on."""
+        """Ask base:allocation of `where`; `done` carries at least one extent, from the start of `where` on."""
 
     def flush(self, handle: int) -> None:
-        """Make everything completed before on this connection durable."""
+        """Make everything `done` before on this connection durable."""

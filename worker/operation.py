@@ -1,0 +1,128 @@
+"""The operation table's rows: operations, the parts they write, and the vectors whose indexes are NBD handles. Pure."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from nbdshard.common.errors import BugError
+from nbdshard.common.ranges import Range
+from nbdshard.worker.lease import LeaseWork
+from nbdshard.worker.states import OperationEvent, OperationState, next_state
+
+Entry = TypeVar("Entry")
+
+
+class Vector(Generic[Entry]):
+    """A connection's handle space: index = handle, private to the connection, reused as soon as it is free."""
+
+    __slots__ = ("_entries", "_free")
+
+    def __init__(self, size: int) -> None:
+        self._entries: list[Entry | None] = [None] * size
+        self._free = list(range(size - 1, -1, -1))  # the lowest index on top: few rows are hot
+
+    def __getitem__(self, handle: int) -> Entry:
+        entry = self._entries[handle]
+        if entry is None:
+            raise BugError(f"handle {handle} is not in use")
+        return entry
+
+    @property
+    def used(self) -> int:
+        return len(self._entries) - len(self._free)
+
+    @property
+    def full(self) -> bool:
+        return not self._free
+
+    def take(self, entry: Entry) -> int:
+        """Put `entry` in the lowest recently freed row; its index is the handle. The caller has looked at `full`."""
+        handle = self._free.pop()
+        self._entries[handle] = entry
+        return handle
+
+    def release(self, handle: int) -> None:
+        """Free the row."""
+        self._entries[handle] = None
+        self._free.append(handle)
+
+    def entries(self) -> list[Entry]:
+        """The rows in use, by handle."""
+        return [entry for entry in self._entries if entry is not None]
+
+
+class Operation:
+    """One row: bytes on their way from the source to the destination, or a run of zeroes being written.
+
+    `parts_left` counts its write requests not yet acknowledged, `parts_unsent` those not yet sent whole.
+    """
+
+    __slots__ = (
+        "attempts",
+        "buffer",
+        "handle",
+        "lease",
+        "parts_left",
+        "parts_unsent",
+        "source",
+        "state",
+        "where",
+    )
+
+    def __init__(self, lease: LeaseWork, where: Range) -> None:
+        self.state = OperationState.EMPTY
+        self.lease = lease
+        self.where = where
+        self.source = -1  # the source connection it reads from; -1: it does not read
+        self.handle = -1  # its row there
+        self.buffer: bytearray | None = None
+        self.attempts = 0
+        self.parts_left = 0
+        self.parts_unsent = 0
+
+    def advance(self, event: OperationEvent) -> None:
+        """Follow the table. Raises IllegalEvent, with nothing changed, where it has no entry."""
+        self.state = next_state(self.state, event, f"lease {self.lease.lease}, {self.where}")
+
+
+class Part:
+    """One write request of an operation: data out of its buffer, or zeroes.
+
+    `payload` is what is sent: None asks WRITE_ZEROES instead. `is_zero` says how it is counted.
+    """
+
+    __slots__ = ("attempts", "is_merge", "is_zero", "operation", "payload", "where")
+
+    def __init__(self, operation: Operation, where: Range, payload: memoryview | None, *, is_zero: bool) -> None:
+        self.operation = operation
+        self.where = where
+        self.payload = payload
+        self.is_zero = is_zero
+        self.is_merge = False  # reads the destination's last block instead of writing
+        self.attempts = 0
+
+
+class BufferPool:
+    """Buffers of one size, the last one freed handed out first: its pages are in the cache."""
+
+    __slots__ = ("_count", "_free", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._count = 0
+        self._free: list[bytearray] = []
+
+    def grow(self, count: int) -> None:
+        """Allow `count` more buffers; each is made when it is first needed."""
+        self._count += count
+
+    def take(self) -> bytearray:
+        if self._free:
+            return self._free.pop()
+        if self._count == 0:
+            raise BugError("more operations than buffers")
+        self._count -= 1
+        return bytearray(self.size)
+
+    def give(self, buffer: bytearray) -> None:
+        self._free.append(buffer)

@@ -1,0 +1,90 @@
+"""How a copy is cut: sizes and rules that follow from both ends and the user's options. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from nbdshard.common.errors import UserError
+from nbdshard.common.limits import SPARSE_UNIT_DEFAULT
+from nbdshard.common.messages import EndpointDescription, JobOptions
+from nbdshard.common.ranges import Range
+
+
+class ZeroPolicy(Enum):
+    """What becomes of a range that is known to be zeroes."""
+
+    SKIP = "the destination is zero already"
+    REQUEST = "one WRITE_ZEROES"
+    FILL = "written as data: the destination cannot zero"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyShape:
+    """Sizes in bytes, counts in requests."""
+
+    request_size: int  # of one read and one write: a power of two, and within both sides' maximum
+    depth: int  # operations per source connection: `requests`, as far as `queue_size` holds their buffers
+    queue_size: int  # payload in flight per connection
+    alignment: int  # the larger minimum block size: where zeroes and data may be cut
+    sparse_unit: int  # zero detection; 0: none
+    merge_unit: int  # the destination's minimum block, for a tail shorter than it; 1: never
+    zero_policy: ZeroPolicy
+    allocated: bool
+    ask_extents: bool
+    synchronous: bool  # one operation at a time, in order
+
+    @classmethod
+    def of(cls, source: EndpointDescription, destination: EndpointDescription, options: JobOptions) -> CopyShape:
+        """The shape of a copy between these ends. Raises UserError when no request size suits both."""
+        alignment = max(source.block_minimum, destination.block_minimum)
+        largest = min(source.block_maximum, destination.block_maximum)
+        if largest < alignment:
+            raise UserError(
+                f"block sizes do not fit: a request must be at least {alignment} and at most {largest} bytes",
+                f"{source.peer} to {destination.peer}",
+            )
+        request_size = _power_of_two_within(min(max(options.request_size, alignment), largest))
+        synchronous = options.synchronous or source.is_stream or destination.is_stream
+        policy = _zero_policy(destination, options)
+        return cls(
+            request_size=request_size,
+            depth=1 if synchronous else max(1, min(options.requests, options.queue_size // request_size)),
+            queue_size=max(options.queue_size, request_size),
+            alignment=alignment,
+            sparse_unit=_sparse_unit(destination, options, alignment, request_size, policy),
+            merge_unit=destination.block_minimum,
+            zero_policy=policy,
+            allocated=options.allocated,
+            ask_extents=options.extents and source.can_extents,
+            synchronous=synchronous,
+        )
+
+    def needs_merge(self, where: Range) -> bool:
+        """Whether a write of `where` ends inside a block of the destination."""
+        return where.end % self.merge_unit != 0
+
+
+def _zero_policy(destination: EndpointDescription, options: JobOptions) -> ZeroPolicy:
+    if options.destination_is_zero and not options.allocated:
+        return ZeroPolicy.SKIP
+    return ZeroPolicy.REQUEST if destination.can_zero else ZeroPolicy.FILL
+
+
+def _sparse_unit(
+    destination: EndpointDescription,
+    options: JobOptions,
+    alignment: int,
+    request_size: int,
+    policy: ZeroPolicy,
+) -> int:
+    if options.sparse_unit == 0 or options.allocated or policy is ZeroPolicy.FILL:
+        return 0
+    wanted = options.sparse_unit
+    if wanted is None:
+        wanted = max(SPARSE_UNIT_DEFAULT, _power_of_two_within(max(1, destination.block_preferred)))
+    return min(max(wanted, alignment), request_size)
+
+
+def _power_of_two_within(size: int) -> int:
+    return 1 << (size.bit_length() - 1)
