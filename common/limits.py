@@ -10,12 +10,21 @@ GIB: Final = 1 << 30
 
 # -- the NBD protocol (spec, "Protocol phases" and "Size constraints") ------------------------------------------------
 EXPORT_NAME_BYTES_MAX: Final = 4096  # spec: a string is at most 4096 bytes
-OPTION_REPLY_BYTES_MAX: Final = 64 * KIB  # the longest reply we have a use for is far shorter; a peer's length is not trusted
+OPTION_REPLY_BYTES_MAX: Final = (
+    64 * KIB
+)  # the longest reply we have a use for is far shorter; a peer's length is not trusted
 OPTION_REPLIES_MAX: Final = 1024  # replies to one option before the peer is held to be babbling
+OPTION_BYTES_MAX: Final = 4 * MIB  # all replies to one option together
 CONTEXTS_MAX: Final = 64  # metadata contexts one negotiation may select
 ERROR_MESSAGE_BYTES_MAX: Final = 4096  # spec: human-readable strings are at most 4096 bytes
 EXTENTS_PER_REPLY_MAX: Final = 128 * KIB  # 1 MiB (or 2 MiB extended) of descriptors; nbdkit sends at most 1 Mi of them
 CHUNKS_WITHOUT_DATA_MAX: Final = 64  # error or empty chunks in one reply before the peer is held to be babbling
+EXTENTS_ON_WIRE_MAX: Final = 1 << 20  # spec: no server should send more; those beyond the kept ones are dropped
+CHUNK_BYTES_MEAN_MIN: Final = 512  # data chunks of a read are this long on average, or the peer is babbling
+ERROR_CHUNK_BYTES_MAX: Final = 8 * KIB  # header, message and what an error type unknown to us may add
+HEAD_BYTES_MAX: Final = 4 * KIB  # reply headers taken with one receive while no payload can come
+DRAIN_BUFFER_BYTES: Final = 64 * KIB  # for payload that is thrown away
+ZERO_FILL_BYTES: Final = 64 * KIB  # a hole in a reply is filled in steps of this
 BLOCK_BYTES_MAX_DEFAULT: Final = 32 * MIB  # spec: what a client may send when the server names no maximum
 
 # -- one copy ---------------------------------------------------------------------------------------------------------
@@ -73,3 +82,35 @@ KEY_FILE_BYTES_MAX: Final = MIB  # an allow-list of ten thousand keys
 KEYS_ALLOWED_MAX: Final = 10_000
 UNIX_PATH_BYTES_MAX: Final = 107  # sun_path without its final NUL
 LOG_LINE_CHARACTERS_MAX: Final = 2000
+
+# -- the blocking client of `info` and `map` ---------------------------------------------------------------------------
+ADDRESSES_MAX: Final = 16  # addresses of one host name that are tried
+EXTENTS_QUERY_BYTES_MAX: Final = GIB  # one block status query: bounds what a server has to look up in one request time
+EXPORTS_LISTED_MAX: Final = 1024  # of NBD_OPT_LIST; a server that names more is babbling
+
+# -- the coordinator --------------------------------------------------------------------------------------------------
+RANGE_BYTES_TAIL_MIN: Final = 4 * MIB  # ranges shrink to this towards the end, so that workers finish together
+WORKER_BYTES_MIN: Final = 16 * MIB  # less than this for each worker does not pay for starting another process
+CONNECTION_BYTES_MIN: Final = 4 * MIB  # less than this for each connection does not pay for another handshake
+RETURNS_PER_RANGE: Final = 16  # times one range comes back with a lost connection before the job fails
+WRITTEN_LEASES_MAX: Final = 4096  # of one worker before it is asked to flush: `Flushed` names them in one message
+WORKER_START_ATTEMPTS: Final = 3  # local processes that end, one after another, before they opened anything
+WORKER_REPLACEMENTS_MAX: Final = 64  # local processes started in place of others, in the whole job
+NOTES_MAX: Final = 64  # remarks kept for the shell to log
+OPEN_SECONDS: Final = 120.0  # for the first worker to open both sides: a net below its own connect and handshake
+STALL_SECONDS: Final = 900.0  # without a completed byte the job fails: a net below every other time-out
+LEAVE_SECONDS: Final = 1.0  # for a worker without connections to leave at the end, and for all after a hard stop
+KILL_SECONDS: Final = 10.0  # from killing a local worker to having reaped it (it may hang in the kernel)
+
+# -- a worker's loop ----------------------------------------------------------------------------------------------------
+BUFFERS_PER_SEND_MAX: Final = 64  # headers and payloads in one writev(2); IOV_MAX is 1024
+SOCKET_BUFFER_BYTES: Final = 2 * MIB  # SO_SNDBUF asked for on unix sockets (the peers' published finding)
+TICK_SECONDS: Final = 0.5  # between looks at the clocks of connections and leases
+COORDINATOR_SILENCE_SECONDS: Final = 60.0  # without a word from the coordinator a worker gives up and ends
+
+# -- processes --------------------------------------------------------------------------------------------------------
+SOCKET_NAME_BYTES_MAX: Final = 20  # names of sockets in the private directory
+WORKER_EXIT_SECONDS: Final = 2.0  # for local workers to end by themselves when the job is over
+COMMAND_EXIT_SECONDS: Final = 5.0  # for a server of `[ CMD ]` to end after SIGTERM, then it is killed
+COMMAND_GRACE_SECONDS: Final = 2.0  # a server that left with status 0 may just have seen its last client go
+KILLED_CHILD_SECONDS: Final = 5.0  # for a killed process to be gone

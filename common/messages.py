@@ -64,6 +64,11 @@ class EndpointDescription(Record, frozen=True):
     rotational: bool = False
     is_stream: bool = False
 
+    def agrees_with(self, other: EndpointDescription, *, any_size: bool = False) -> bool:
+        """Whether both describe the same export; `any_size`: of a file that is still to be given its size."""
+        size = other.size if any_size else self.size
+        return msgspec.structs.replace(self, peer=other.peer, size=size) == other
+
 
 class JobOptions(Record, frozen=True):
     """The options of a copy that a worker needs (cli/copy.py explains each to the user)."""
@@ -261,9 +266,7 @@ class Stop(JobMessage, frozen=True):
     now: bool = False
 
 
-FromWorker: TypeAlias = (
-    Hello | Opened | OpenFailed | Wanted | Progress | Written | Failed | Flushed | Alive | Goodbye
-)
+FromWorker: TypeAlias = Hello | Opened | OpenFailed | Wanted | Progress | Written | Failed | Flushed | Alive | Goodbye
 FromCoordinator: TypeAlias = Assign | Refused | Lease | Revoke | Noted | Flush | AliveToo | Stop
 
 

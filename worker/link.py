@@ -1,0 +1,413 @@
+"""One NBD connection on the ring: resolve, connect, negotiate, then requests until a soft disconnect. A dull shell.
+
+::
+
+    RESOLVING -> CONNECTING -> NEGOTIATING -> READY -> LEAVING -> CLOSED
+
+The bytes are the business of common.nbd's connecter and client; this file moves them, keeps ONE receive outstanding,
+and looks at the clock. A link that fails in any state says so once (`on_lost`) and closes; nothing is heard of it then.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+from nbdshard.common.errors import ConnectionLost, NbdshardError, TimedOut, UserError
+from nbdshard.common.limits import (
+    BUFFERS_PER_SEND_MAX,
+    DISCONNECT_SECONDS,
+    FLUSH_BYTES_PER_SECOND,
+    FLUSH_SECONDS,
+    MIB,
+    REQUEST_SECONDS_PER_MIB,
+    SOCKET_BUFFER_BYTES,
+)
+from nbdshard.common.messages import EndpointDescription, Side
+from nbdshard.common.nbd.client import Arriving, Client, Done, Event, Sent
+from nbdshard.common.nbd.connecter import Connecter, Negotiated
+from nbdshard.common.nbd.constants import BASE_ALLOCATION, TransmissionFlag
+from nbdshard.common.nbd.export import Export
+from nbdshard.common.nbd.options import Wishes
+from nbdshard.common.nbd.uri import NbdUri
+from nbdshard.common.ranges import Range
+from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
+from nbdshard.worker.ports import Listener
+
+
+class LinkState(Enum):
+    """Where a link is in its life."""
+
+    RESOLVING = auto()
+    CONNECTING = auto()
+    NEGOTIATING = auto()
+    READY = auto()
+    LEAVING = auto()
+    CLOSED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds; the names of the design's table."""
+
+    connect: float
+    handshake: float
+    request: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Outstanding:
+    """One request: when it must be answered, what it does, in how many seconds, and its length in bytes."""
+
+    deadline: float
+    doing: str
+    seconds: float
+    length: int
+
+
+class NbdLink:
+    """A connection to one export. Implements `ports.Connection`.
+
+    `on_ready(link)` is called once the export is negotiated and `description` is set, `on_lost(link, error)` at most
+    once; both come out of a ring completion, `pump` or `tick`, never out of `start` or a request.
+    """
+
+    def __init__(
+        self,
+        ring: Ring,
+        uri: NbdUri,
+        side: Side,
+        timeouts: Timeouts,
+        on_ready: Callable[[NbdLink], None],
+        on_lost: Callable[[NbdLink, NbdshardError], None],
+    ) -> None:
+        self.peer = str(uri)
+        self.side = side
+        self.state = LinkState.RESOLVING
+        self.description = EndpointDescription(self.peer, None)
+        self.listener: Listener | None = None
+        self._ring = ring
+        self._uri = uri
+        self._timeouts = timeouts
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self._addresses: list[tuple[Any, ...]] = []
+        self._descriptor: Descriptor | None = None
+        self._deadline = 0.0  # of the present state, up to READY; in LEAVING, of the soft disconnect
+        self._connecter: Connecter | None = None
+        self._client: Client | None = None
+        self._handles = 0
+        self._out: list[memoryview | bytes] = []
+        self._sending = Operation(Kind.SEND, owner=self._sent)
+        self._receiving = Operation(Kind.RECEIVE, owner=self._received)
+        self._outstanding: dict[int, _Outstanding] = {}
+        self._outstanding_bytes = 0
+        self._unflushed_bytes = 0
+        self._now = 0.0
+        self._pending_failure: NbdshardError = ConnectionLost(self.peer, "connecting", "no address")
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+
+    def start(self, now: float, handles: int) -> None:
+        """Begin to connect; `handles` requests at most will be outstanding."""
+        self._now = now
+        self._handles = handles
+        self._deadline = now + self._timeouts.connect
+        if self._uri.socket is not None:
+            self._addresses = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", self._uri.socket)]
+            self._connect()
+        else:
+            host, port = self._uri.host or "localhost", self._uri.port
+            resolve = Operation(
+                Kind.CALL,
+                function=lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM),
+                owner=self._resolved,
+            )
+            self._ring.submit(resolve)
+
+    def _resolved(self, operation: Operation) -> None:
+        if self.state is not LinkState.RESOLVING:
+            return
+        if operation.result < 0:
+            reason = getattr(operation.value, "strerror", None) or str(operation.value)
+            self._fail(UserError(f"the host name cannot be resolved: {reason}", self.peer))
+            return
+        self._addresses = list(operation.value)  # type: ignore[call-overload]
+        self._connect()
+
+    def _connect(self) -> None:
+        """Try the next address; the last one's failure is the link's."""
+        family, kind, protocol, _, address = self._addresses.pop(0)
+        self.state = LinkState.CONNECTING
+        try:
+            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+        except OSError as error:
+            self._connect_failed(error.errno or errno.EIO)
+            return
+        if family == socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            result = sock.connect_ex(address)
+        except OSError as error:  # an address that cannot be one: a socket path too long, a bad scope
+            result = error.errno or errno.EINVAL
+        if result == errno.EAGAIN:  # a unix socket's backlog is full: it never turns into "in progress"
+            result = errno.ECONNREFUSED
+        if result not in (0, errno.EINPROGRESS):
+            sock.close()
+            self._connect_failed(result)
+            return
+        self._descriptor = self._ring.attach(sock.detach(), is_socket=True)
+        self._ring.submit(Operation(Kind.POLL, self._descriptor, mask=select.POLLOUT, owner=self._connected))
+
+    def _connected(self, operation: Operation) -> None:
+        descriptor = operation.descriptor
+        if self.state is not LinkState.CONNECTING or descriptor is not self._descriptor or descriptor is None:
+            return
+        error = -operation.result if operation.result < 0 else _socket_error(descriptor.number)
+        if error:
+            self._ring.submit(Operation(Kind.CLOSE, descriptor))
+            self._descriptor = None
+            self._connect_failed(error)
+            return
+        self.state = LinkState.NEGOTIATING
+        self._deadline = self._now + self._timeouts.handshake
+        self._connecter = Connecter(Wishes(self._uri.export_name), self.peer)
+
+    def _connect_failed(self, error: int) -> None:
+        if self._addresses:
+            self._connect()
+        else:
+            self._addresses = []
+            self._pending_failure = ConnectionLost(self.peer, "connecting", os.strerror(error).lower())
+            # Not called out of `start`: the next turn of the loop tells.
+            self._ring.submit(Operation(Kind.CALL, function=lambda: None, owner=self._tell_failure))
+
+    def _tell_failure(self, _: Operation) -> None:
+        if self.state is not LinkState.CLOSED:
+            self._fail(self._pending_failure)
+
+    def _negotiated(self, export: Export) -> None:
+        self.description = describe(export, self.peer)
+        self._client = Client(export, self.peer, self._handles)
+        self._connecter = None
+        self.state = LinkState.READY
+        self._on_ready(self)
+
+    # -- ports.Connection ----------------------------------------------------------------------------------------------
+
+    def read(self, handle: int, where: Range, buffer: memoryview) -> None:
+        self._running().read(handle, where, buffer)
+        self._expect(handle, "reading", where.length)
+
+    def write(self, handle: int, where: Range, buffer: memoryview) -> None:
+        self._running().write(handle, where, [buffer])
+        self._unflushed_bytes += where.length
+        self._expect(handle, "writing", where.length)
+
+    def zero(self, handle: int, where: Range, *, allocated: bool) -> None:
+        self._running().write_zeroes(handle, where, no_hole=allocated)
+        self._unflushed_bytes += where.length
+        self._expect(handle, "zeroing", where.length)
+
+    def extents(self, handle: int, where: Range) -> None:
+        self._running().block_status(handle, where)
+        self._expect(handle, "asking for block status", 0)
+
+    def flush(self, handle: int) -> None:
+        self._running().flush(handle)
+        seconds = FLUSH_SECONDS + self._unflushed_bytes / FLUSH_BYTES_PER_SECOND
+        self._unflushed_bytes = 0
+        self._outstanding[handle] = _Outstanding(self._now + seconds, "flushing", seconds, 0)
+
+    def _running(self) -> Client:
+        assert self._client is not None
+        return self._client
+
+    def _expect(self, handle: int, doing: str, size: int) -> None:
+        # All that is under way goes over the same wire: a slow one is not a dead one.
+        self._outstanding_bytes += size
+        seconds = self._timeouts.request + self._outstanding_bytes / MIB * REQUEST_SECONDS_PER_MIB
+        self._outstanding[handle] = _Outstanding(self._now + seconds, doing, seconds, size)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        return self.state is LinkState.CLOSED and self._descriptor is None
+
+    @property
+    def quiet(self) -> bool:
+        """No request is outstanding and nothing is queued."""
+        return self._client is None or (self._client.pending == 0 and not self._out)
+
+    def pump(self, now: float) -> None:
+        """Keep one send (while there is something to send) and one receive outstanding."""
+        self._now = now
+        machine = self._client or self._connecter
+        if machine is None or self._descriptor is None or self.state is LinkState.CLOSED:
+            return
+        try:
+            if not self._sending.pending:
+                if not self._out:
+                    self._out = list(machine.data_to_send())
+                if self._out:
+                    self._submit(self._sending, self._out[:BUFFERS_PER_SEND_MAX])
+                elif self.state is LinkState.LEAVING and self.quiet:
+                    self.close()
+                    return
+            if not self._receiving.pending:
+                target = machine.receive_target()
+                self._submit(self._receiving, [target] if isinstance(target, memoryview) else target)
+        except NbdshardError as error:
+            self._fail(error)
+
+    def _submit(self, operation: Operation, buffers: Sequence[memoryview | bytes]) -> None:
+        operation.descriptor = self._descriptor
+        operation.buffers = buffers
+        self._ring.submit(operation)
+
+    def tick(self, now: float) -> None:
+        """Look at the clock; call about once a second."""
+        self._now = now
+        if self.state in (LinkState.RESOLVING, LinkState.CONNECTING) and now >= self._deadline:
+            doing = "resolving the host name" if self.state is LinkState.RESOLVING else "connecting"
+            self._fail(TimedOut(self.peer, doing, self._timeouts.connect))
+        elif self.state is LinkState.NEGOTIATING and now >= self._deadline:
+            self._fail(TimedOut(self.peer, "negotiating", self._timeouts.handshake))
+        elif self.state is LinkState.LEAVING and now >= self._deadline:
+            self.close()
+        elif self.state is LinkState.READY and self._outstanding:
+            oldest = min(self._outstanding.values(), key=lambda request: request.deadline)
+            if now >= oldest.deadline:
+                self._fail(TimedOut(self.peer, oldest.doing, oldest.seconds))
+
+    def disconnect(self) -> None:
+        """Leave softly: finish what is outstanding, send NBD_CMD_DISC, close; at once before READY."""
+        if self.state is not LinkState.READY or self._client is None:
+            self.close()
+            return
+        self.state = LinkState.LEAVING
+        self._deadline = self._now + DISCONNECT_SECONDS
+        self._client.disconnect()
+
+    def close(self) -> None:
+        """Shut the connection down at once; `closed` is true when the ring has let go of it. Idempotent."""
+        if self.state is LinkState.CLOSED:
+            return
+        self.state = LinkState.CLOSED
+        if self._descriptor is not None:
+            self._ring.submit(Operation(Kind.CLOSE, self._descriptor, owner=self._closed))
+
+    def _closed(self, _: Operation) -> None:
+        self._descriptor = None
+
+    def _fail(self, error: NbdshardError) -> None:
+        if self.state is not LinkState.CLOSED:
+            self.close()
+            self._on_lost(self, error)
+
+    # -- completions ---------------------------------------------------------------------------------------------------
+
+    def _sent(self, operation: Operation) -> None:
+        if self.state is LinkState.CLOSED:
+            return
+        if operation.result < 0:
+            self._fail(ConnectionLost(self.peer, self._doing(), os.strerror(-operation.result).lower()))
+            return
+        self._consume(operation.result)
+        if self._client is not None:
+            self._dispatch(self._client.sent(operation.result))
+
+    def _consume(self, count: int) -> None:
+        """Drop `count` bytes from the front of what is to be sent."""
+        index = 0
+        while count:
+            buffer = self._out[index]
+            if count < len(buffer):
+                self._out[index] = memoryview(buffer)[count:]
+                break
+            count -= len(buffer)
+            index += 1
+        del self._out[:index]
+
+    def _received(self, operation: Operation) -> None:
+        if self.state is LinkState.CLOSED:
+            return
+        try:
+            if operation.result > 0:
+                self._take(operation.result)
+            elif operation.result == 0 and self.state is LinkState.LEAVING:
+                self.close()
+            elif operation.result == 0:
+                raise ConnectionLost(self.peer, self._doing(), "the server closed the connection")
+            else:
+                raise ConnectionLost(self.peer, self._doing(), os.strerror(-operation.result).lower())
+        except NbdshardError as error:
+            self._fail(error)
+
+    def _take(self, count: int) -> None:
+        if self._client is not None:
+            self._dispatch(self._client.received(count))
+        elif self._connecter is not None:
+            for event in self._connecter.received(count):
+                if isinstance(event, Negotiated):
+                    self._negotiated(event.export)
+
+    def _dispatch(self, events: list[Event]) -> None:
+        listener = self.listener
+        if listener is None:
+            return
+        for event in events:
+            match event:
+                case Done(handle=handle, error=error, extents=extents):
+                    length = self._outstanding.pop(handle).length
+                    self._outstanding_bytes -= length
+                    listener.done(handle, error, length, extents)
+                case Sent(handle=handle):
+                    listener.sent(handle)
+                case Arriving(handle=handle):
+                    listener.arriving(handle)
+
+    def _doing(self) -> str:
+        match self.state:
+            case LinkState.NEGOTIATING:
+                return f"negotiating ({self._connecter.stage})" if self._connecter else "negotiating"
+            case LinkState.READY | LinkState.LEAVING if self._client is not None:
+                return f"{self._client.pending} requests were outstanding"
+            case _:
+                return "connecting"
+
+
+def describe(export: Export, peer: str) -> EndpointDescription:
+    """What a negotiated export means for a copy."""
+    flags = export.flags
+    return EndpointDescription(
+        peer=peer,
+        size=export.size,
+        read_only=TransmissionFlag.READ_ONLY in flags,
+        can_multi_conn=TransmissionFlag.CAN_MULTI_CONN in flags,
+        can_flush=TransmissionFlag.SEND_FLUSH in flags,
+        can_fua=TransmissionFlag.SEND_FUA in flags,
+        can_zero=TransmissionFlag.SEND_WRITE_ZEROES in flags,
+        can_extents=BASE_ALLOCATION in export.contexts,
+        block_minimum=export.block_sizes.minimum,
+        block_preferred=export.block_sizes.preferred,
+        block_maximum=export.block_sizes.maximum,
+        rotational=TransmissionFlag.ROTATIONAL in flags,
+    )
+
+
+def _socket_error(number: int) -> int:
+    sock = socket.socket(fileno=os.dup(number))
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    finally:
+        sock.close()

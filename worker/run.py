@@ -1,0 +1,78 @@
+"""The worker process: ring, channel and signals put together around `service.Worker`."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import time
+from types import FrameType
+
+from nbdshard.common import logs
+from nbdshard.common.channel import WorkerChannel
+from nbdshard.common.keys import WorkerKeys
+from nbdshard.common.machine import machine_id
+from nbdshard.common.messages import PROTOCOL_VERSION, Hello
+from nbdshard.common.ring import Kind, Operation, Ring
+from nbdshard.common.ring.choose import open_ring
+from nbdshard.worker.service import Worker, WorkerState
+
+
+def run_worker(connect: str, *, ring: str = "auto", name: str = "", keys: WorkerKeys | None = None) -> int:
+    """Work for the coordinator at `connect` until it says stop. Returns 0.
+
+    Raises UserError when the ring that was asked for is refused, or the coordinator does not answer, or turns this
+    worker away; ProtocolError when it sends what no coordinator would.
+    """
+    the_ring, why = open_ring(ring)
+    logs.info(why)
+    try:
+        channel = WorkerChannel(connect, time.monotonic(), name=name, keys=keys)
+        try:
+            _work(the_ring, channel)
+        finally:
+            channel.close()
+    finally:
+        the_ring.close()
+    return 0
+
+
+def _work(ring: Ring, channel: WorkerChannel) -> None:
+    worker = Worker(ring, channel, _hello(ring, channel), time.monotonic)
+    _watch(ring, channel.descriptor)
+    stops = 0
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal stops
+        stops += 1
+        ring.wake()
+
+    handled = 0
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while worker.state is not WorkerState.GONE:
+            if stops > handled:
+                handled += 1
+                worker.leave("stopped by a signal")
+            worker.turn()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if worker.error is not None:
+        raise worker.error
+
+
+def _watch(ring: Ring, number: int) -> None:
+    """Make the ring's wait return whenever the channel's descriptor is readable."""
+    descriptor = ring.attach(os.dup(number), is_socket=False)  # ZeroMQ closes its own
+
+    def again(operation: Operation) -> None:
+        if operation.result >= 0:
+            ring.submit(operation)
+
+    ring.submit(Operation(Kind.POLL, descriptor, mask=select.POLLIN, owner=again))
+
+
+def _hello(ring: Ring, channel: WorkerChannel) -> Hello:
+    return Hello(PROTOCOL_VERSION, channel.name, machine_id(), socket.gethostname(), os.getpid(), ring.name)

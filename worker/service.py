@@ -1,0 +1,349 @@
+"""The worker's shell: one ring, one control channel, some connections and a copier between them. It decides nothing.
+
+The order of a turn: let the copier queue, let connections and channel send, wait on the ring, hand out completions.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Protocol
+
+from nbdshard.common import logs
+from nbdshard.common.errors import BugError, ConnectionLost, NbdshardError, ProtocolError, RequestError, UserError
+from nbdshard.common.limits import (
+    COORDINATOR_SILENCE_SECONDS,
+    DRAIN_SECONDS,
+    HEARTBEAT_SECONDS,
+    PROGRESS_SECONDS,
+    TICK_SECONDS,
+)
+from nbdshard.common.messages import (
+    Alive,
+    AliveToo,
+    Assign,
+    ErrorReport,
+    Flush,
+    FromCoordinator,
+    FromWorker,
+    Goodbye,
+    Hello,
+    Lease,
+    Noted,
+    Opened,
+    OpenFailed,
+    Refused,
+    Revoke,
+    Side,
+    Stop,
+    Written,
+)
+from nbdshard.common.ring import Ring
+from nbdshard.worker.copier import Copier
+from nbdshard.worker.crew import Crew
+from nbdshard.worker.opening import OpenConnection
+from nbdshard.worker.shape import CopyShape
+
+
+class Channel(Protocol):
+    """The worker's end of the control channel, as the service needs it (common.channel.WorkerChannel)."""
+
+    @property
+    def answered(self) -> bool: ...
+    def receive(self) -> list[FromCoordinator]: ...
+    def send(self, message: FromWorker) -> bool: ...
+    def check(self, now: float) -> None: ...
+
+
+class WorkerState(Enum):
+    """Where a worker is in its life."""
+
+    GREETING = auto()  # said Hello, not yet assigned
+    STANDING_BY = auto()  # assigned without connections, or lost those it had
+    OPENING = auto()  # connecting to both sides
+    WORKING = auto()  # a connection to each side is up
+    LOSING = auto()  # a connection was lost: closing the others before anyone is told
+    DRAINING = auto()  # finishing what is on the wire
+    LEAVING = auto()  # disconnecting
+    GONE = auto()
+
+
+class Worker:
+    """One worker, from Hello to Goodbye. `turn` is one turn of its loop; it is over when `state` is GONE.
+
+    `error` then holds the reason to tell the user, if there is one.
+    """
+
+    def __init__(self, ring: Ring, channel: Channel, hello: Hello, clock: Callable[[], float]) -> None:
+        self.state = WorkerState.GREETING
+        self.error: NbdshardError | None = None
+        self._ring = ring
+        self._channel = channel
+        self._clock = clock
+        self._assign: Assign | None = None
+        self._crew: Crew | None = None
+        self._copier: Copier | None = None
+        self._failure: ErrorReport | None = None  # why all connections are being closed
+        self._outbox: deque[FromWorker] = deque([hello])
+        self._unnoted: dict[int, Written] = {}
+        self._goodbye = "stopped by the coordinator"
+        now = clock()
+        self._heard_at = now
+        self._leave_by = 0.0
+        self._next_tick = self._next_heartbeat = self._next_progress = now
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        """One turn. Blocks until something happens or the next deadline, never longer."""
+        now = self._clock()
+        self._read_channel(now)
+        self._look_at_clock(now)
+        if self._copier is not None and self.state is not WorkerState.LOSING:
+            self._copier.pump(now)
+            self._collect(self._copier)
+        if self._crew is not None:
+            self._crew.pump(now)
+        self._advance(now)
+        self._send()
+        if self.state is WorkerState.GONE:
+            return
+        # Sending may have taken the edge off the channel's descriptor: look again before waiting for it.
+        timeout = 0.0 if self._read_channel(now) else max(0.0, self._next_deadline() - now)
+        for operation in self._ring.wait(timeout):
+            if operation.owner is not None:
+                operation.owner(operation)
+
+    def leave(self, reason: str) -> None:
+        """Leave the job: finish what is on the wire, disconnect, say Goodbye. A second call closes at once."""
+        if self.state in (WorkerState.DRAINING, WorkerState.LEAVING):
+            self._leave_by = self._clock()
+            return
+        self._goodbye = reason
+        self._leave_by = self._clock() + DRAIN_SECONDS
+        if self._copier is not None:
+            self._copier.drain()
+        self.state = WorkerState.DRAINING
+
+    def _next_deadline(self) -> float:
+        deadline = min(self._next_tick, self._next_heartbeat)
+        retry = self._copier.deadline() if self._copier is not None else None
+        return deadline if retry is None else min(deadline, retry)
+
+    def _look_at_clock(self, now: float) -> None:
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_SECONDS
+            self._channel.check(now)
+            if self._crew is not None:
+                self._crew.tick(now)
+        if now >= self._next_progress and self._copier is not None:
+            self._next_progress = now + PROGRESS_SECONDS
+            self._copier.report_progress()
+        if now >= self._next_heartbeat:
+            self._next_heartbeat = now + (self._assign.heartbeat_seconds if self._assign else HEARTBEAT_SECONDS)
+            if self._assign is not None:
+                self._outbox.append(Alive(self._assign.job, self._assign.epoch))
+                self._outbox.extend(self._unnoted.values())
+        if now >= self._heard_at + COORDINATOR_SILENCE_SECONDS and self.state not in _LEAVING_STATES:
+            self.error = UserError(f"nothing was heard of the coordinator for {COORDINATOR_SILENCE_SECONDS:g} s")
+            self.leave("the coordinator fell silent")
+
+    def _advance(self, now: float) -> None:
+        """Move on where it is only a matter of connections being closed."""
+        if self.state is WorkerState.LOSING and (self._crew is None or self._crew.closed):
+            self._connections_gone()
+        if self.state is WorkerState.DRAINING and (self._idle() or now >= self._leave_by):
+            if self._crew is not None:
+                self._crew.disconnect(at_once=now >= self._leave_by)
+            self.state = WorkerState.LEAVING
+        if self.state is WorkerState.LEAVING:
+            if self._crew is not None and not self._crew.closed:
+                if now >= self._leave_by:
+                    self._crew.disconnect(at_once=True)
+                self._crew.pump(now)
+                return
+            if self._assign is not None:
+                self._outbox.append(Goodbye(self._assign.job, self._assign.epoch, self._goodbye))
+            self.state = WorkerState.GONE
+
+    def _idle(self) -> bool:
+        return self._copier is None or self._copier.idle
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _collect(self, copier: Copier) -> None:
+        for message in copier.outbox:
+            if isinstance(message, Written):
+                self._unnoted[message.lease] = message
+            self._outbox.append(message)
+        copier.outbox.clear()
+
+    def _send(self) -> None:
+        while self._outbox and self._channel.send(self._outbox[0]):
+            self._outbox.popleft()
+
+    def _read_channel(self, now: float) -> bool:
+        heard = False
+        while messages := self._channel.receive():
+            heard = True
+            self._heard_at = now
+            for message in messages:
+                self._handle(message, now)
+        return heard
+
+    def _handle(self, message: FromCoordinator, now: float) -> None:
+        if isinstance(message, Refused):
+            self.error = UserError(f"the coordinator refused this worker: {message.reason}")
+            self.leave("refused")
+            return
+        if isinstance(message, Assign):
+            self._assigned(message, now)
+            return
+        if self._assign is None or (message.job, message.epoch) != (self._assign.job, self._assign.epoch):
+            return  # of another job or another life of the coordinator
+        if isinstance(message, Stop):
+            self._stop(message)
+        elif isinstance(message, Noted):
+            self._unnoted.pop(message.lease, None)
+        elif self._copier is not None:
+            self._to_copier(self._copier, message, now)
+
+    def _to_copier(self, copier: Copier, message: FromCoordinator, now: float) -> None:
+        match message:
+            case Lease():
+                copier.grant(message, now)
+            case Revoke():
+                copier.revoke(message.lease)
+            case Flush():
+                copier.flushes.ask(message.flush)
+            case AliveToo() if self._assign is not None:
+                copier.renew(now, self._assign.lease_seconds)
+            case _:
+                pass
+
+    def _stop(self, message: Stop) -> None:
+        if self.state not in _LEAVING_STATES:
+            self.leave(message.reason)
+        if message.now:
+            self._leave_by = self._clock()
+
+    # -- connections ---------------------------------------------------------------------------------------------------
+
+    def _assigned(self, message: Assign, now: float) -> None:
+        if self._assign is not None and (message.job, message.epoch) != (self._assign.job, self._assign.epoch):
+            return
+        if self.state in _LEAVING_STATES:
+            return
+        self._assign = message
+        if message.source_connections == 0 or message.destination_connections == 0:
+            self.state = WorkerState.STANDING_BY if self._crew is None else self.state
+            return
+        try:
+            if self._crew is None:
+                self.state = WorkerState.OPENING
+                self._crew = Crew(self._ring, message, self._opened, self._lost)
+            self._crew.want(message, now)
+        except NbdshardError as error:
+            self._open_failed(error, None)
+
+    def _opened(self, side: Side, connection: OpenConnection) -> None:
+        """A connection is up. With the first on either side the copier begins; more join it as they come."""
+        crew, assign = self._crew, self._assign
+        if crew is None or assign is None or self.state not in (WorkerState.OPENING, WorkerState.WORKING):
+            return
+        if self._copier is None:
+            first = crew.first_pair()
+            if first is None:
+                return
+            try:
+                self._check_agreement(assign, *first)
+                shape = CopyShape.of(first[0].description, first[1].description, assign.options)
+            except UserError as error:
+                self._lost(side, connection, error)
+                return
+            self._copier = Copier(shape, assign.job, assign.epoch, self._clock())
+            self.state = WorkerState.WORKING
+            for each_side, each in crew.ready():
+                self._join(self._copier, each_side, each)
+        else:
+            self._join(self._copier, side, connection)
+        self._outbox.append(self._report_opened(assign, crew))
+
+    def _join(self, copier: Copier, side: Side, connection: OpenConnection) -> None:
+        if side == "source":
+            connection.listener = copier.add_source(connection)
+        else:
+            assert self._assign is not None
+            connection.listener = copier.add_target(connection, self._assign.options.requests)
+
+    def _check_agreement(self, assign: Assign, source: OpenConnection, destination: OpenConnection) -> None:
+        """Refuse to work on something else than the job's other workers do."""
+        grows = assign.destination.kind == "file"  # the coordinator gives it its size after the first worker opened it
+        pairs = ((source, assign.expected_source, False), (destination, assign.expected_destination, grows))
+        for connection, expected, any_size in pairs:
+            found = connection.description
+            if expected is not None and not found.agrees_with(expected, any_size=any_size):
+                raise UserError(
+                    "differs from what the job's other workers found (size, flags or block sizes)", found.peer
+                )
+
+    def _report_opened(self, assign: Assign, crew: Crew) -> Opened:
+        source, destination = crew.first_pair() or _bug("no connection is up")
+        return Opened(
+            assign.job,
+            assign.epoch,
+            source.description,
+            destination.description,
+            crew.count("source"),
+            crew.count("destination"),
+        )
+
+    def _lost(self, side: Side, connection: OpenConnection, error: NbdshardError) -> None:
+        """A connection failed: one of several that never came up is done without; else the worker has nothing to do."""
+        crew = self._crew
+        if crew is None or self.state in _LEAVING_STATES or self.state is WorkerState.LOSING:
+            return
+        if crew.can_do_without(connection):
+            logs.info(f"one connection less to the {side}: {error}")
+            return
+        self._open_failed(error, side)
+
+    def _open_failed(self, error: NbdshardError, side: Side | None) -> None:
+        """Close all connections. Only then is the coordinator told: until then bytes may still be on their way."""
+        self._failure = report_error(error, side)
+        if self._crew is not None:
+            self._crew.disconnect(at_once=True)
+        self.state = WorkerState.LOSING
+
+    def _connections_gone(self) -> None:
+        assert self._assign is not None and self._failure is not None
+        if self._copier is not None:
+            self._copier.abort(self._failure)
+            self._collect(self._copier)
+        self._outbox.append(OpenFailed(self._assign.job, self._assign.epoch, self._failure))
+        self._crew = self._copier = self._failure = None
+        self.state = WorkerState.STANDING_BY
+
+
+_LEAVING_STATES = frozenset({WorkerState.DRAINING, WorkerState.LEAVING, WorkerState.GONE})
+
+
+def report_error(error: NbdshardError, side: Side | None) -> ErrorReport:
+    """`error` as the coordinator is told of it."""
+    text = f"{side} {error}" if side else str(error)
+    match error:
+        case RequestError():
+            return ErrorReport("request", text, side, errno_name=error.errno_name)
+        case ConnectionLost():
+            return ErrorReport("connection", text, side, error.peer)
+        case ProtocolError():
+            return ErrorReport("protocol", text, side, error.peer)
+        case UserError():
+            return ErrorReport("user", text, side)
+        case _:
+            return ErrorReport("bug", text, side)
+
+
+def _bug(promise: str) -> tuple[OpenConnection, OpenConnection]:
+    raise BugError(promise)
