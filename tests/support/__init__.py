@@ -1,0 +1,1 @@
+"""Helpers shared by all tests; pytest's `pythonpath` makes this folder importable as `support`."""

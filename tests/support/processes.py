@@ -1,0 +1,169 @@
+"""What /proc says about processes and sockets: whose children live, who listens where, how much memory is resident."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC = Path("/proc")
+LISTENING_FLAG = 0x10000  # /proc/net/unix: __SO_ACCEPTCON
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+TCP_LISTEN = "0A"  # /proc/net/tcp: TCP_LISTEN
+
+
+def running() -> list[int]:
+    """Pids of every process that is visible, zombies included."""
+    return [int(entry) for entry in os.listdir(PROC) if entry.isdigit()]
+
+
+def state(pid: int) -> str:
+    """One letter of proc(5): R, S, D, Z ...; "" when the process is gone."""
+    fields = _stat(pid)
+    return fields[0] if fields else ""
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (a zombie does not)."""
+    return state(pid) not in ("", "Z", "X")
+
+
+def parent(pid: int) -> int:
+    """The parent's pid; 0 when the process is gone."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat after the command's closing parenthesis (a command may itself hold blanks)."""
+    try:
+        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def children(pid: int) -> list[int]:
+    """Direct children of `pid`, zombies included."""
+    tasks = PROC / str(pid) / "task"
+    try:
+        return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it is gone, or the kernel keeps no such list
+        return [other for other in running() if parent(other) == pid]
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, their children, and so on."""
+    found: list[int] = []
+    queue = [pid]
+    while queue:
+        below = children(queue.pop())
+        found += below
+        queue += below
+    return found
+
+
+def command_line(pid: int) -> str:
+    """The arguments, joined by blanks; "" for a zombie or when the process is gone."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return ""
+
+
+def with_environment(entry: str) -> list[int]:
+    """Living processes whose environment holds exactly `entry` (`NAME=value`)."""
+    wanted = entry.encode()
+    found = []
+    for pid in running():
+        try:
+            environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if wanted in environment and alive(pid):
+            found.append(pid)
+    return found
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of its own (anonymous): what the process has allocated; 0 when it is gone."""
+    return _status_bytes(pid, "RssAnon")
+
+
+def _status_bytes(pid: int, field: str) -> int:
+    try:
+        lines = (PROC / str(pid) / "status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    for line in lines:
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def descriptors(pid: int | str = "self") -> dict[int, str]:
+    """Open descriptors of a process and what each refers to."""
+    found: dict[int, str] = {}
+    folder = PROC / str(pid) / "fd"
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, ProcessLookupError):
+        return found
+    for name in names:
+        try:
+            found[int(name)] = os.readlink(folder / name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the one that listed the folder, or closed meanwhile
+    return found
+
+
+def listens_on_unix(path: Path) -> bool:
+    """Whether some process listens on the unix socket `path` (without connecting to it)."""
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split()
+        if len(fields) == 8 and fields[7] == str(path) and int(fields[3], 16) & LISTENING_FLAG:
+            return True
+    return False
+
+
+def listening_tcp_ports(pid: int) -> set[int]:
+    """TCP ports that the process itself listens on."""
+    own = {target for target in descriptors(pid).values() if target.startswith("socket:")}
+    ports = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        if not Path(table).exists():
+            continue
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == TCP_LISTEN and f"socket:[{fields[9]}]" in own:
+                ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
+
+
+def kill_group(pid: int, number: int = signal.SIGKILL) -> None:
+    """Signal the whole process group that `pid` leads; nothing happens when it is gone."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+@contextlib.contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Inside, a daemon that a child leaves behind becomes a child of this process, to be reaped by it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def reap(pid: int) -> None:
+    """Collect an ended child; nothing happens when it is none of ours."""
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
