@@ -1,0 +1,75 @@
+# Two commands set everything up on a fresh Debian machine with Python 3.11: `make demo` and `make test`.
+# Stamps under .cache/ and .venv/ remember what was installed; `make clean` forgets it.
+
+PYTHON ?= python3.11
+JOBS ?= 2
+SEEDS ?= 2000
+FUZZ_SECONDS ?= 600
+
+BIN := .venv/bin
+STAMPS := .cache/stamps
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-long check fuzz simulate bench format venv clean
+
+help:
+	@echo 'make demo       copy a real ext4 image between two NBD servers with several workers, and check the copy'
+	@echo 'make test       every test but the long matrices (installs what it needs, system packages included)'
+	@echo 'make test-long  the whole matrices'
+	@echo 'make check      format, lint, strict types, import layers, fast tests'
+	@echo 'make fuzz       fuzz the NBD client for FUZZ_SECONDS ($(FUZZ_SECONDS))'
+	@echo 'make simulate   simulate whole jobs for SEEDS seeds ($(SEEDS))'
+	@echo 'make format     format and mend what the linter can mend'
+
+demo: $(STAMPS)/packages-demo .venv/installed
+	@deploy/demo.sh
+
+test: $(STAMPS)/packages-test .venv/installed-dev
+	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m 'not long' $(ARGS)
+
+test-long: $(STAMPS)/packages-test .venv/installed-dev
+	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m long --timeout 1800 $(ARGS)
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q -n $(JOBS) -m 'not long' tests/unit
+
+fuzz: .venv/installed-dev
+	NBDSHARD_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest -q -s --timeout 0 -m 'long or not long' tests/unit/common/nbd -k fuzz
+
+simulate: .venv/installed-dev
+	NBDSHARD_SIMULATE_SEEDS=$(SEEDS) $(BIN)/pytest -q -s -n $(JOBS) --timeout 0 -m 'long or not long' tests/simulation
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+venv: .venv/installed-dev
+
+clean:
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# -- set-up ------------------------------------------------------------------------------------------------------------
+
+$(STAMPS)/packages-%: deploy/packages.sh
+	@deploy/packages.sh $*
+	@mkdir -p $(@D) && touch $@
+
+.venv/pyvenv.cfg:
+	@deploy/packages.sh venv
+	@echo 'setting up .venv with $(PYTHON)'
+	@$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/pyvenv.cfg
+	@echo 'installing nbdshard and its dependencies into .venv'
+	@$(BIN)/pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/pyvenv.cfg
+	@echo 'installing nbdshard, its dependencies and its development tools into .venv'
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch .venv/installed $@
