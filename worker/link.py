@@ -319,12 +319,14 @@ class NbdLink:
     def _sent(self, operation: Operation) -> None:
         if self.state is LinkState.CLOSED:
             return
-        if operation.result < 0:
-            self._fail(ConnectionLost(self.peer, self._doing(), os.strerror(-operation.result).lower()))
-            return
-        self._consume(operation.result)
-        if self._client is not None:
-            self._dispatch(self._client.sent(operation.result))
+        try:
+            if operation.result < 0:
+                raise self._broken(operation.result)
+            self._consume(operation.result)
+            if self._client is not None:
+                self._dispatch(self._client.sent(operation.result))
+        except NbdshardError as error:
+            self._fail(error)
 
     def _consume(self, count: int) -> None:
         """Drop `count` bytes from the front of what is to be sent."""
@@ -347,9 +349,9 @@ class NbdLink:
             elif operation.result == 0 and self.state is LinkState.LEAVING:
                 self.close()
             elif operation.result == 0:
-                raise ConnectionLost(self.peer, self._doing(), "the server closed the connection")
+                self._end_of_stream()
             else:
-                raise ConnectionLost(self.peer, self._doing(), os.strerror(-operation.result).lower())
+                raise self._broken(operation.result)
         except NbdshardError as error:
             self._fail(error)
 
@@ -376,14 +378,18 @@ class NbdLink:
                 case Arriving(handle=handle):
                     listener.arriving(handle)
 
-    def _doing(self) -> str:
-        match self.state:
-            case LinkState.NEGOTIATING:
-                return f"negotiating ({self._connecter.stage})" if self._connecter else "negotiating"
-            case LinkState.READY | LinkState.LEAVING if self._client is not None:
-                return f"{self._client.pending} requests were outstanding"
-            case _:
-                return "connecting"
+    def _end_of_stream(self) -> None:
+        """The machine knows what was cut short."""
+        if self._client is not None:
+            self._client.end_of_stream()
+        elif self._connecter is not None:
+            self._connecter.end_of_stream()
+
+    def _broken(self, result: int) -> ConnectionLost:
+        doing = "negotiating"
+        if self._client is not None:
+            doing = f"waiting for {self._client.pending} replies" if self._client.pending else "idle"
+        return ConnectionLost(self.peer, doing, os.strerror(-result).lower())
 
 
 def describe(export: Export, peer: str) -> EndpointDescription:
