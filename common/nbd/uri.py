@@ -36,7 +36,7 @@ _SCHEMES: Final = MappingProxyType[str, tuple[Transport, bool]](
 _PORT_MAX: Final = 65535
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _BROKEN_PERCENT: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_NOT_IN_A_URI: Final = re.compile(r"[\x00-\x20\x7f\"<>\\^`{|}]")
+_NOT_IN_A_URI: Final = frozenset(' "<>\\^`{|}')
 _NOT_IN_A_HOST: Final = re.compile(r"[\x00-\x20\x7f:/?#\[\]@%\\]")
 
 
@@ -48,20 +48,21 @@ class NbdUri:
     tls: bool = False
     host: str = ""  # tcp: a name or an address; an IPv6 address without brackets, its zone after a %
     port: int = PORT_DEFAULT
-    socket: str = ""  # unix: the path of the socket
+    socket: str | None = None  # unix: the path of the socket
     export_name: str = ""
 
     def __str__(self) -> str:
         scheme = next(name for name, meaning in _SCHEMES.items() if meaning == (self.transport, self.tls))
         path = "/" + quote(self.export_name, safe="/")
         if self.transport == "unix":
-            return f"{scheme}://{path}?socket={quote(_to_bytes(self.socket), safe='/')}"
+            return f"{scheme}://{path}?socket={quote(_to_bytes(self.socket or ''), safe='/')}"
         port = "" if self.port == PORT_DEFAULT else f":{self.port}"
         return f"{scheme}://{_host_in_uri(self.host)}{port}{path}"
 
 
 def parse_uri(text: str) -> NbdUri:
     """The URI in `text`. Raises UserError that names what is wrong, and what to write instead."""
+    _check_characters(text)
     match = _SCHEME.match(text)
     scheme = match[1] if match is not None else ""
     if scheme.lower() not in _SCHEMES:
@@ -84,11 +85,16 @@ def parse_uri(text: str) -> NbdUri:
     return NbdUri("tcp", host=host, port=port, export_name=export_name)
 
 
+def _check_characters(text: str) -> None:
+    """Letters of other scripts are let through, though RFC 3986 wants them encoded; what one cannot see is not."""
+    for character in text:
+        if not character.isprintable() or character in _NOT_IN_A_URI:
+            encoded = "".join(f"%{byte:02X}" for byte in _to_bytes(character))
+            raise UserError(f"the character {character!r} in a URI", repr(text), f"write it as {encoded}")
+
+
 def _split(text: str, rest: str) -> tuple[str, str, str]:
     """authority, path and query, still encoded."""
-    wrong = _NOT_IN_A_URI.search(text)
-    if wrong is not None:
-        raise UserError(f"the character {wrong[0]!r} in a URI", text, f"write it as %{ord(wrong[0]):02X}")
     broken = _BROKEN_PERCENT.search(text)
     if broken is not None:
         what = f"{text[broken.start() : broken.start() + 3]!r} is no percent-encoding"
