@@ -14,8 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv6Address, ip_address
-from socket import inet_aton
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, TypeAlias
 
 from nbdshard.common.errors import UserError
@@ -24,6 +23,7 @@ from nbdshard.common.nbd.uri import NbdUri, parse_uri
 
 KNOWN_SCHEMES: Final = ("nbd", "nbd+unix")
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_NUMBER: Final = re.compile(r"0[xX][0-9a-fA-F]{1,8}|0[0-7]{0,12}|[1-9][0-9]{0,10}")
 _NBD_LIKE: Final = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
 
 
@@ -70,9 +70,7 @@ def parse_endpoint(words: str | Sequence[str], side: Side) -> Endpoint:
     if not isinstance(words, str):
         return _command(tuple(words), side)
     if words == "":
-        raise UserError(
-            f"the {side} is an empty word", advice="name a URI, a file, '-' or '[ CMD ARGS ... ]'"
-        )
+        raise UserError(f"the {side} is an empty word", advice="name a URI, a file, '-' or '[ CMD ARGS ... ]'")
     if "\0" in words:
         raise UserError(f"the {side} has a NUL byte in it", repr(words))
     if words == "-":
@@ -120,10 +118,10 @@ def is_loopback_host(host: str) -> bool:
     try:
         address = ip_address(name.partition("%")[0])
     except ValueError:
-        try:
-            address = ip_address(inet_aton(name))
-        except OSError:
+        short = _short_address(name)
+        if short is None:
             return False
+        address = short
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return address.is_loopback or address.is_unspecified
@@ -140,7 +138,19 @@ def is_remote_reachable(address: EndpointAddress) -> bool:
     if address.kind != "nbd":
         return False
     uri = parse_uri(address.address)
-    return uri.socket is None and not is_loopback_host(uri.host or "")
+    return uri.transport == "tcp" and not is_loopback_host(uri.host)
+
+
+def _short_address(name: str) -> IPv4Address | None:
+    """The other forms inet_aton(3) takes: one to four numbers, of any base in C, the last one filling up."""
+    parts = name.split(".")
+    if len(parts) > 4 or any(_NUMBER.fullmatch(part) is None for part in parts):
+        return None
+    numbers = [int(part, 16 if part[1:2] in ("x", "X") else 8 if part[0] == "0" else 10) for part in parts]
+    value = numbers.pop()
+    if value >= 1 << (32 - 8 * len(numbers)) or any(number > 255 for number in numbers):
+        return None
+    return IPv4Address(value | sum(number << (24 - 8 * place) for place, number in enumerate(numbers)))
 
 
 def _command(argv: tuple[str, ...], side: Side) -> CommandEndpoint:

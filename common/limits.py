@@ -51,6 +51,14 @@ RETRY_DELAY_SECONDS: Final = 0.05  # before the second try; doubles with each
 ZERO_RUNS_MAX: Final = 256  # runs of zeroes a lease holds back to coalesce them
 ZERO_BYTES_MAX: Final = GIB  # one WRITE_ZEROES (the length field has 32 bits)
 
+# -- the ring ---------------------------------------------------------------------------------------------------------
+RING_OPERATIONS_MAX: Final = 8192  # in flight; io_uring's completion queue has as many entries, so it cannot overflow
+RING_BUFFERS_MAX: Final = 1024  # of one operation (IOV_MAX); more are left to the next call, as after a short count
+RING_THREADS_MAX: Final = 4  # for what blocks: a stuck fsync must not hold up a file system call on another disk
+RING_EVENTS_MAX: Final = 256  # taken from epoll at once
+RING_CLOSE_SECONDS: Final = 5.0  # for cancelled operations and threads to end when the ring is closed
+RING_RETRY_SECONDS: Final = 0.01  # until a submission is tried again that the kernel had no memory for
+
 # -- time (seconds) ---------------------------------------------------------------------------------------------------
 CONNECT_SECONDS: Final = 5.0
 HANDSHAKE_SECONDS: Final = 10.0
@@ -114,3 +122,15 @@ WORKER_EXIT_SECONDS: Final = 2.0  # for local workers to end by themselves when 
 COMMAND_EXIT_SECONDS: Final = 5.0  # for a server of `[ CMD ]` to end after SIGTERM, then it is killed
 COMMAND_GRACE_SECONDS: Final = 2.0  # a server that left with status 0 may just have seen its last client go
 KILLED_CHILD_SECONDS: Final = 5.0  # for a killed process to be gone
+DEPARTURE_SETTLE_SECONDS: Final = 0.05  # for the last messages of a worker whose process is seen to have ended
+POLL_SECONDS_MIN: Final = 0.001  # a deadline in the past must not make the coordinator spin
+POLL_SECONDS_MAX: Final = 1.0  # nor one far away make it deaf to its own mistakes
+SUSPENSION_SECONDS_MIN: Final = 1.0  # a wait that took this much too long means that we were stopped
+FINISH_SECONDS_MAX: Final = 60.0  # from a wish to stop to the end of the job; more is a fault of ours
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+DISPLAY_SECONDS: Final = 0.2  # between redraws of the bar
+JSON_PROGRESS_SECONDS: Final = 1.0
+RATE_WINDOW_SECONDS: Final = 10.0  # what the rate shown, and so the ETA, is averaged over
+RATE_SAMPLES_MAX: Final = 100
+LAST_PROGRESS_SECONDS: Final = 1.0  # for the reader of the last line to make room for it
