@@ -17,8 +17,7 @@ EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_UNFENCED: Final = 4
-EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells say it
-EXIT_TERMINATED: Final = 143  # 128 + SIGTERM
+EXIT_SIGNAL: Final = 128  # plus the number of the signal, as shells say it: 130 after Ctrl-C
 
 
 class UsageError(UserError):
@@ -54,9 +53,7 @@ def take_out_commands(argv: Sequence[str]) -> Words:
                 break
             command.append(inner)
         else:
-            raise UsageError(
-                "'[' without a ']' after it", advice="brackets are words of their own: [ CMD ARGS ... ]"
-            )
+            raise UsageError("'[' without a ']' after it", advice="brackets are words of their own: [ CMD ARGS ... ]")
         mark = f"[\0{len(commands)}"  # no word of a command line can hold a NUL
         commands[mark] = command
         rest.append(mark)
@@ -101,6 +98,16 @@ class Parser(argparse.ArgumentParser):
             if len(word) > 2 and option.startswith(word):
                 return f"{option}={value}"
         return word
+
+
+def version_line() -> str:
+    """ "nbdshard 0.1.0"; imported late because looking it up costs more than starting a copy."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"nbdshard {version('nbdshard')}"
+    except PackageNotFoundError:
+        return "nbdshard (not installed)"
 
 
 def refuse(text: str, allowed: str) -> NoReturn:

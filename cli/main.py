@@ -2,31 +2,43 @@
 
 A subcommand is a module with `build_parser(prog)` and `run(args) -> int`. What it raises ends here:
 
-======================================  =====================================================  ====
+======================================  =====================================================  =====
 raised                                  printed on standard error                              code
-======================================  =====================================================  ====
+======================================  =====================================================  =====
 UsageError                              nbdshard: the line                                     2
 any other NbdshardError but a BugError  nbdshard: the line                                     1
-KeyboardInterrupt                       nbdshard: interrupted                                  130
+KeyboardInterrupt                       nbdshard: interrupted                                  130 *
 BrokenPipeError (standard output)       nothing: who read it has gone                          141
 BugError, and anything else             nbdshard: internal error: ... and how to see more      1
-======================================  =====================================================  ====
+======================================  =====================================================  =====
+
+(*) or 128 plus the number of another signal that asked for an end.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Final, Protocol, cast
 
-from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, Parser, UsageError
+from nbdshard.cli.grammar import (
+    EXIT_FAILURE,
+    EXIT_SIGNAL,
+    EXIT_OK,
+    EXIT_USAGE,
+    Parser,
+    UsageError,
+    version_line,
+)
 from nbdshard.common.errors import BugError, NbdshardError
+from nbdshard.common.logs import printable
 
-EXIT_BROKEN_PIPE: Final = 141  # 128 + SIGPIPE, as shells say it
+EXIT_BROKEN_PIPE: Final = EXIT_SIGNAL + signal.SIGPIPE
 DEBUG_VARIABLE: Final = "NBDSHARD_DEBUG"
 
 SUBCOMMANDS: Final = {
@@ -73,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _internal_error(error)
     except NbdshardError as error:
         return _say(str(error), EXIT_FAILURE)
-    except KeyboardInterrupt:
-        return _say("interrupted", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        number = getattr(interrupt, "number", signal.SIGINT)  # of coordinator.signals.Interrupted
+        return _say("interrupted", EXIT_SIGNAL + number)
     except BrokenPipeError:
         _silence_standard_output()
         return EXIT_BROKEN_PIPE
@@ -83,16 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _internal_error(error)
     return code
-
-
-def version_line() -> str:
-    """ "nbdshard 0.1.0"; imported late because looking it up costs more than starting a copy."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"nbdshard {version('nbdshard')}"
-    except PackageNotFoundError:
-        return "nbdshard (not installed)"
 
 
 def load(name: str) -> Subcommand:
@@ -122,9 +125,8 @@ def _dispatch(argv: list[str]) -> int:
 
 def _say(line: str, code: int) -> int:
     """Print one line, whatever a peer managed to put into it, and return `code`."""
-    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(line.splitlines()))
     try:
-        print(f"nbdshard: {printable}", file=sys.stderr, flush=True)
+        print(f"nbdshard: {printable(line)}", file=sys.stderr, flush=True)
     except (OSError, ValueError):  # standard error is closed: the code has to say it
         pass
     return code

@@ -130,8 +130,8 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
         "--range-size",
         metavar=size,
         type=_range_size,
-        default=RANGE_BYTES_DEFAULT,
-        help=f"bytes a worker takes at a time, at most (default {size_text(RANGE_BYTES_DEFAULT)})",
+        default=None,
+        help=f"bytes a worker takes at a time (default {size_text(RANGE_BYTES_DEFAULT)}, less for small exports)",
     )
     add(
         "--request-size",
@@ -178,9 +178,7 @@ def add_progress_options(parser: Parser) -> None:
         default=argparse.SUPPRESS,
         help="=bar as -p; =json one object a second; =FD lines 'N/100' on that descriptor",
     )
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="say on standard error what is being done"
-    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is being done")
 
 
 def add_ring_option(parser: argparse.ArgumentParser) -> None:
@@ -220,7 +218,7 @@ def parse_operands(args: argparse.Namespace) -> tuple[Endpoint, Endpoint]:
         missing = "the destination is" if operands else "source and destination are"
         raise UsageError(f"{missing} missing", advice="see --help for what can stand there")
     if len(operands) > 2:
-        extra = operands[2] if operands[2] not in commands else f"[ {' '.join(commands[operands[2]])} ]"
+        extra = words_of(operands[2], args)
         raise UsageError(f"one word too many: {extra!r}", advice="a copy has one source and one destination")
     source, destination = (commands.get(word, word) for word in operands)
     return parse_endpoint(source, "source"), parse_endpoint(destination, "destination")
@@ -248,3 +246,21 @@ def worker_count(args: argparse.Namespace) -> int:
     if args.synchronous:
         return 1
     return args.workers or len(os.sched_getaffinity(0))
+
+
+def parse_one_operand(args: argparse.Namespace, what: str) -> Endpoint:
+    """The only operand of `info` and `map`. Raises UsageError unless there is one, UserError if it is wrong."""
+    operands: list[str] = args.operands
+    if not operands:
+        raise UsageError(f"{what} is missing", advice="see --help")
+    if len(operands) > 1:
+        raise UsageError(f"one word too many: {words_of(operands[1], args)!r}")
+    if operands[0] in args.commands:
+        advice = "give the URI of a server that runs"
+        raise UsageError("a command is for nbdshard copy", words_of(operands[0], args), advice)
+    return parse_endpoint(operands[0], "source")
+
+
+def words_of(operand: str, args: argparse.Namespace) -> str:
+    """How messages show an operand: a bracketed command with its brackets."""
+    return f"[ {' '.join(args.commands[operand])} ]" if operand in args.commands else operand

@@ -82,6 +82,12 @@ def test_long_options_may_be_shortened_and_values_joined() -> None:
     assert small_parser().parse_words(["-C7", "a"]).connections == "7"
 
 
+def test_a_missing_value_is_one_line() -> None:
+    with pytest.raises(UsageError) as caught:
+        small_parser().parse_words(["a", "-C"])
+    assert str(caught.value) == "argument -C/--connections: expected one argument; try 'tool --help'"
+
+
 def test_an_unknown_option_is_one_line() -> None:
     with pytest.raises(UsageError) as caught:
         small_parser().parse_words(["--nosuch", "a"])
