@@ -1,0 +1,84 @@
+"""The progress bar on standard error, drawn by rich. Imported only when a bar is wanted."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from nbdshard.common.limits import DISPLAY_SECONDS
+from nbdshard.common.units import format_bytes, format_rate, format_seconds
+from nbdshard.coordinator.job import Outcome, Status, Verdict
+from nbdshard.coordinator.progress import Meter
+
+
+class BarDisplay:
+    """A bar with bytes, rate, time left, workers and connections; a spinner while the size is unknown.
+
+    Redrawn from the loop (rich's own thread is off). On what is no terminal rich draws nothing until the end, so a
+    line is written there for each tenth instead.
+    """
+
+    def __init__(self, now: float, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._meter = Meter(now)
+        self._due = now
+        self._tenths = -1
+        self._closed = False
+        columns = (
+            SpinnerColumn(finished_text=" "),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+        )
+        self._progress = Progress(*columns, console=self._console, auto_refresh=False, transient=True, expand=True)
+        self._task = self._progress.add_task("opening", total=None, figures="")
+        if self._console.is_terminal:
+            self._progress.start()
+
+    def due(self) -> float:
+        return self._due
+
+    def show(self, status: Status, now: float) -> None:
+        if now < self._due:
+            return
+        self._due = now + DISPLAY_SECONDS
+        self._meter.take(status, now)
+        self._draw(status, status.phase)
+
+    def end(self, status: Status, outcome: Outcome, now: float) -> None:
+        self._meter.take(status, now)
+        self._draw(status, "done" if outcome.verdict is Verdict.COMPLETE else "ended")
+        self.close()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._progress.stop()
+
+    def _draw(self, status: Status, phase: str) -> None:
+        figures = self._figures(status)
+        if not self._console.is_terminal:
+            self._draw_line(status, phase, figures)
+            return
+        self._progress.update(
+            self._task, description=phase, total=status.size, completed=self._meter.done, figures=figures
+        )
+        self._progress.refresh()
+
+    def _draw_line(self, status: Status, phase: str, figures: str) -> None:
+        tenths = self._meter.done * 10 // status.size if status.size else 0
+        if tenths > self._tenths:
+            self._tenths = tenths
+            print(f"nbdshard: {phase} {tenths * 10} %, {figures}", file=sys.stderr, flush=True)
+
+    def _figures(self, status: Status) -> str:
+        done = format_bytes(self._meter.done)
+        parts = [f"{done}/{format_bytes(status.size)}" if status.size is not None else done]
+        parts.append(format_rate(self._meter.rate))
+        left = self._meter.seconds_left(status.size)
+        if left is not None:
+            parts.append(f"ETA {format_seconds(left)}")
+        parts.append(f"{status.workers} workers, {status.connections} connections")
+        return "  ".join(parts)

@@ -1,0 +1,93 @@
+"""Starts the local worker processes of a job, watches them, and ends them.
+
+A local worker keeps to its coordinator's process group, so that a terminal's Ctrl-Z and fg reach the whole job; but the
+signals that ask for an end (Ctrl-C, SIGTERM to the group) stay blocked in it: the coordinator asks its workers to stop
+by messages, so that they drain. When the coordinator dies of a SIGKILL, the kernel kills its workers (the worker asks
+for that itself, `--parent`; see cli.worker).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from nbdshard.common.channel import new_worker_name
+from nbdshard.common.limits import WORKER_EXIT_SECONDS
+from nbdshard.coordinator.child import Child, close_all
+
+STDERR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCommand:
+    """What every local worker of one job is started with."""
+
+    url: str  # the coordinator's ipc address
+    ring: str  # "auto", "io_uring" or "epoll"
+    verbose: bool = False
+    inherits_stdin: bool = False  # the source is our standard input
+    inherits_stdout: bool = False  # the destination is our standard output
+
+    def argv(self, name: str, parent: int) -> list[str]:
+        """The command line of the worker called `name`; no secret is in it, others can read it."""
+        words = [sys.executable, "-P", "-m", "nbdshard.cli.main", "worker"]
+        words += ["--connect", self.url, "--name", name, "--parent", str(parent), "--ring", self.ring]
+        return [*words, "--verbose"] if self.verbose else words
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A local worker's end, as its process tells it."""
+
+    worker: str
+    reason: str
+
+
+class Launcher:
+    """The local workers. Owns their processes: `close` leaves none behind."""
+
+    def __init__(self, command: WorkerCommand) -> None:
+        self._command = command
+        self._children: dict[str, Child] = {}
+
+    def start(self) -> str:
+        """Start one worker; return its name. Raises UserError when there can be no new process."""
+        name = new_worker_name()
+        self._children[name] = Child(
+            self._command.argv(name, os.getpid()),
+            stdin=None if self._command.inherits_stdin else subprocess.DEVNULL,
+            stdout=None if self._command.inherits_stdout else STDERR,
+            shield_from_group_signals=True,
+        )
+        return name
+
+    @property
+    def descriptors(self) -> list[int]:
+        """A pidfd for each running worker, to be polled for reading."""
+        return [child.descriptor for child in self._children.values()]
+
+    def __contains__(self, worker: str) -> bool:
+        return worker in self._children
+
+    def reap(self) -> list[Departure]:
+        """Those that have ended since the last call. Never blocks."""
+        gone = [name for name, child in self._children.items() if child.ended()]
+        departures: list[Departure] = []
+        for name in gone:
+            child = self._children.pop(name)
+            departures.append(Departure(name, f"worker {name[:8]} (process {child.pid}) {child.story()}"))
+            child.close()
+        return departures
+
+    def kill(self, worker: str) -> None:
+        """SIGKILL to `worker`, if it is one of ours and runs; `reap` tells when it has ended."""
+        child = self._children.get(worker)
+        if child is not None:
+            child.kill()
+
+    def close(self, patience_seconds: float = WORKER_EXIT_SECONDS) -> None:
+        """Wait up to `patience_seconds` for the workers to leave by themselves, kill the rest, reap all."""
+        close_all(list(self._children.values()), patience_seconds)
+        self._children.clear()

@@ -1,0 +1,83 @@
+"""A directory only our user can enter, for the sockets of one job; gone when the job is."""
+
+from __future__ import annotations
+
+import os
+import stat
+from types import TracebackType
+from typing import Self
+
+from nbdshard.common import logs
+from nbdshard.common.errors import UserError
+from nbdshard.common.limits import SOCKET_NAME_BYTES_MAX, UNIX_PATH_BYTES_MAX
+
+PREFIX = "nbdshard-"
+
+
+class PrivateDirectory:
+    """A context manager: a new directory of mode 0700 in $XDG_RUNTIME_DIR, $TMPDIR or /tmp, removed at the end.
+
+    What is put in there are sockets and plain files; it has no folders of its own.
+    """
+
+    def __init__(self) -> None:
+        """Create it. Raises UserError when none of the places will have it."""
+        reasons: list[str] = []
+        for base in _places():
+            path = os.path.join(base, PREFIX + os.urandom(8).hex())
+            if len(os.fsencode(path)) + 1 + SOCKET_NAME_BYTES_MAX > UNIX_PATH_BYTES_MAX:
+                reasons.append(f"{base}: too long a name for a unix socket's path")
+                continue
+            try:
+                os.mkdir(path, 0o700)
+            except OSError as error:
+                reasons.append(f"{base}: {error.strerror}")
+                continue
+            self.path = path
+            return
+        raise UserError(f"no place for a private directory ({'; '.join(reasons)})", advice="set TMPDIR to one")
+
+    def socket_path(self, name: str) -> str:
+        """The path of a socket called `name` in here, short enough for the kernel."""
+        if len(os.fsencode(name)) > SOCKET_NAME_BYTES_MAX:
+            raise ValueError(f"a socket's name has at most {SOCKET_NAME_BYTES_MAX} bytes: {name!r}")
+        return os.path.join(self.path, name)
+
+    def remove(self) -> None:
+        """Remove it and what is in it. Never raises: it is called while other errors are on their way."""
+        try:
+            with os.scandir(self.path) as entries:
+                names = [entry.path for entry in entries]
+            for name in names:
+                os.unlink(name)
+            os.rmdir(self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logs.warning(f"{self.path}: cannot be removed: {error.strerror}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _places() -> list[str]:
+    """Where to try, best first. $XDG_RUNTIME_DIR must be ours, as its specification says."""
+    places: list[str] = []
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/"):
+        try:
+            facts = os.stat(runtime)
+        except OSError:
+            pass
+        else:
+            if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid():
+                places.append(runtime)
+    temporary = os.environ.get("TMPDIR", "")
+    if temporary.startswith("/"):
+        places.append(temporary)
+    return [*places, "/tmp"]
