@@ -244,9 +244,7 @@ class WorkerChannel:
             raise UserError(final, f"coordinator {self.url}")
         if now >= self._deadline:
             likely = self._monitor.likely_reason(self._keys)
-            raise UserError(
-                f"no answer within {COORDINATOR_ANSWER_SECONDS:g} s: {likely}", f"coordinator {self.url}"
-            )
+            raise UserError(f"no answer within {COORDINATOR_ANSWER_SECONDS:g} s: {likely}", f"coordinator {self.url}")
 
     def close(self, linger_seconds: float = CHANNEL_LINGER_SECONDS) -> None:
         """Give the last messages `linger_seconds` to leave, then close. Idempotent."""

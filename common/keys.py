@@ -81,12 +81,7 @@ def write_key_files(directory: str, name: str, pair: KeyPair) -> tuple[str, str]
     Raises UserError when either is there already (nothing is ever overwritten) or cannot be written; then
     neither is left behind half-written.
     """
-    if (
-        not name
-        or name.startswith((".", "-"))
-        or "/" in name
-        or any(character.isspace() for character in name)
-    ):
+    if not name or name.startswith((".", "-")) or "/" in name or any(character.isspace() for character in name):
         raise UserError("a key's name is a plain file name without blanks", repr(name))
     secret_path = os.path.join(directory, name + SECRET_SUFFIX)
     public_path = os.path.join(directory, name + PUBLIC_SUFFIX)
@@ -146,9 +141,7 @@ def load_allow_list(path: str) -> frozenset[PublicKey]:
         files = [path]
     if len(files) > KEYS_ALLOWED_MAX:
         raise UserError(f"holds {len(files)} keys, at most {KEYS_ALLOWED_MAX} can be allowed", path)
-    allowed = frozenset(
-        PublicKey(raw) for file in files for raw in _parse(file, _read(file), PUBLIC_WORD, SECRET_WORD)
-    )
+    allowed = frozenset(PublicKey(raw) for file in files for raw in _parse(file, _read(file), PUBLIC_WORD, SECRET_WORD))
     if not allowed:
         raise UserError("allows no key at all", path, "put the workers' .pub files there")
     return allowed
@@ -179,9 +172,7 @@ def _check_private(path: str, facts: os.stat_result) -> None:
     exposed = facts.st_mode & (0o037 if handed_over else 0o077)
     if exposed:
         mode = stat.S_IMODE(facts.st_mode)
-        raise UserError(
-            f"holds a secret key but its mode is {mode:04o}", path, f"make it private: chmod 600 {path}"
-        )
+        raise UserError(f"holds a secret key but its mode is {mode:04o}", path, f"make it private: chmod 600 {path}")
 
 
 def _parse(path: str, text: str, word: str, other: str) -> Iterator[bytes]:

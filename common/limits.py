@@ -89,7 +89,8 @@ RECONNECT_SECONDS_MAX: Final = 2.0  # ... up to this
 KEY_FILE_BYTES_MAX: Final = MIB  # an allow-list of ten thousand keys
 KEYS_ALLOWED_MAX: Final = 10_000
 UNIX_PATH_BYTES_MAX: Final = 107  # sun_path without its final NUL
-LOG_LINE_CHARACTERS_MAX: Final = 2000
+LOG_LINE_CHARACTERS_MAX: Final = 900  # at most four bytes each in UTF-8: a line is one write, not split by a pipe
+LOG_WRITE_SECONDS: Final = 0.2  # for a log's reader to make room; then the line is lost, the work goes on
 
 # -- the blocking client of `info` and `map` ---------------------------------------------------------------------------
 ADDRESSES_MAX: Final = 16  # addresses of one host name that are tried
@@ -116,6 +117,14 @@ SOCKET_BUFFER_BYTES: Final = 2 * MIB  # SO_SNDBUF asked for on unix sockets (the
 TICK_SECONDS: Final = 0.5  # between looks at the clocks of connections and leases
 COORDINATOR_SILENCE_SECONDS: Final = 60.0  # without a word from the coordinator a worker gives up and ends
 
+# -- local files ------------------------------------------------------------------------------------------------------
+FILE_EXTENTS_MAX: Final = 16 * KIB  # in one answer: two system calls each, on a thread that others wait for
+CACHE_WINDOW_BYTES: Final = 8 * MIB  # looked at, written back and dropped from the page cache at a time
+CACHE_WINDOWS_MAX: Final = 256  # remembered by one connection; more than a queue spans
+CACHE_WINDOWS_BEHIND: Final = 2  # written windows left to write-back before their pages are dropped
+CACHE_RUNS_MAX: Final = 64  # separate ranges in one hint to the kernel
+CACHE_HINTS_MAX: Final = 2  # under way on one connection: requests must not wait behind hints
+
 # -- processes --------------------------------------------------------------------------------------------------------
 SOCKET_NAME_BYTES_MAX: Final = 20  # names of sockets in the private directory
 WORKER_EXIT_SECONDS: Final = 2.0  # for local workers to end by themselves when the job is over
@@ -129,6 +138,7 @@ SUSPENSION_SECONDS_MIN: Final = 1.0  # a wait that took this much too long means
 FINISH_SECONDS_MAX: Final = 60.0  # from a wish to stop to the end of the job; more is a fault of ours
 
 # -- progress ---------------------------------------------------------------------------------------------------------
+BAR_DELAY_SECONDS: Final = 0.5  # a copy shorter than this does not pay for the import of rich
 DISPLAY_SECONDS: Final = 0.2  # between redraws of the bar
 JSON_PROGRESS_SECONDS: Final = 1.0
 RATE_WINDOW_SECONDS: Final = 10.0  # what the rate shown, and so the ETA, is averaged over

@@ -9,9 +9,10 @@ forge a line.
 from __future__ import annotations
 
 import os
+import select
 from enum import IntEnum
 
-from nbdshard.common.limits import LOG_LINE_CHARACTERS_MAX
+from nbdshard.common.limits import LOG_LINE_CHARACTERS_MAX, LOG_WRITE_SECONDS
 
 
 class Level(IntEnum):
@@ -49,6 +50,11 @@ def info(text: str) -> None:
     _write(Level.INFO, text)
 
 
+def say(text: str) -> None:
+    """Tell the user something that was asked for, whatever level is shown."""
+    _line(Level.INFO, text)
+
+
 def debug(text: str) -> None:
     _write(Level.DEBUG, text)
 
@@ -56,23 +62,35 @@ def debug(text: str) -> None:
 def printable(text: str) -> str:
     """`text` on one line: control characters, line ends included, are written as escapes; cut at a bound."""
     if not text.isprintable():
-        text = "".join(
-            c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-        )
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
     if len(text) > LOG_LINE_CHARACTERS_MAX:
         return text[:LOG_LINE_CHARACTERS_MAX] + "..."
     return text
 
 
+def write_in_time(descriptor: int, line: bytes, patience_seconds: float) -> bool:
+    """Write a line shorter than PIPE_BUF unless its reader makes no room for it in time; whether it was written.
+
+    A pipe that nobody reads must not hold up the work. Never raises.
+    """
+    poller = select.poll()
+    poller.register(descriptor, select.POLLOUT)
+    try:
+        ready = poller.poll(patience_seconds * 1000)
+        return bool(ready) and bool(ready[0][1] & select.POLLOUT) and os.write(descriptor, line) == len(line)
+    except OSError:  # the reader has gone
+        return False
+
+
 def _write(level: Level, text: str) -> None:
-    if level > _shown:
-        return
+    if level <= _shown:
+        _line(level, text)
+
+
+def _line(level: Level, text: str) -> None:
     journal = f"<{int(level)}>" if _to_journal else ""
     line = f"{journal}{_prefix}{printable(text)}\n".encode("utf-8", "backslashreplace")
-    try:
-        os.write(_STDERR, line)  # one write(2) a line: lines of several processes do not mix
-    except OSError:
-        pass  # nobody reads it; the work goes on
+    write_in_time(_STDERR, line, LOG_WRITE_SECONDS)  # one write(2) a line: lines of several processes do not mix
 
 
 def _stderr_is_journal() -> bool:

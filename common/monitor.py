@@ -12,9 +12,7 @@ import zmq
 from nbdshard.common.keys import WorkerKeys
 from nbdshard.common.limits import MESSAGES_PER_TURN_MAX
 
-_EVENT = struct.Struct(
-    "=HI"
-)  # zmq_socket_monitor(3): event number and its value; the second frame is the endpoint
+_EVENT = struct.Struct("=HI")  # zmq_socket_monitor(3): event number and its value; the second frame is the endpoint
 _MECHANISM_MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 _WATCHED = (
     zmq.EVENT_CONNECT_RETRIED
@@ -35,9 +33,7 @@ class Stage(Enum):
     CONNECTING = 1  # a connection was tried and neither accepted nor refused
     REFUSED = 2  # a connection was tried and failed
     CONNECTED = 3  # somebody accepts connections, but does not speak ZeroMQ's handshake to its end
-    BROKEN_HANDSHAKE = (
-        4  # the other side hung up in the handshake, as it does when it cannot read what we encrypt
-    )
+    BROKEN_HANDSHAKE = 4  # the other side hung up in the handshake, as it does when it cannot read what we encrypt
     JOINED = 5  # the handshake was done; only the coordinator's first message is missing
     FOREIGN_PROTOCOL = 6  # it answers, but not as ZeroMQ does
     KEYS_MISMATCH = 7  # one side uses keys and the other does not

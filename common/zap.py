@@ -15,9 +15,7 @@ from nbdshard.common.limits import MESSAGES_PER_TURN_MAX, UNKNOWN_KEYS_LOGGED_MA
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"nbdshard"
-_REQUEST_FRAMES_MIN = (
-    6  # version, request id, domain, address, identity, mechanism; then the mechanism's credentials
-)
+_REQUEST_FRAMES_MIN = 6  # version, request id, domain, address, identity, mechanism; then the mechanism's credentials
 _CURVE_REQUEST_FRAMES = 7
 
 
@@ -42,9 +40,7 @@ class Doorkeeper:
 
     def _reply(self, request: list[bytes]) -> list[bytes]:
         """The six frames of a ZAP reply; 200 admits, 400 is a final refusal, which the client is told."""
-        if (
-            len(request) < _REQUEST_FRAMES_MIN
-        ):  # libzmq itself asks, so this is a guard against the impossible
+        if len(request) < _REQUEST_FRAMES_MIN:  # libzmq itself asks, so this is a guard against the impossible
             return [b"1.0", request[1] if len(request) > 1 else b"", b"500", b"malformed request", b"", b""]
         version, request_id, _domain, address, _identity, mechanism = request[:_REQUEST_FRAMES_MIN]
         if mechanism == b"CURVE" and len(request) == _CURVE_REQUEST_FRAMES:
