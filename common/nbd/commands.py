@@ -13,11 +13,20 @@ from typing import Final
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.limits import CHUNK_BYTES_MEAN_MIN, CHUNKS_WITHOUT_DATA_MAX
-from nbdshard.common.nbd.constants import Command, CommandFlag, ReplyType, TransmissionFlag, command_name
+from nbdshard.common.nbd.constants import (
+    Command,
+    CommandFlag,
+    Errno,
+    ReplyType,
+    TransmissionFlag,
+    command_name,
+)
 from nbdshard.common.nbd.extents import ExtentCollector
 from nbdshard.common.nbd.sinks import Sink
 from nbdshard.common.nbd.wire import Malformed
 from nbdshard.common.ranges import Range, RangeSet
+
+_DF: Final = CommandFlag.DF.value
 
 
 class Pending:
@@ -37,6 +46,7 @@ class Pending:
         "handle",
         "length",
         "pieces",
+        "shutdown",
         "sink",
         "start",
     )
@@ -55,7 +65,8 @@ class Pending:
         self.contents = 0  # chunks with data or a hole
         self.covered = 0  # bytes of a read that are there
         self.pieces: RangeSet | None = None  # which ones, once they did not come in order
-        self.error: RequestError | None = None
+        self.error: RequestError | None = None  # the first one of the reply
+        self.shutdown = False  # one of its errors was ESHUTDOWN
         self.finished = False  # its last reply has come; `Done` waits for its last byte to be sent
 
     def count_chunk(self) -> None:
@@ -64,12 +75,19 @@ class Pending:
         if self.chunks > CHUNKS_WITHOUT_DATA_MAX + self.length // CHUNK_BYTES_MEAN_MIN:
             raise Malformed(f"{self.chunks} chunks in a reply of {self.length} bytes")
 
+    def fail(self, error: RequestError) -> None:
+        """The request has failed, which its `Done` will tell."""
+        if self.error is None:
+            self.error = error
+        self.shutdown |= error.errno_value == Errno.ESHUTDOWN
+
     def cover(self, offset: int, length: int) -> int:
         """Content for `length` bytes at `offset` of the export comes; returns the offset within the request.
 
         Raises Malformed where it is empty, out of bounds, overlaps what came before, or breaks a promised DF.
         """
-        start, end = offset - self.start, offset - self.start + length
+        start = offset - self.start
+        end = start + length
         if length == 0:
             raise Malformed("a chunk with no data")
         if start < 0 or end > self.length:
@@ -78,7 +96,7 @@ class Pending:
                 f"[{self.start}, {self.start + self.length})"
             )
         self.contents += 1
-        if self.contents > 1 and self.flags & CommandFlag.DF:
+        if self.contents > 1 and self.flags & _DF:
             raise Malformed("a second content chunk in a reply that must not be fragmented")
         if self.pieces is None:
             if start == self.covered:  # in order, as nearly always

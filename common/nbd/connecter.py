@@ -105,7 +105,7 @@ class Connecter:
         self._filled = 0
         self._want(wire.GREETING.size)
 
-    # -- the caller's side -------------------------------------------------------------------------------------
+    # -- the caller's side --------------------------------------------------------------------------------------------
 
     @property
     def done(self) -> bool:
@@ -146,7 +146,7 @@ class Connecter:
             return
         if state is _State.FAILED:
             raise IllegalEvent("connecter", state.name, "end_of_stream", CONNECTER_STATES[state].sentence)
-        self._go(_State.FAILED)
+        self._fail()
         if state is _State.GREETING:
             raise ConnectionLost(self.peer, "waiting for the greeting", "the server closed the connection")
         cause = "the server closed the connection"
@@ -164,7 +164,7 @@ class Connecter:
         elif self.state is _State.NEGOTIATED:
             self._disconnect()
 
-    # -- the greeting ------------------------------------------------------------------------------------------
+    # -- the greeting -------------------------------------------------------------------------------------------------
 
     def _check_magic(self) -> None:
         """As soon as 8 bytes tell it, whatever else does not come: a peer that speaks something else."""
@@ -196,7 +196,7 @@ class Connecter:
         else:
             self._send_export_name()
 
-    # -- options -----------------------------------------------------------------------------------------------
+    # -- options ------------------------------------------------------------------------------------------------------
 
     @property
     def _export_name(self) -> str:
@@ -307,7 +307,7 @@ class Connecter:
         del events
         self._go(_State.PARTED)
 
-    # -- the end -----------------------------------------------------------------------------------------------
+    # -- the end ------------------------------------------------------------------------------------------------------
 
     def _export_name_reply(self, events: list[Event]) -> None:
         try:
@@ -339,15 +339,19 @@ class Connecter:
     def _refuse(self, error: NbdshardError) -> NoReturn:
         """The server will not have us, but the protocol is intact: an ABORT is owed, then raise `error`."""
         if isinstance(error, ProtocolError):
-            self._go(_State.FAILED)
+            self._fail()
         else:
             self._send_abort()
         raise error
 
     def _blame(self, what: str) -> NoReturn:
         stage = "greeting" if not self._sent else f"{option_name(self._sent[-1])} reply"
-        self._go(_State.FAILED)
+        self._fail()
         raise ProtocolError(self.peer, stage, what)
+
+    def _fail(self) -> None:
+        self._go(_State.FAILED)
+        self._out.clear()
 
     def _go(self, state: _State) -> None:
         self.state = advance(CONNECTER_STATES, "connecter", self.state, state)

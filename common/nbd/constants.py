@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum, IntFlag
 from typing import Final
 
-# -- magic numbers, spec name in the comment -----------------------------------------------------------------
+# -- magic numbers, spec name in the comment --------------------------------------------------------------------------
 GREETING_MAGIC: Final = 0x4E42444D41474943  # NBDMAGIC, also known as INIT_PASSWD
 OPTION_MAGIC: Final = 0x49484156454F5054  # IHAVEOPT: newstyle greeting, and every option sent by a client
 OLDSTYLE_MAGIC: Final = 0x00420281861253  # cliserv_magic

@@ -154,7 +154,7 @@ OptionTable = Mapping[int, OptionHandler]
 FINAL_REFUSALS: Final = frozenset({OptionReply.ERR_TLS_REQD, OptionReply.ERR_SHUTDOWN})
 
 
-# -- EXTENDED_HEADERS, STRUCTURED_REPLY -----------------------------------------------------------------------
+# -- EXTENDED_HEADERS, STRUCTURED_REPLY ------------------------------------------------------------------------------
 
 
 def _wants_extended(negotiation: Negotiation) -> bool:
@@ -174,7 +174,7 @@ def _has_structured(negotiation: Negotiation) -> None:
     negotiation.structured = True
 
 
-# -- SET_META_CONTEXT -----------------------------------------------------------------------------------------
+# -- SET_META_CONTEXT ------------------------------------------------------------------------------------------------
 
 
 def _wants_contexts(negotiation: Negotiation) -> bool:
@@ -202,7 +202,7 @@ def _has_contexts(negotiation: Negotiation) -> None:
     negotiation.contexts = negotiation.contexts_offered
 
 
-# -- INFO, GO -------------------------------------------------------------------------------------------------
+# -- INFO, GO --------------------------------------------------------------------------------------------------------
 
 _INFOS_WANTED: Final = (Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE)
 
@@ -269,7 +269,7 @@ def _fall_back(reply: int) -> Outcome:
     return Outcome.EXPORT_NAME if reply == OptionReply.ERR_UNSUP else Outcome.REFUSED
 
 
-# -- LIST -----------------------------------------------------------------------------------------------------
+# -- LIST ------------------------------------------------------------------------------------------------------------
 
 
 def _server_reply(negotiation: Negotiation, payload: memoryview) -> None:
@@ -277,7 +277,7 @@ def _server_reply(negotiation: Negotiation, payload: memoryview) -> None:
     negotiation.exports.append((wire.printable(name), wire.printable(description)))
 
 
-# -- the table, in the order in which options are sent --------------------------------------------------------
+# -- the table, in the order in which options are sent ---------------------------------------------------------------
 
 
 def _goal_is(goal: Goal) -> Callable[[Negotiation], bool]:

@@ -48,6 +48,7 @@ class ChunkKind:
     length_max: int
     step: int = 1
     kept_max: int = ERROR_CHUNK_BYTES_MAX
+    content: bool = False  # only for commands whose table entry names it; other kinds may answer anything
     extended_only: bool = False
 
     def check_length(self, length: int) -> None:
@@ -83,8 +84,7 @@ def _error(pending: Pending, payload: memoryview, kind: int, length: int) -> Non
     end = pending.start + pending.length
     if error.offset is not None and pending.entry.ranged and not pending.start <= error.offset < end:
         raise Malformed(f"an error at offset {error.offset}, outside of the request [{pending.start}, {end})")
-    if pending.error is None:
-        pending.error = RequestError(errno_name(error.error), error.error, printable(error.message))
+    pending.fail(RequestError(errno_name(error.error), error.error, printable(error.message)))
 
 
 ANY_ERROR: Final = ChunkKind(ReplyType.ERROR, _error, ERROR.size, ERROR_CHUNK_BYTES_MAX)
@@ -94,7 +94,7 @@ CHUNKS: Final[Mapping[int, ChunkKind]] = MappingProxyType(
         kind.type: kind
         for kind in (
             ChunkKind(ReplyType.NONE, _none, 0, 0),
-            ChunkKind(ReplyType.OFFSET_HOLE, _hole, OFFSET_HOLE.size, OFFSET_HOLE.size),
+            ChunkKind(ReplyType.OFFSET_HOLE, _hole, OFFSET_HOLE.size, OFFSET_HOLE.size, content=True),
             ChunkKind(
                 ReplyType.BLOCK_STATUS,
                 _block_status,
@@ -102,6 +102,7 @@ CHUNKS: Final[Mapping[int, ChunkKind]] = MappingProxyType(
                 narrow_length(EXTENTS_ON_WIRE_MAX),
                 step=DESCRIPTOR.size,
                 kept_max=narrow_length(EXTENTS_PER_REPLY_MAX),
+                content=True,
             ),
             ChunkKind(
                 ReplyType.BLOCK_STATUS_EXT,
@@ -110,6 +111,7 @@ CHUNKS: Final[Mapping[int, ChunkKind]] = MappingProxyType(
                 wide_length(EXTENTS_ON_WIRE_MAX),
                 step=DESCRIPTOR_EXT.size,
                 kept_max=wide_length(EXTENTS_PER_REPLY_MAX),
+                content=True,
                 extended_only=True,
             ),
             ANY_ERROR,

@@ -1,8 +1,10 @@
-"""Requests as the export allows them: what the client checks before it queues one."""
+"""Requests as one export allows them: what the client checks before it queues one, and the header it sends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from nbdshard.common.errors import BugError
@@ -21,78 +23,103 @@ from nbdshard.common.nbd.sinks import BufferSink, Sink
 from nbdshard.common.ranges import Range
 
 _COMPACT_LENGTH_MAX: Final = (1 << 32) - 1
+_PAYLOAD_LEN: Final = CommandFlag.PAYLOAD_LEN.value
 
 
-def check_request(
-    export: Export,
-    commands: CommandTable,
-    command: int,
-    where: Range | None,
-    flags: int,
-    payload: Sequence[memoryview | bytes],
-    sink: Sink | None,
-) -> CommandEntry:
-    """The table's entry for `command`. Raises BugError where the export does not allow the request."""
-    entry = commands.get(command)
-    if entry is None:
-        raise BugError(f"{command_name(command)} is not in the table of commands")
-    _check_flags(export, entry, flags)
-    if entry.ranged != (where is not None):
-        raise BugError(f"{entry.name} with {where}")
-    if where is not None:
-        _check_range(export, entry, where)
-    length = where.length if where is not None else 0
-    payload_length = sum(map(_byte_length, payload))
-    if payload_length != (length if entry.sends_payload else 0):
-        raise BugError(f"{entry.name} of {length} bytes with {payload_length} bytes of payload")
-    if entry.receives_payload != (sink is not None):
-        raise BugError(f"{entry.name} {'without' if sink is None else 'with'} a place for payload")
-    if isinstance(sink, BufferSink) and len(sink) != length:
-        raise BugError(f"{entry.name} of {length} bytes into a buffer of {len(sink)}")
-    if entry.queries_contexts and BASE_ALLOCATION not in export.contexts:
-        raise BugError(f"{entry.name} where {BASE_ALLOCATION} was not agreed on")
-    return entry
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one export makes of one command: why it is not to be sent ("" if it may be), and its flags."""
+
+    entry: CommandEntry
+    refusal: str
+    flags: int  # those that may be set
 
 
-def _check_flags(export: Export, entry: CommandEntry, flags: int) -> None:
-    if entry.needs & export.flags != entry.needs:
-        raise BugError(f"{entry.name} where the export's flags are {export.flags!r}")
-    if entry.writes and export.flags & TransmissionFlag.READ_ONLY:
-        raise BugError(f"{entry.name} on a read-only export")
+class RequestRules:
+    """The table of commands as `export` allows them, worked out once: enums are slow to calculate with."""
+
+    def __init__(self, export: Export, commands: CommandTable) -> None:
+        self._export = export
+        self._rules: Mapping[int, Rule] = MappingProxyType(
+            {number: _rule(export, entry) for number, entry in commands.items()}
+        )
+        self.header_bytes = (wire.EXTENDED_REQUEST if export.extended else wire.REQUEST).size
+
+    def check(
+        self,
+        command: int,
+        where: Range | None,
+        flags: int,
+        payload: Sequence[memoryview],
+        sink: Sink | None,
+    ) -> CommandEntry:
+        """The table's entry for `command`. Raises BugError where the export does not allow the request."""
+        rule = self._rules.get(command)
+        if rule is None:
+            raise BugError(f"{command_name(command)} is not in the table of commands")
+        entry = rule.entry
+        if rule.refusal:
+            raise BugError(f"{entry.name} {rule.refusal}")
+        if flags & ~rule.flags:
+            raise BugError(f"{entry.name} with {CommandFlag(flags & ~rule.flags)!r}, which is not exposed")
+        if entry.ranged != (where is not None):
+            raise BugError(f"{entry.name} with the range {where}")
+        length = 0
+        if where is not None:
+            length = where.end - where.start
+            self._check_range(entry, where)
+        payload_length = sum(map(len, payload))
+        if payload_length != (length if entry.sends_payload else 0):
+            raise BugError(f"{entry.name} of {length} bytes with {payload_length} bytes of payload")
+        if entry.receives_payload != (sink is not None):
+            raise BugError(f"{entry.name} {'without' if sink is None else 'with'} a place for payload")
+        if isinstance(sink, BufferSink) and len(sink) != length:
+            raise BugError(f"{entry.name} of {length} bytes into a buffer of {len(sink)}")
+        return entry
+
+    def _check_range(self, entry: CommandEntry, where: Range) -> None:
+        """ "The client MUST ensure that offset and length are integer multiples of any advertised minimum"."""
+        if where.end > self._export.size:
+            raise BugError(f"{entry.name} of {where} where the export ends at {self._export.size}")
+        sizes = self._export.block_sizes
+        if where.start % sizes.minimum or where.end % sizes.minimum:
+            raise BugError(f"{entry.name} of {where} where the minimum block size is {sizes.minimum}")
+        length = where.end - where.start
+        if length > sizes.maximum and (entry.sends_payload or entry.receives_payload):
+            raise BugError(f"{entry.name} of {where} where the maximum block size is {sizes.maximum}")
+        if length > _COMPACT_LENGTH_MAX and not self._export.extended:
+            raise BugError(f"{entry.name} of {where}, too long for a compact request")
+
+    def header(self, entry: CommandEntry, cookie: int, flags: int, offset: int, length: int) -> bytes:
+        """The 28 or 32 bytes of the request's header."""
+        if not self._export.extended:
+            return wire.REQUEST.pack(REQUEST_MAGIC, flags, entry.command, cookie, offset, length)
+        if entry.sends_payload:
+            flags |= _PAYLOAD_LEN
+        return wire.EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, entry.command, cookie, offset, length)
+
+
+def _rule(export: Export, entry: CommandEntry) -> Rule:
+    flags = 0
     for flag, needed in entry.flags.items():
-        if flags & flag:
-            flags &= ~flag
-            if needed & export.flags != needed:
-                raise BugError(f"{entry.name} with {CommandFlag(flag)!r} where {needed!r} is not set")
-    if flags:
-        raise BugError(f"{entry.name} with flags {flags:#x}, which it does not have")
+        if needed & export.flags == needed:
+            flags |= int(flag)
+    return Rule(entry, _refusal(export, entry), flags)
 
 
-def _check_range(export: Export, entry: CommandEntry, where: Range) -> None:
-    """ "The client MUST ensure that offset and length are integer multiples of any advertised minimum"."""
-    if where.end > export.size:
-        raise BugError(f"{entry.name} of {where} where the export ends at {export.size}")
-    sizes = export.block_sizes
-    if where.start % sizes.minimum or where.end % sizes.minimum:
-        raise BugError(f"{entry.name} of {where} where the minimum block size is {sizes.minimum}")
-    if (entry.sends_payload or entry.receives_payload) and where.length > sizes.maximum:
-        raise BugError(f"{entry.name} of {where} where the maximum block size is {sizes.maximum}")
-    if not export.extended and where.length > _COMPACT_LENGTH_MAX:
-        raise BugError(f"{entry.name} of {where}, too long for a compact request")
+def _refusal(export: Export, entry: CommandEntry) -> str:
+    if entry.needs & export.flags != entry.needs:
+        return f"where the export does not set NBD_FLAG_{entry.needs.name}"
+    if entry.writes and export.flags & TransmissionFlag.READ_ONLY:
+        return "on a read-only export"
+    if entry.queries_contexts and BASE_ALLOCATION not in export.contexts:
+        return f"where {BASE_ALLOCATION} was not agreed on"
+    return ""
 
 
-def _byte_length(piece: memoryview | bytes) -> int:
-    if isinstance(piece, bytes):
-        return len(piece)
-    if not piece.c_contiguous:
+def as_bytes(piece: memoryview | bytes) -> memoryview:
+    """`piece` with its length in bytes. Raises BugError where it is not one run of memory."""
+    view = memoryview(piece)
+    if not view.c_contiguous:
         raise BugError("payload that is not contiguous")
-    return piece.nbytes
-
-
-def request_header(export: Export, entry: CommandEntry, cookie: int, flags: int, offset: int, length: int) -> bytes:
-    """The 28 or 32 bytes of the request's header."""
-    if not export.extended:
-        return wire.REQUEST.pack(REQUEST_MAGIC, flags, entry.command, cookie, offset, length)
-    if entry.sends_payload:
-        flags |= CommandFlag.PAYLOAD_LEN
-    return wire.EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, entry.command, cookie, offset, length)
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")

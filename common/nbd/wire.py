@@ -86,7 +86,7 @@ class ErrorPayload(NamedTuple):
     offset: int | None
 
 
-# -- requests ------------------------------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------------------------------
 
 
 def pack_request(request: Request, *, extended: bool) -> bytes:
@@ -103,7 +103,7 @@ def unpack_request(data: Buffer, *, extended: bool) -> Request:
     return Request(*fields)
 
 
-# -- replies -------------------------------------------------------------------------------------------------
+# -- replies ---------------------------------------------------------------------------------------------------------
 
 
 def pack_simple_reply(cookie: int, error: int = 0) -> bytes:
@@ -136,7 +136,7 @@ def unpack_chunk(data: Buffer, *, extended: bool) -> Chunk:
     return Chunk(flags, kind, cookie, 0, length)
 
 
-# -- payloads of chunks --------------------------------------------------------------------------------------
+# -- payloads of chunks ----------------------------------------------------------------------------------------------
 
 
 def pack_error(error: int, message: bytes = b"", offset: int | None = None) -> bytes:

@@ -67,7 +67,7 @@ class ContextQuery(NamedTuple):
     queries: tuple[str, ...]
 
 
-# -- greeting and options ------------------------------------------------------------------------------------
+# -- greeting and options --------------------------------------------------------------------------------------------
 
 
 def pack_greeting(flags: int) -> bytes:
@@ -115,7 +115,7 @@ def unpack_export_name_reply(data: Buffer) -> tuple[int, int]:
     return size, flags
 
 
-# -- payloads of options -------------------------------------------------------------------------------------
+# -- payloads of options ---------------------------------------------------------------------------------------------
 
 
 def pack_info_request(export_name: str, infos: Sequence[int]) -> bytes:
@@ -158,7 +158,7 @@ def unpack_context_query(data: Buffer) -> ContextQuery:
     return ContextQuery(name, tuple(queries))
 
 
-# -- payloads of option replies ------------------------------------------------------------------------------
+# -- payloads of option replies --------------------------------------------------------------------------------------
 
 
 def pack_server(name: str, description: str = "") -> bytes:
@@ -226,7 +226,7 @@ def unpack_info_type(payload: Buffer) -> int:
     return int(INFO_TYPE.unpack_from(payload)[0])
 
 
-# -- strings -------------------------------------------------------------------------------------------------
+# -- strings ---------------------------------------------------------------------------------------------------------
 
 
 def printable(data: Buffer, length_max: int = EXPORT_NAME_BYTES_MAX) -> str:
