@@ -28,8 +28,8 @@ from typing import Final, Protocol, cast
 
 from nbdshard.cli.grammar import (
     EXIT_FAILURE,
-    EXIT_SIGNAL,
     EXIT_OK,
+    EXIT_SIGNAL,
     EXIT_USAGE,
     Parser,
     UsageError,

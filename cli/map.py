@@ -58,7 +58,7 @@ def run(args: Namespace) -> int:
             with _opened(path) as (descriptor, size):
                 _show(args, merged(extents_of_file(descriptor, size)), size)
         case _:
-            raise UserError("map takes the URI of an NBD export, or a file", advice="see --help")
+            raise UserError("map takes the URI of an NBD export, or a file", args.operands[0])
     return EXIT_OK
 
 

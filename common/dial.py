@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -33,13 +34,24 @@ class Unreachable(ConnectionLost):
 def dial(uri: NbdUri, peer: str, seconds: float = CONNECT_SECONDS) -> socket.socket:
     """A connected, blocking socket; the caller closes it. `peer` is the URI's name in messages.
 
-    Every address of a host name is tried in the resolver's order, each with its share of what is left of `seconds`.
-    Raises Unreachable (the last address's error), or TimedOut when the time is over.
+    Every address of a host name is tried, in the resolver's order. Raises Unreachable (with the last address's
+    error), or TimedOut when `seconds` are over.
     """
     if uri.transport == "unix":
         return _dial_unix(uri.socket or "", peer, seconds)
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
     addresses = resolve(uri.host, uri.port, peer, seconds)
+    return dial_addresses(addresses, peer, seconds, start)
+
+
+def dial_addresses(
+    addresses: Sequence[AddressInfo], peer: str, seconds: float, start: float | None = None
+) -> socket.socket:
+    """A connection to the first of `addresses` that takes one; each has its share of what is left of `seconds`.
+
+    They count from `start` by the monotonic clock, or from now. Raises as `dial` does.
+    """
+    deadline = (time.monotonic() if start is None else start) + seconds
     failure: ConnectionLost = TimedOut(peer, "connecting", seconds)
     for index, address in enumerate(addresses):
         left = deadline - time.monotonic()
@@ -62,7 +74,7 @@ def resolve(host: str, port: int, peer: str, seconds: float) -> Sequence[Address
     """
     try:
         return _getaddrinfo(host, port, socket.AI_NUMERICHOST)
-    except OSError:
+    except (OSError, UnicodeError):
         pass
     found: list[Sequence[AddressInfo]] = []
     failed: list[Exception] = []
@@ -102,10 +114,11 @@ def _lookup_cause(error: Exception) -> str:
 def _dial_unix(path: str, peer: str, seconds: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.settimeout(seconds)
+        # Not settimeout: a non-blocking connect fails at once where the server has not yet accepted those before us.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
         connection.connect(path)
-        connection.settimeout(None)
-    except TimeoutError:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
+    except BlockingIOError:
         connection.close()
         raise TimedOut(peer, "connecting", seconds) from None
     except FileNotFoundError:
@@ -119,6 +132,11 @@ def _dial_unix(path: str, peer: str, seconds: float) -> socket.socket:
         # "AF_UNIX path too long" is raised by Python itself and carries no errno
         raise Unreachable(peer, f"{cause_of(error)}: {path}") from None
     return connection
+
+
+def _timeval(seconds: float) -> bytes:
+    """struct timeval; all zero means for ever."""
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
 
 
 def _connect(address: AddressInfo, seconds: float) -> socket.socket:

@@ -19,9 +19,7 @@ from nbdshard.common.errors import UserError
 from nbdshard.common.messages import EndpointAddress
 
 
-@pytest.mark.parametrize(
-    "path", ["disk.img", "/dev/sdb", "./nbd://x", "a:b", "C:/x", "-x", "null:x", "[", "./-"]
-)
+@pytest.mark.parametrize("path", ["disk.img", "/dev/sdb", "./nbd://x", "a:b", "C:/x", "-x", "null:x", "[", "./-"])
 def test_what_has_no_scheme_is_a_local_path(path: str) -> None:
     assert parse_endpoint(path, "source") == FileEndpoint(path)
 
@@ -60,9 +58,7 @@ def test_what_cannot_be_an_endpoint_is_said_in_one_line(word: str, line: str) ->
     assert str(caught.value) == line
 
 
-@pytest.mark.parametrize(
-    "word", ["nbds://host/", "nbds+unix:///x?socket=/s", "nbd://host:99999/", "nbd:host"]
-)
+@pytest.mark.parametrize("word", ["nbds://host/", "nbds+unix:///x?socket=/s", "nbd://host:99999/", "nbd:host"])
 def test_what_starts_like_an_nbd_uri_is_never_taken_for_a_file(word: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_endpoint(word, "source")
@@ -99,9 +95,7 @@ def test_every_spelling_of_this_machine_is_loopback(host: str) -> None:
     assert is_loopback_host(host)
 
 
-@pytest.mark.parametrize(
-    "host", ["server", "10.0.0.1", "fe80::1%eth0", "localhost.example.org", "::ffff:10.0.0.1"]
-)
+@pytest.mark.parametrize("host", ["server", "10.0.0.1", "fe80::1%eth0", "localhost.example.org", "::ffff:10.0.0.1"])
 def test_other_hosts_are_not_loopback(host: str) -> None:
     assert not is_loopback_host(host)
 

@@ -30,9 +30,7 @@ def test_a_size_is_a_whole_number_with_a_binary_suffix(text: str, size: int) -> 
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize(
-    "text", ["", "k", "-1", "+1", "1.5M", "1 M", " 1", "1X", "0x10", "1MM", "1iM", "٣", "1\n"]
-)
+@pytest.mark.parametrize("text", ["", "k", "-1", "+1", "1.5M", "1 M", " 1", "1X", "0x10", "1MM", "1iM", "٣", "1\n"])
 def test_what_is_no_size_is_refused_with_the_option_named(text: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_size(text, "--queue-size")
