@@ -1,0 +1,66 @@
+"""May this worker take part? Pure questions about a `Hello` and about what an `Opened` found."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from nbdshard.common.endpoints import is_remote_reachable
+from nbdshard.common.errors import UserError
+from nbdshard.common.messages import PROTOCOL_VERSION, EndpointAddress, EndpointDescription, Hello
+from nbdshard.coordinator.job import Job
+
+# Not `peer`, which two machines may spell differently, nor `rotational`, which only tunes.
+_COMPARED: Final = (
+    "read_only",
+    "can_multi_conn",
+    "can_flush",
+    "can_fua",
+    "can_zero",
+    "can_extents",
+    "block_minimum",
+    "block_preferred",
+    "block_maximum",
+    "is_stream",
+)
+
+
+def refusal(job: Job, hello: Hello) -> str | None:
+    """Why the worker cannot be taken, in one line; None if it can."""
+    if hello.version != PROTOCOL_VERSION:
+        return (
+            f"the worker speaks version {hello.version} of the control protocol, "
+            f"the coordinator version {PROTOCOL_VERSION}"
+        )
+    if hello.machine == job.machine:
+        return None
+    for side, address in (("source", job.source), ("destination", job.destination)):
+        if not _means_the_same_everywhere(address):
+            return (
+                f"a worker on another machine cannot take part: the {side} {address.address} "
+                "is not an NBD server at a TCP address other than loopback"
+            )
+    return None
+
+
+def _means_the_same_everywhere(address: EndpointAddress) -> bool:
+    try:
+        return is_remote_reachable(address)
+    except UserError:  # a malformed URI, which no worker can open either
+        return False
+
+
+def disagreement(
+    expected: EndpointDescription, found: EndpointDescription, side: str, *, size_matters: bool
+) -> str | None:
+    """How what a worker `found` differs from what the job is about, in one line; None if it does not."""
+    if size_matters and found.size != expected.size:
+        return f"another {side} was found: size {_size(found.size)} instead of {_size(expected.size)}"
+    for what in _COMPARED:
+        was, now = getattr(expected, what), getattr(found, what)
+        if was != now:
+            return f"another {side} was found: {what} is {now} instead of {was}"
+    return None
+
+
+def _size(size: int | None) -> str:
+    return "unknown" if size is None else str(size)

@@ -1,0 +1,77 @@
+"""One copy job as the coordinator sees it: what was asked for, how far it is, how it ended. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from nbdshard.common.limits import CONNECTIONS_DEFAULT, HEARTBEAT_SECONDS, LEASE_SECONDS
+from nbdshard.common.messages import Counters, EndpointAddress, JobOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What was asked for. `connections` is the total per side, shared out among the workers."""
+
+    uuid: str
+    epoch: int  # raised at each start of the coordinator: what an earlier one was told does not count
+    source: EndpointAddress
+    destination: EndpointAddress
+    options: JobOptions
+    connections: int = CONNECTIONS_DEFAULT
+    workers: int = 1  # worker processes wanted
+    range_size: int | None = None  # bytes; None: chosen by the planner
+    local_workers: bool = True  # workers are processes of ours: started by `Start`, killed by `Kill`
+    destination_grows: bool = False  # a regular file or a stream: `Prepare` gives it its size
+    machine: str = ""  # the coordinator's own machine id, to compare with `Hello.machine`
+    lease_seconds: float = LEASE_SECONDS
+    heartbeat_seconds: float = HEARTBEAT_SECONDS
+
+
+class Verdict(Enum):
+    """How a job ended."""
+
+    COMPLETE = auto()  # every byte is at the destination (and durable as far as `Outcome.durable` says)
+    FAILED = auto()  # `Outcome.error` says why
+    STOPPED = auto()  # the user asked for it
+    UNFENCED = auto()  # a worker was not heard to close its connections: it may still write to the destination
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of a job: what the summary line and the exit code are made of."""
+
+    verdict: Verdict
+    error: str  # one line; "" when complete
+    counters: Counters
+    size: int | None  # bytes; None when no worker ever found out
+    durable: bool  # False: the server has no FLUSH, or `--no-flush`
+    flush_asked: bool
+    workers: int  # that took part (opened both sides)
+    source_connections: int  # most at one time
+    destination_connections: int
+    rings: frozenset[str]
+    unfenced: tuple[str, ...]  # "host/pid" of workers that were not heard to close their connections
+    source_peer: str
+    destination_peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How far a job is, for the progress display.
+
+    `counters` holds completed bytes, those of leases under way too; it falls back when a range has to be copied
+    again, which the display hides. `phase` is "opening", "copying", "flushing", "stopping" or "done".
+    """
+
+    size: int | None
+    counters: Counters
+    workers: int  # connected now
+    source_connections: int
+    destination_connections: int
+    phase: str
+
+    @property
+    def connections(self) -> int:
+        """Connections to that side which has more of them."""
+        return max(self.source_connections, self.destination_connections)

@@ -1,0 +1,207 @@
+"""The coordinator's state tables: ranges, workers and the job, as data.
+
+::
+
+    range    PENDING -> LEASED -> WRITTEN -> DURABLE        back to PENDING when what was done does not count any more
+                          \\-> FAILED
+    worker   JOINING -> READY -> DRAINING -> GONE
+    job      OPENING -> PREPARING -> COPYING <-> FLUSHING -> STOPPING -> DONE
+
+A step that is not in its table raises IllegalEvent and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final, Generic, TypeVar
+
+from nbdshard.common import messages
+from nbdshard.common.errors import IllegalEvent
+
+State = TypeVar("State", bound=Enum)
+Event = TypeVar("Event", bound=Enum)
+
+
+@dataclass(frozen=True, slots=True)
+class Table(Generic[State, Event]):
+    """The moves of one machine, and a sentence for each of its states."""
+
+    machine: str
+    sentences: Mapping[State, str]
+    moves: Mapping[tuple[State, Event], State]
+
+    def step(self, state: State, event: Event, story: str = "") -> State:
+        """The state after `event`. Raises IllegalEvent, telling `story` (which range or worker), if none."""
+        after = self.moves.get((state, event))
+        if after is None:
+            raise IllegalEvent(self.machine, state.name, event.name, story)
+        return after
+
+
+# -- a range -----------------------------------------------------------------------------------------------------------
+
+
+class RangeState(Enum):
+    PENDING = auto()
+    LEASED = auto()
+    WRITTEN = auto()
+    DURABLE = auto()
+    FAILED = auto()
+
+
+class RangeEvent(Enum):
+    GRANT = auto()
+    WRITTEN = auto()
+    SETTLED = auto()
+    GIVEN_BACK = auto()
+    SPENT = auto()
+
+
+RANGES: Final = Table(
+    "range",
+    {
+        RangeState.PENDING: "Nobody works on it; nothing written to it counts.",
+        RangeState.LEASED: "One worker copies it under the only valid lease.",
+        RangeState.WRITTEN: "The destination acknowledged every byte, but no flush has covered them yet.",
+        RangeState.DURABLE: "A flush on the connections that wrote it covered it, or none can be had.",
+        RangeState.FAILED: "Its attempts are spent, or its failure is final; the job fails with it.",
+    },
+    {
+        (RangeState.PENDING, RangeEvent.GRANT): RangeState.LEASED,
+        (RangeState.LEASED, RangeEvent.WRITTEN): RangeState.WRITTEN,
+        (RangeState.LEASED, RangeEvent.GIVEN_BACK): RangeState.PENDING,
+        (RangeState.LEASED, RangeEvent.SPENT): RangeState.FAILED,
+        (RangeState.WRITTEN, RangeEvent.SETTLED): RangeState.DURABLE,
+        (RangeState.WRITTEN, RangeEvent.GIVEN_BACK): RangeState.PENDING,
+        (RangeState.WRITTEN, RangeEvent.SPENT): RangeState.FAILED,
+    },
+)
+
+
+# -- a worker ----------------------------------------------------------------------------------------------------------
+
+
+class WorkerState(Enum):
+    JOINING = auto()
+    READY = auto()
+    DRAINING = auto()
+    GONE = auto()
+
+
+class WorkerEvent(Enum):
+    OPENED = auto()
+    STOPPED = auto()
+    LEFT = auto()
+
+
+WORKERS: Final = Table(
+    "worker",
+    {
+        WorkerState.JOINING: "It said Hello; it opens the connections it was given, or stands by without any.",
+        WorkerState.READY: "It has a connection to either side and may hold leases.",
+        WorkerState.DRAINING: "It was told to stop, or is being killed; it gets nothing new.",
+        WorkerState.GONE: "It is not waited for any more: it left, it is dead, or it is listed as unfenced.",
+    },
+    {
+        (WorkerState.JOINING, WorkerEvent.OPENED): WorkerState.READY,
+        (WorkerState.READY, WorkerEvent.OPENED): WorkerState.READY,
+        (WorkerState.JOINING, WorkerEvent.STOPPED): WorkerState.DRAINING,
+        (WorkerState.READY, WorkerEvent.STOPPED): WorkerState.DRAINING,
+        (WorkerState.DRAINING, WorkerEvent.STOPPED): WorkerState.DRAINING,
+        (WorkerState.JOINING, WorkerEvent.LEFT): WorkerState.GONE,
+        (WorkerState.READY, WorkerEvent.LEFT): WorkerState.GONE,
+        (WorkerState.DRAINING, WorkerEvent.LEFT): WorkerState.GONE,
+    },
+)
+
+
+class Reception(Enum):
+    """What becomes of a message, by its type and its sender's state."""
+
+    TAKEN = auto()  # acted upon
+    LATE = auto()  # it crossed one of ours on the way: dropped and counted
+    WRONG = auto()  # a worker that keeps the protocol cannot send it now: it is stopped
+
+
+RECEPTION: Final[Mapping[WorkerState, Mapping[type[messages.Message], Reception]]] = {
+    WorkerState.JOINING: {
+        messages.Opened: Reception.TAKEN,
+        messages.OpenFailed: Reception.TAKEN,
+        messages.Wanted: Reception.TAKEN,
+        messages.Progress: Reception.WRONG,
+        messages.Written: Reception.WRONG,
+        messages.Failed: Reception.WRONG,
+        messages.Flushed: Reception.WRONG,
+        messages.Alive: Reception.TAKEN,
+        messages.Goodbye: Reception.TAKEN,
+    },
+    WorkerState.READY: {
+        messages.Opened: Reception.TAKEN,
+        messages.OpenFailed: Reception.TAKEN,
+        messages.Wanted: Reception.TAKEN,
+        messages.Progress: Reception.TAKEN,
+        messages.Written: Reception.TAKEN,
+        messages.Failed: Reception.TAKEN,
+        messages.Flushed: Reception.TAKEN,
+        messages.Alive: Reception.TAKEN,
+        messages.Goodbye: Reception.TAKEN,
+    },
+    WorkerState.DRAINING: {
+        messages.Opened: Reception.LATE,
+        messages.OpenFailed: Reception.LATE,
+        messages.Wanted: Reception.LATE,
+        messages.Progress: Reception.TAKEN,
+        messages.Written: Reception.TAKEN,
+        messages.Failed: Reception.TAKEN,
+        messages.Flushed: Reception.LATE,
+        messages.Alive: Reception.TAKEN,
+        messages.Goodbye: Reception.TAKEN,
+    },
+}
+
+
+# -- the job -----------------------------------------------------------------------------------------------------------
+
+
+class Phase(Enum):
+    OPENING = "opening"
+    PREPARING = "preparing"
+    COPYING = "copying"
+    FLUSHING = "flushing"
+    STOPPING = "stopping"
+    DONE = "done"
+
+
+class JobEvent(Enum):
+    PREPARE = auto()
+    COPY = auto()
+    FLUSH = auto()
+    END = auto()
+    FINISH = auto()
+
+
+JOBS: Final = Table(
+    "job",
+    {
+        Phase.OPENING: "One worker, the scout, opens both sides; nothing is known about them yet.",
+        Phase.PREPARING: "Both sides were checked; the shell gives the destination its size.",
+        Phase.COPYING: "Ranges are leased and copied.",
+        Phase.FLUSHING: "Every range is written; those who wrote flush.",
+        Phase.STOPPING: "The verdict is known; the workers finish what is on the wire and leave.",
+        Phase.DONE: "Finish was given; nothing happens any more.",
+    },
+    {
+        (Phase.OPENING, JobEvent.PREPARE): Phase.PREPARING,
+        (Phase.OPENING, JobEvent.COPY): Phase.COPYING,
+        (Phase.PREPARING, JobEvent.COPY): Phase.COPYING,
+        (Phase.COPYING, JobEvent.FLUSH): Phase.FLUSHING,
+        (Phase.FLUSHING, JobEvent.COPY): Phase.COPYING,
+        (Phase.OPENING, JobEvent.END): Phase.STOPPING,
+        (Phase.PREPARING, JobEvent.END): Phase.STOPPING,
+        (Phase.COPYING, JobEvent.END): Phase.STOPPING,
+        (Phase.FLUSHING, JobEvent.END): Phase.STOPPING,
+        (Phase.STOPPING, JobEvent.FINISH): Phase.DONE,
+    },
+)

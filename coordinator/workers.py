@@ -1,0 +1,79 @@
+"""One worker as the coordinator knows it. Plain data with the state table's steps; the crew owns these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from nbdshard.common.limits import WRITTEN_LEASES_MAX
+from nbdshard.common.messages import Hello
+from nbdshard.coordinator.leases import Holding
+from nbdshard.coordinator.states import WORKERS, WorkerEvent, WorkerState
+
+
+@dataclass(frozen=True, slots=True)
+class FlushAsked:
+    """A `Flush` that is not answered yet, and the written leases it must cover."""
+
+    number: int
+    leases: frozenset[int]
+    deadline: float  # monotonic seconds
+    seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker from its Hello until it is gone. `*_share`: connections given to it, `*_connections`: those it has."""
+
+    identity: str
+    hello: Hello
+    heard: float  # monotonic seconds
+    state: WorkerState = WorkerState.JOINING
+    source_share: int = 0
+    destination_share: int = 0
+    source_connections: int = 0
+    destination_connections: int = 0
+    wanted: int = 0
+    holding: Holding | None = None  # its page of the ledger, from its first lease on
+    flush: FlushAsked | None = None
+    took_part: bool = False
+    killed: bool = False
+    replaceable: bool = True  # another one may do better: not after the server turned it away
+    why: str = ""  # it was told to stop, or killed
+    leave_by: float = inf  # when it must have left, once it was told to stop or killed
+    open_by: float = inf  # when the scout must have opened both sides
+    alarm: float = inf  # when the crew looks at it next (its valid entry in the heap)
+
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return f"{self.hello.host}/{self.hello.pid}"
+
+    @property
+    def assigned(self) -> bool:
+        """Whether it was given connections; otherwise it stands by."""
+        return self.destination_share > 0
+
+    @property
+    def ever_leased(self) -> bool:
+        """Whether it may have written to the destination."""
+        return self.holding is not None
+
+    def step(self, event: WorkerEvent) -> None:
+        self.state = WORKERS.step(self.state, event, f"worker {self.name}")
+
+    def can_take(self, leases_max: int) -> bool:
+        """Whether it can be granted a lease now."""
+        if self.state is not WorkerState.READY or self.wanted < 1:
+            return False
+        if self.holding is None:
+            return True
+        # A worker whose flush takes long does not pile up more than one `Flushed` can name.
+        return len(self.holding.leased) < leases_max and len(self.holding.written) < 2 * WRITTEN_LEASES_MAX
+
+    def due(self, lease_seconds: float) -> float:
+        """When something is to be done about it if it is not heard of until then (monotonic seconds)."""
+        if self.state is WorkerState.DRAINING:
+            return self.leave_by
+        flush = self.flush.deadline if self.flush is not None else inf
+        return min(self.heard + lease_seconds, flush, self.open_by)
