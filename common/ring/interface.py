@@ -1,0 +1,128 @@
+"""The I/O loop of a worker: submit operations, wait for completions. One interface, io_uring and epoll behind it.
+
+Order of the loop, always: submit what is prepared, take completions, let their owners act on them, submit again.
+
+Promises of every implementation (tests/unit/common/ring runs one suite against all of them):
+
+- `submit` never blocks and never calls back; an operation completes exactly once, out of some later `wait`.
+- From `submit` until its completion has been returned by `wait`, the ring holds the operation and its buffers.
+- `wait` returns after `timeout` seconds at the latest, and may return nothing earlier (a signal, a wake-up). It lets
+  other threads run while it waits. A signal that has a Python handler ends it, if the ring was made in the main thread.
+- Results are what the system call would give: bytes moved (short counts are normal, 0 on a stream is its end), or
+  `-errno`. Nothing raises for a failed operation. A cancelled one gives `-ECANCELED`.
+- `CLOSE` is how a descriptor ends: what is prepared for it is submitted or discarded, the socket shut down, the rest
+  cancelled, every completion reaped, the descriptor closed, and only then does the CLOSE complete. Nothing may be
+  submitted for a descriptor after its CLOSE (BugError). A `Descriptor` is a generation of its number: an operation
+  prepared for one can never reach another that got the same number later.
+- Receives on one stream complete in the order they were submitted, sends too; file operations in any order.
+
+Duties of the caller: one thread makes, uses and closes the ring. A descriptor that belongs to somebody else (ZeroMQ's,
+standard input) is attached as an os.dup of it, since the ring closes what it has. SIGPIPE stays ignored, as the
+interpreter sets it at its start. Signal handlers call nothing but `wake`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from typing import Protocol
+
+
+class Kind(Enum):
+    """What an operation does. Sources: the man pages of the system calls named."""
+
+    RECEIVE = auto()  # readv(2) from a stream into `buffers` (memoryviews, writable): bytes, 0 = end of stream
+    SEND = auto()  # writev(2) of `buffers` to a stream, never raising SIGPIPE: bytes (at least one)
+    READ = auto()  # preadv(2) at `offset`
+    WRITE = auto()  # pwritev(2) at `offset`
+    POLL = auto()  # poll(2): wait for `mask` (select.POLLIN, POLLOUT) once; the result is the mask that came true
+    SYNC = auto()  # fdatasync(2)
+    CALL = auto()  # run `function()` on a thread; its return value (or exception) is in `value`; result 0 (or -1)
+    CLOSE = auto()  # end a descriptor, as described above; result 0
+
+
+class Descriptor:
+    """One open file, from `Ring.attach` to its CLOSE. `number` is the descriptor's; generations never meet."""
+
+    __slots__ = ("number", "is_socket", "pending", "closing", "closed", "state")
+
+    def __init__(self, number: int, is_socket: bool) -> None:
+        self.number = number
+        self.is_socket = is_socket
+        self.pending = 0  # operations submitted and not yet completed
+        self.closing = False
+        self.closed = False
+        self.state: object = None  # the implementation's own
+
+
+class Operation:
+    """One system call to be, its record while under way, and its completion: reused by its owner, never copied.
+
+    `owner` is the submitter's own: the loop calls `operation.owner(operation)` or looks at it, the ring never does.
+    """
+
+    __slots__ = (
+        "kind",
+        "descriptor",
+        "buffers",
+        "offset",
+        "mask",
+        "function",
+        "owner",
+        "result",
+        "value",
+        "pending",
+        "slot",
+    )
+
+    def __init__(
+        self,
+        kind: Kind,
+        descriptor: Descriptor | None = None,
+        *,
+        buffers: Sequence[memoryview | bytes] = (),
+        offset: int = 0,
+        mask: int = 0,
+        function: Callable[[], object] | None = None,
+        owner: Callable[[Operation], None] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.descriptor = descriptor
+        self.buffers = buffers
+        self.offset = offset
+        self.mask = mask
+        self.function = function
+        self.owner = owner
+        self.result = 0
+        self.value: object = None
+        self.pending = False  # between submit and completion: its fields must not be touched
+        self.slot = -1  # the implementation's own
+
+
+class Ring(Protocol):
+    """The loop's one interface. Belongs to one thread (the process's main thread); closes with `close()`."""
+
+    name: str  # "io_uring" or "epoll": the summary line and the log say which
+
+    def attach(self, number: int, *, is_socket: bool) -> Descriptor:
+        """Take over an open descriptor; the ring closes it when its CLOSE completes.
+
+        `is_socket`: a connection of ours alone, to be shut down before it is closed; it is non-blocking. Any other
+        stream may be blocking, and stays so: others may share it. BugError if `number` is attached already.
+        """
+
+    def submit(self, operation: Operation) -> None:
+        """Queue `operation`. Raises BugError if it is pending already, its descriptor is closing or another ring's, it
+        moves no bytes, or RING_OPERATIONS_MAX are in flight."""
+
+    def cancel(self, operation: Operation) -> None:
+        """Ask for an early end of a pending operation; it still completes once, as -ECANCELED or with its result."""
+
+    def wait(self, timeout: float) -> list[Operation]:
+        """Submit what is queued, wait up to `timeout` seconds for at least one completion, return all there are."""
+
+    def wake(self) -> None:
+        """Make a `wait` under way return; safe from a signal handler and from other threads."""
+
+    def close(self) -> None:
+        """Cancel what is pending, close what is attached, free the ring. Idempotent."""
