@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from nbdshard.common import logs
 from nbdshard.common.limits import DISPLAY_SECONDS
 from nbdshard.common.units import format_bytes, format_rate, format_seconds
 from nbdshard.coordinator.job import Outcome, Status, Verdict
@@ -71,7 +70,7 @@ class BarDisplay:
         tenths = self._meter.done * 10 // status.size if status.size else 0
         if tenths > self._tenths:
             self._tenths = tenths
-            print(f"nbdshard: {phase} {tenths * 10} %, {figures}", file=sys.stderr, flush=True)
+            logs.say(f"{phase} {tenths * 10} %, {figures}")
 
     def _figures(self, status: Status) -> str:
         done = format_bytes(self._meter.done)

@@ -1,0 +1,234 @@
+"""Progress displays that need no terminal, and the summary line. All count completed bytes only.
+
+A range that has to be copied again takes its bytes back out of the counters; `Meter` hides that: what is shown as done
+never falls. The bar for terminals is in coordinator.bar, which imports rich.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from nbdshard.common.limits import (
+    JSON_PROGRESS_SECONDS,
+    LAST_PROGRESS_SECONDS,
+    RATE_SAMPLES_MAX,
+    RATE_WINDOW_SECONDS,
+)
+from nbdshard.common.logs import write_in_time
+from nbdshard.common.units import format_bytes, format_rate, format_seconds
+from nbdshard.coordinator.job import Outcome, Status, Verdict
+
+STDERR = 2
+_NEVER = float("inf")
+_END_PHASES = {
+    Verdict.COMPLETE: "done",
+    Verdict.FAILED: "failed",
+    Verdict.STOPPED: "stopped",
+    Verdict.UNFENCED: "unfenced",
+}
+
+
+class Meter:
+    """Turns statuses into bytes done, rate and time left."""
+
+    def __init__(self, now: float) -> None:
+        self._start = now
+        self._samples: deque[tuple[float, int]] = deque([(now, 0)], maxlen=RATE_SAMPLES_MAX)
+        self.done = 0
+
+    def take(self, status: Status, now: float) -> None:
+        """Take in `status` at `now`."""
+        self.done = max(self.done, status.counters.total)
+        self._samples.append((now, self.done))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_WINDOW_SECONDS:
+            self._samples.popleft()
+
+    def elapsed(self, now: float) -> float:
+        return max(now - self._start, 0.0)
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second over the last RATE_WINDOW_SECONDS."""
+        (first, before), (last, done) = self._samples[0], self._samples[-1]
+        return (done - before) / (last - first) if last > first else 0.0
+
+    def seconds_left(self, size: int | None) -> float | None:
+        """At the present rate; None while that says nothing."""
+        if size is None or self.rate <= 0:
+            return None
+        return max(size - self.done, 0) / self.rate
+
+
+class Display(Protocol):
+    """What the coordinator's loop calls."""
+
+    def due(self) -> float:
+        """When `show` wants to be called again, by the loop's clock."""
+
+    def show(self, status: Status, now: float) -> None:
+        """Show `status`; cheap when nothing is due."""
+
+    def end(self, status: Status, outcome: Outcome, now: float) -> None:
+        """The last word. Called at most once."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was. Idempotent."""
+
+
+class NoDisplay:
+    """Shows nothing."""
+
+    def due(self) -> float:
+        return _NEVER
+
+    def show(self, status: Status, now: float) -> None:
+        pass
+
+    def end(self, status: Status, outcome: Outcome, now: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class DelayedDisplay:
+    """Shows nothing for the first `delay_seconds`, then becomes the display that `make(now)` makes.
+
+    For the bar nobody asked for: a short copy must not wait for rich to be imported.
+    """
+
+    def __init__(self, start: float, delay_seconds: float, make: Callable[[float], Display]) -> None:
+        self._start = start
+        self._until = start + delay_seconds
+        self._make = make
+        self._display: Display = NoDisplay()
+
+    def due(self) -> float:
+        return self._until if isinstance(self._display, NoDisplay) else self._display.due()
+
+    def show(self, status: Status, now: float) -> None:
+        if isinstance(self._display, NoDisplay) and now >= self._until:
+            self._display = self._make(self._start)
+        self._display.show(status, now)
+
+    def end(self, status: Status, outcome: Outcome, now: float) -> None:
+        self._display.end(status, outcome, now)
+
+    def close(self) -> None:
+        self._display.close()
+
+
+class PercentDisplay:
+    """Lines `N/100` to a descriptor, as nbdcopy's --progress=FD: whenever N changes, 100/100 only after success."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._meter = Meter(0.0)
+        self._shown = -1
+
+    def due(self) -> float:
+        return _NEVER  # the loop turns with every report of a worker; that is often enough
+
+    def show(self, status: Status, now: float) -> None:
+        if status.size is None:
+            return
+        self._meter.take(status, now)
+        percent = self._meter.done * 100 // status.size if status.size else 0
+        self._say(min(percent, 99), 0.0)
+
+    def end(self, status: Status, outcome: Outcome, now: float) -> None:
+        if outcome.verdict is Verdict.COMPLETE:
+            self._say(100, LAST_PROGRESS_SECONDS)
+
+    def close(self) -> None:
+        pass
+
+    def _say(self, percent: int, patience_seconds: float) -> None:
+        if percent > self._shown and write_in_time(self._descriptor, f"{percent}/100\n".encode(), patience_seconds):
+            self._shown = percent
+
+
+class JsonDisplay:
+    """One JSON object a second to standard error, and a last one whose `phase` says how it ended."""
+
+    def __init__(self, now: float, descriptor: int = STDERR) -> None:
+        self._descriptor = descriptor
+        self._meter = Meter(now)
+        self._due = now
+
+    def due(self) -> float:
+        return self._due
+
+    def show(self, status: Status, now: float) -> None:
+        if now >= self._due:
+            self._due = now + JSON_PROGRESS_SECONDS
+            self._meter.take(status, now)
+            self._write(status, status.phase, now, 0.0)
+
+    def end(self, status: Status, outcome: Outcome, now: float) -> None:
+        self._meter.take(status, now)
+        self._write(status, _END_PHASES[outcome.verdict], now, LAST_PROGRESS_SECONDS)
+
+    def close(self) -> None:
+        pass
+
+    def _write(self, status: Status, phase: str, now: float, patience_seconds: float) -> None:
+        import json
+
+        left = self._meter.seconds_left(status.size)
+        record = {
+            "phase": phase,
+            "bytes_total": status.size,
+            "bytes_done": self._meter.done,
+            "bytes_copied": status.counters.copied,
+            "bytes_zeroed": status.counters.zeroed,
+            "bytes_skipped": status.counters.skipped,
+            "rate_bytes_per_second": round(self._meter.rate),
+            "eta_seconds": None if left is None else round(left, 1),
+            "elapsed_seconds": round(self._meter.elapsed(now), 3),
+            "workers": status.workers,
+            "connections": status.connections,
+        }
+        write_in_time(self._descriptor, json.dumps(record).encode() + b"\n", patience_seconds)
+
+
+def summary(outcome: Outcome, seconds: float) -> str:
+    """The one line about a job that ended: what became of the bytes, how fast, by whom, and how safe it is."""
+    counters = outcome.counters
+    rate = counters.total / seconds if seconds > 0 else 0.0
+    head = {
+        Verdict.COMPLETE: "",
+        Verdict.FAILED: "failed: ",
+        Verdict.STOPPED: f"stopped at {_share(outcome)}: ",
+        Verdict.UNFENCED: "not safe to use yet: ",
+    }[outcome.verdict]
+    parts = [
+        f"{format_bytes(counters.copied)} copied, {format_bytes(counters.zeroed)} zeroed, "
+        f"{format_bytes(counters.skipped)} skipped in {format_seconds(seconds)} ({format_rate(rate)})",
+        _count(outcome.workers, "worker"),
+        f"{outcome.source_connections}+{outcome.destination_connections} connections",
+    ]
+    if outcome.rings:
+        parts.append(", ".join(sorted(outcome.rings)))
+    if outcome.verdict is Verdict.COMPLETE:
+        parts.append(_durability(outcome))
+    return head + "; ".join(parts)
+
+
+def _share(outcome: Outcome) -> str:
+    if outcome.size is None:
+        return format_bytes(outcome.counters.total)
+    percent = outcome.counters.total * 100 // outcome.size if outcome.size else 0
+    return f"{format_bytes(outcome.counters.total)} of {format_bytes(outcome.size)} ({percent} %)"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _durability(outcome: Outcome) -> str:
+    if not outcome.flush_asked:
+        return "not flushed"
+    return "flushed" if outcome.durable else "durability unknown: the destination has no flush"
