@@ -150,15 +150,20 @@ def load_allow_list(path: str) -> frozenset[PublicKey]:
 def _read(path: str, *, secret: bool = False) -> str:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
-        with open(descriptor, "rb") as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise UserError("is not a regular file", path)
-            if secret:
-                _check_private(path, facts)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", path) from None
+    try:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise UserError("is not a regular file", path)
+        if secret:
+            _check_private(path, facts)
+        with open(descriptor, "rb", closefd=False) as file:
             content = file.read(KEY_FILE_BYTES_MAX + 1)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", path) from None
+    finally:
+        os.close(descriptor)
     if len(content) > KEY_FILE_BYTES_MAX:
         raise UserError(f"is longer than {KEY_FILE_BYTES_MAX} bytes; not a file of keys", path)
     return content.decode("utf-8", errors="replace")
