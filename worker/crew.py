@@ -9,6 +9,7 @@ from nbdshard.common.errors import NbdshardError
 from nbdshard.common.messages import Assign, Side
 from nbdshard.common.ring import Ring
 from nbdshard.worker.opening import OpenConnection, make_connection
+from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
 
 _SIDES: tuple[Side, Side] = ("source", "destination")
 
@@ -37,11 +38,13 @@ class Crew:
         assign: Assign,
         opened: Callable[[Side, OpenConnection], None],
         lost: Callable[[Side, OpenConnection, NbdshardError], None],
+        connector: Connector = SYSTEM_SOCKETS,
     ) -> None:
         self._ring = ring
         self._assign = assign
         self._opened = opened
         self._lost = lost
+        self._connector = connector
         self._members: list[_Member] = []
         self._now = 0.0
 
@@ -68,7 +71,9 @@ class Crew:
     def _open(self, side: Side) -> None:
         assign = self._assign
         address = assign.source if side == "source" else assign.destination
-        connection = make_connection(self._ring, address, side, assign.options, self._on_ready, self._on_lost)
+        connection = make_connection(
+            self._ring, address, side, assign.options, self._on_ready, self._on_lost, self._connector
+        )
         self._members.append(_Member(side, connection))
         # One handle more than requests: block status on a source, the flush on a destination.
         connection.start(self._now, assign.options.requests + 1)

@@ -10,14 +10,12 @@ and looks at the clock. A link that fails in any state says so once (`on_lost`) 
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
 
 from nbdshard.common.errors import ConnectionLost, NbdshardError, TimedOut, UserError
 from nbdshard.common.limits import (
@@ -27,7 +25,6 @@ from nbdshard.common.limits import (
     FLUSH_SECONDS,
     MIB,
     REQUEST_SECONDS_PER_MIB,
-    SOCKET_BUFFER_BYTES,
 )
 from nbdshard.common.messages import EndpointDescription, Side
 from nbdshard.common.nbd.client import Arriving, Client, Done, Event, Sent
@@ -39,6 +36,7 @@ from nbdshard.common.nbd.uri import NbdUri
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
 from nbdshard.worker.ports import Listener
+from nbdshard.worker.sockets import SYSTEM_SOCKETS, Address, Connector
 
 
 class LinkState(Enum):
@@ -86,6 +84,7 @@ class NbdLink:
         timeouts: Timeouts,
         on_ready: Callable[[NbdLink], None],
         on_lost: Callable[[NbdLink, NbdshardError], None],
+        connector: Connector = SYSTEM_SOCKETS,
     ) -> None:
         self.peer = str(uri)
         self.side = side
@@ -97,7 +96,8 @@ class NbdLink:
         self._timeouts = timeouts
         self._on_ready = on_ready
         self._on_lost = on_lost
-        self._addresses: list[tuple[Any, ...]] = []
+        self._connector = connector
+        self._addresses: list[Address] = []
         self._descriptor: Descriptor | None = None
         self._deadline = 0.0  # of the present state, up to READY; in LEAVING, of the soft disconnect
         self._connecter: Connecter | None = None
@@ -126,7 +126,7 @@ class NbdLink:
             host, port = self._uri.host or "localhost", self._uri.port
             resolve = Operation(
                 Kind.CALL,
-                function=lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM),
+                function=lambda: self._connector.resolve(host, port),
                 owner=self._resolved,
             )
             self._ring.submit(resolve)
@@ -143,35 +143,19 @@ class NbdLink:
 
     def _connect(self) -> None:
         """Try the next address; the last one's failure is the link's."""
-        family, kind, protocol, _, address = self._addresses.pop(0)
         self.state = LinkState.CONNECTING
-        try:
-            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
-        except OSError as error:
-            self._connect_failed(error.errno or errno.EIO)
+        number = self._connector.begin(self._addresses.pop(0))
+        if number < 0:
+            self._connect_failed(-number)
             return
-        if family == socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
-        else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            result = sock.connect_ex(address)
-        except OSError as error:  # an address that cannot be one: a socket path too long, a bad scope
-            result = error.errno or errno.EINVAL
-        if result == errno.EAGAIN:  # a unix socket's backlog is full: it never turns into "in progress"
-            result = errno.ECONNREFUSED
-        if result not in (0, errno.EINPROGRESS):
-            sock.close()
-            self._connect_failed(result)
-            return
-        self._descriptor = self._ring.attach(sock.detach(), is_socket=True)
+        self._descriptor = self._ring.attach(number, is_socket=True)
         self._ring.submit(Operation(Kind.POLL, self._descriptor, mask=select.POLLOUT, owner=self._connected))
 
     def _connected(self, operation: Operation) -> None:
         descriptor = operation.descriptor
         if self.state is not LinkState.CONNECTING or descriptor is not self._descriptor or descriptor is None:
             return
-        error = -operation.result if operation.result < 0 else _socket_error(descriptor.number)
+        error = -operation.result if operation.result < 0 else self._connector.error(descriptor.number)
         if error:
             self._ring.submit(Operation(Kind.CLOSE, descriptor))
             self._descriptor = None
@@ -409,11 +393,3 @@ def describe(export: Export, peer: str) -> EndpointDescription:
         block_maximum=export.block_sizes.maximum,
         rotational=TransmissionFlag.ROTATIONAL in flags,
     )
-
-
-def _socket_error(number: int) -> int:
-    sock = socket.socket(fileno=os.dup(number))
-    try:
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    finally:
-        sock.close()

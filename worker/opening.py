@@ -12,6 +12,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Ring
 from nbdshard.worker.link import NbdLink, Timeouts
 from nbdshard.worker.ports import Listener
+from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
 
 
 class OpenConnection(Protocol):
@@ -39,13 +40,19 @@ Lost = Callable[[OpenConnection, NbdshardError], None]
 
 
 def make_connection(
-    ring: Ring, address: EndpointAddress, side: Side, options: JobOptions, on_ready: Ready, on_lost: Lost
+    ring: Ring,
+    address: EndpointAddress,
+    side: Side,
+    options: JobOptions,
+    on_ready: Ready,
+    on_lost: Lost,
+    connector: Connector = SYSTEM_SOCKETS,
 ) -> OpenConnection:
     """A connection to `address`, not yet started. Raises UserError for an address no worker can open."""
     match address.kind:
         case "nbd":
             timeouts = Timeouts(options.connect_seconds, options.handshake_seconds, options.request_seconds)
-            return NbdLink(ring, parse_uri(address.address), side, timeouts, on_ready, on_lost)
+            return NbdLink(ring, parse_uri(address.address), side, timeouts, on_ready, on_lost, connector)
         case "file":
             # Imported when needed: most copies are between servers, and start-up time counts.
             from nbdshard.worker.files import FileConnection

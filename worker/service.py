@@ -44,6 +44,7 @@ from nbdshard.worker.copier import Copier
 from nbdshard.worker.crew import Crew
 from nbdshard.worker.opening import OpenConnection
 from nbdshard.worker.shape import CopyShape
+from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
 
 
 class Channel(Protocol):
@@ -75,12 +76,20 @@ class Worker:
     `error` then holds the reason to tell the user, if there is one.
     """
 
-    def __init__(self, ring: Ring, channel: Channel, hello: Hello, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        ring: Ring,
+        channel: Channel,
+        hello: Hello,
+        clock: Callable[[], float],
+        connector: Connector = SYSTEM_SOCKETS,
+    ) -> None:
         self.state = WorkerState.GREETING
         self.error: NbdshardError | None = None
         self._ring = ring
         self._channel = channel
         self._clock = clock
+        self._connector = connector
         self._assign: Assign | None = None
         self._crew: Crew | None = None
         self._copier: Copier | None = None
@@ -242,7 +251,7 @@ class Worker:
         try:
             if self._crew is None:
                 self.state = WorkerState.OPENING
-                self._crew = Crew(self._ring, message, self._opened, self._lost)
+                self._crew = Crew(self._ring, message, self._opened, self._lost, self._connector)
             self._crew.want(message, now)
         except NbdshardError as error:
             self._open_failed(error, None)
