@@ -1,0 +1,207 @@
+"""A local file or block device as one side of a copy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from functools import partial
+
+from nbdshard.common.errors import BugError, UserError
+from nbdshard.common.limits import BLOCK_BYTES_MAX_DEFAULT
+from nbdshard.common.messages import EndpointDescription, Side
+from nbdshard.common.ring import Kind, Operation
+from nbdshard.worker.file_calls import NEVER, find_extents, zero_device, zero_file
+from nbdshard.worker.local import LocalConnection, Request, Task, refusal
+from nbdshard.worker.page_cache import PageCache
+from nbdshard.worker.ports import Extents
+
+_PREFERRED_DEFAULT = 4096
+_NO_ZEROES = refusal(errno.EOPNOTSUPP, "the file system or device cannot make zeroes")
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An open file, and what was found out about it."""
+
+    number: int
+    is_device: bool
+    description: EndpointDescription
+
+
+class FileConnection(LocalConnection):
+    """A regular file or block device, read and written by position through the ring.
+
+    The file is neither created, claimed nor resized here, which is the coordinator's part, and must still be the inode
+    that the coordinator saw. A destination's size is not a bound: it may be set after this connection opened.
+    """
+
+    _opened_file: _Opened | None = None
+    _page_cache: PageCache | None = None
+    _knows_extents = True
+    _refused: frozenset[bool] = frozenset()  # the ways to zero (allocated or not) that were refused for good
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        self._call(partial(_open_file, self.peer, self.address.identity, self.side), self._found)
+
+    def _found(self, outcome: _Opened | UserError | OSError) -> None:
+        if isinstance(outcome, OSError):
+            self._not_opened(UserError(f"cannot be opened: {outcome.strerror}", self.peer))
+        elif isinstance(outcome, UserError):
+            self._not_opened(outcome)
+        else:
+            self._opened_file = outcome
+            self._page_cache = PageCache(outcome.number, self._call)
+            self._opened(outcome.description, self._ring.attach(outcome.number, is_socket=False))
+
+    @property
+    def _file(self) -> _Opened:
+        if self._opened_file is None:
+            raise BugError(f"{self.peer} is not open")
+        return self._opened_file
+
+    @property
+    def _cache(self) -> PageCache:
+        if self._page_cache is None:
+            raise BugError(f"{self.peer} is not open")
+        return self._page_cache
+
+    def _before_release(self) -> None:
+        self._cache.finish()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, request: Request) -> None:
+        match request.task:
+            case Task.READ:
+                if self.side == "source":
+                    self._cache.before_read(request.where)
+                self._transfer(request)
+            case Task.WRITE:
+                self._transfer(request)
+            case Task.ZERO:
+                self._zero(request)
+            case Task.EXTENTS:
+                self._find_extents(request)
+            case Task.FLUSH:
+                self._ring.submit(Operation(Kind.SYNC, self._descriptor, owner=partial(self._synced, request)))
+
+    def _transfer(self, request: Request) -> None:
+        """Read or write what is left of `request`."""
+        self._ring.submit(
+            Operation(
+                Kind.READ if request.task is Task.READ else Kind.WRITE,
+                self._descriptor,
+                buffers=[request.buffer[request.moved :]],
+                offset=request.where.start + request.moved,
+                owner=partial(self._transferred, request),
+            )
+        )
+
+    def _transferred(self, request: Request, operation: Operation) -> None:
+        if not self._is_under_way(request):
+            return
+        request.moved += max(0, operation.result)
+        if operation.result < 0:
+            self._answer(request, refusal(-operation.result))
+        elif request.moved == request.where.length:
+            self._remember(request)
+            self._answer(request, count=request.moved)
+        elif operation.result > 0:
+            self._transfer(request)
+        elif request.task is Task.READ:
+            self._answer(request, refusal(errno.EIO, "the file became shorter"))
+        else:
+            self._answer(request, refusal(errno.EIO, "nothing was written, and no error was reported"))
+
+    def _remember(self, request: Request) -> None:
+        if request.task is Task.WRITE:
+            self._cache.after_write(request.where)
+        elif self.side == "source":
+            self._cache.after_read(request.where)
+
+    def _synced(self, request: Request, operation: Operation) -> None:
+        if not self._is_under_way(request):
+            return
+        if operation.result < 0:
+            self._answer(request, refusal(-operation.result))
+        else:
+            self._cache.after_sync()
+            self._answer(request)
+
+    def _zero(self, request: Request) -> None:
+        if request.allocated in self._refused:
+            self._answer(request, _NO_ZEROES)
+            return
+        zero = zero_device if self._file.is_device else zero_file
+        self._call(partial(zero, self._file.number, request.where, request.allocated), partial(self._zeroed, request))
+
+    def _zeroed(self, request: Request, outcome: OSError | None) -> None:
+        if outcome is None:
+            self._answer(request)
+        elif outcome.errno in NEVER:
+            self._refused |= {request.allocated}
+            self._answer(request, _NO_ZEROES)
+        else:
+            self._answer(request, refusal(outcome.errno or errno.EIO))
+
+    def _find_extents(self, request: Request) -> None:
+        if self._knows_extents and not self._file.is_device:
+            self._call(partial(find_extents, self._file.number, request.where), partial(self._extents_found, request))
+        else:
+            self._answer(request, extents=[(request.where, 0)])
+
+    def _extents_found(self, request: Request, outcome: Extents | OSError) -> None:
+        if isinstance(outcome, OSError):
+            self._knows_extents = False  # EINVAL: the file system has no SEEK_HOLE. Everything is data then.
+            outcome = [(request.where, 0)]
+        self._answer(request, extents=outcome)
+
+
+def _open_file(path: str, identity: str, side: Side) -> _Opened | UserError:
+    """Open what the coordinator saw at `path`, and nothing else. Runs on a thread: it may block. Raises OSError."""
+    # Looked at first because only opening a FIFO, or some devices, would already wait or have effects.
+    if error := _mismatch(path, os.stat(path), identity):
+        return error
+    number = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if side == "source" else os.O_RDWR))
+    try:
+        status = os.fstat(number)
+        if error := _mismatch(path, status, identity):
+            os.close(number)
+            return error
+        if side == "source":
+            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        is_device = stat.S_ISBLK(status.st_mode)
+        size = os.lseek(number, 0, os.SEEK_END) if is_device else status.st_size
+    except OSError:
+        os.close(number)
+        raise
+    return _Opened(number, is_device, _describe(path, size, status, side))
+
+
+def _mismatch(path: str, status: os.stat_result, identity: str) -> UserError | None:
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+        return UserError("neither a regular file nor a block device", path)
+    if f"{status.st_dev}:{status.st_ino}" != identity:
+        return UserError("another file than when the copy began (it was replaced meanwhile)", path)
+    return None
+
+
+def _describe(path: str, size: int, status: os.stat_result, side: Side) -> EndpointDescription:
+    preferred = status.st_blksize
+    is_power_of_two = preferred > 0 and preferred & (preferred - 1) == 0
+    return EndpointDescription(
+        peer=path,
+        size=size,
+        read_only=side == "source",
+        can_multi_conn=True,
+        can_flush=True,
+        can_zero=True,
+        can_extents=stat.S_ISREG(status.st_mode),
+        block_minimum=1,  # the page cache writes any byte, even of a device with large sectors
+        block_preferred=min(preferred, BLOCK_BYTES_MAX_DEFAULT) if is_power_of_two else _PREFERRED_DEFAULT,
+        block_maximum=BLOCK_BYTES_MAX_DEFAULT,
+    )
