@@ -125,7 +125,7 @@ def pack_info_request(export_name: str, infos: Sequence[int]) -> bytes:
 
 def unpack_info_request(data: Buffer) -> InfoRequest:
     """Data of INFO and GO."""
-    name, at = _unpack_string(data, 0, "export name")
+    name, at = _unpack_string(data, 0, "an export name")
     if len(data) < at + COUNT.size:
         raise Malformed("the number of information requests is missing")
     (count,) = COUNT.unpack_from(data, at)
@@ -142,7 +142,7 @@ def pack_context_query(export_name: str, queries: Sequence[str]) -> bytes:
 
 def unpack_context_query(data: Buffer) -> ContextQuery:
     """Data of LIST_META_CONTEXT and SET_META_CONTEXT."""
-    name, at = _unpack_string(data, 0, "export name")
+    name, at = _unpack_string(data, 0, "an export name")
     if len(data) < at + LENGTH.size:
         raise Malformed("the number of queries is missing")
     (count,) = LENGTH.unpack_from(data, at)
@@ -151,7 +151,7 @@ def unpack_context_query(data: Buffer) -> ContextQuery:
         raise Malformed(f"{count} queries in {len(data) - at} bytes")
     queries = []
     for _ in range(count):
-        query, at = _unpack_string(data, at, "query")
+        query, at = _unpack_string(data, at, "a query")
         queries.append(query)
     if at != len(data):
         raise Malformed(f"{len(data) - at} bytes after the last query")
@@ -187,7 +187,7 @@ def unpack_meta_context(payload: Buffer) -> tuple[int, str]:
     if len(payload) < LENGTH.size:
         raise Malformed(f"a metadata context of {len(payload)} bytes")
     (context,) = LENGTH.unpack_from(payload)
-    return context, _text(payload[LENGTH.size :], "metadata context name")
+    return context, _text(payload[LENGTH.size :], "a metadata context name")
 
 
 def pack_info_export(size: int, flags: int) -> bytes:
@@ -243,23 +243,23 @@ def _pack_string(text: str) -> bytes:
 def _unpack_string(data: Buffer, at: int, what: str) -> tuple[str, int]:
     """The string at `at` and where it ends."""
     if len(data) < at + LENGTH.size:
-        raise Malformed(f"the length of the {what} is missing")
+        raise Malformed(f"the length of {what} is missing")
     (length,) = LENGTH.unpack_from(data, at)
     end = at + LENGTH.size + length
     if end > len(data):
-        raise Malformed(f"a {what} of {length} bytes where {len(data) - at - LENGTH.size} are left")
+        raise Malformed(f"{what} of {length} bytes where {len(data) - at - LENGTH.size} are left")
     return _text(data[at + LENGTH.size : end], what), end
 
 
 def _text(data: Buffer, what: str) -> str:
     if len(data) > EXPORT_NAME_BYTES_MAX:
-        raise Malformed(f"a {what} of {len(data)} bytes, at most {EXPORT_NAME_BYTES_MAX} are allowed")
+        raise Malformed(f"{what} of {len(data)} bytes, at most {EXPORT_NAME_BYTES_MAX} are allowed")
     try:
         text = bytes(data).decode()
     except UnicodeDecodeError:
-        raise Malformed(f"a {what} that is no UTF-8") from None
+        raise Malformed(f"{what} that is no UTF-8") from None
     if "\0" in text:
-        raise Malformed(f"a {what} with a NUL in it")
+        raise Malformed(f"{what} with a NUL in it")
     return text
 
 
