@@ -68,7 +68,7 @@ def run_copy(args: Namespace, crew: Crew) -> int:
             source=ends.source,
             destination=ends.destination,
             options=options,
-            connections=args.connections,
+            connections=1 if ends.has_stream else args.connections,  # a stream has one reader or writer, and no copy
             workers=1 if ends.has_stream else crew.count,
             range_size=args.range_size,
             local_workers=crew.listen is None,

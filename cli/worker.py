@@ -33,7 +33,7 @@ def build_parser(prog: str) -> Parser:
     add_ring_option(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is being done")
     # What a coordinator starts its local workers with:
-    parser.add_argument("--name", type=_name, default="", help=argparse.SUPPRESS)
+    parser.add_argument("--name", type=_name, help=argparse.SUPPRESS)
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -44,11 +44,11 @@ def run(args: Namespace) -> int:
         die_with_parent(args.parent)
     parse_control_url(args.connect)
     keys = _keys(args)
-    name = f"worker {args.name[:8]}" if args.name else "worker"
-    logs.set_up(name, logs.Level.DEBUG if args.verbose else logs.Level.WARNING)
+    role = f"worker {args.name[:8]}" if args.name else "worker"
+    logs.set_up(role, logs.Level.DEBUG if args.verbose else logs.Level.WARNING)
     from nbdshard.worker.run import run_worker
 
-    return run_worker(args.connect, ring=args.ring, name=args.name, keys=keys) or EXIT_OK
+    return run_worker(args.connect, ring=args.ring, name=args.name or "", keys=keys) or EXIT_OK
 
 
 def die_with_parent(parent: int) -> None:

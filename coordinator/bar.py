@@ -44,11 +44,12 @@ class BarDisplay:
             return
         self._due = now + DISPLAY_SECONDS
         self._meter.take(status, now)
-        self._draw(status, status.phase)
+        self._draw(status)
 
     def end(self, status: Status, outcome: Outcome, now: float) -> None:
-        self._meter.take(status, now)
-        self._draw(status, "done" if outcome.verdict is Verdict.COMPLETE else "ended")
+        if outcome.verdict is Verdict.COMPLETE and not self._console.is_terminal:
+            self._meter.take(status, now)
+            self._draw_line(status, "done", format_bytes(self._meter.done))
         self.close()
 
     def close(self) -> None:
@@ -56,13 +57,13 @@ class BarDisplay:
             self._closed = True
             self._progress.stop()
 
-    def _draw(self, status: Status, phase: str) -> None:
+    def _draw(self, status: Status) -> None:
         figures = self._figures(status)
         if not self._console.is_terminal:
-            self._draw_line(status, phase, figures)
+            self._draw_line(status, status.phase, figures)
             return
         self._progress.update(
-            self._task, description=phase, total=status.size, completed=self._meter.done, figures=figures
+            self._task, description=status.phase, total=status.size, completed=self._meter.done, figures=figures
         )
         self._progress.refresh()
 

@@ -165,16 +165,20 @@ class JsonDisplay:
         if now >= self._due:
             self._due = now + JSON_PROGRESS_SECONDS
             self._meter.take(status, now)
-            self._write(status, status.phase, now, 0.0)
+            self._write(status, status.phase, status.workers, status.connections, now, 0.0)
 
     def end(self, status: Status, outcome: Outcome, now: float) -> None:
         self._meter.take(status, now)
-        self._write(status, _END_PHASES[outcome.verdict], now, LAST_PROGRESS_SECONDS)
+        connections = max(outcome.source_connections, outcome.destination_connections)
+        phase = _END_PHASES[outcome.verdict]
+        self._write(status, phase, outcome.workers, connections, now, LAST_PROGRESS_SECONDS)
 
     def close(self) -> None:
         pass
 
-    def _write(self, status: Status, phase: str, now: float, patience_seconds: float) -> None:
+    def _write(
+        self, status: Status, phase: str, workers: int, connections: int, now: float, patience_seconds: float
+    ) -> None:
         import json
 
         left = self._meter.seconds_left(status.size)
@@ -188,8 +192,8 @@ class JsonDisplay:
             "rate_bytes_per_second": round(self._meter.rate),
             "eta_seconds": None if left is None else round(left, 1),
             "elapsed_seconds": round(self._meter.elapsed(now), 3),
-            "workers": status.workers,
-            "connections": status.connections,
+            "workers": workers,
+            "connections": connections,
         }
         write_in_time(self._descriptor, json.dumps(record).encode() + b"\n", patience_seconds)
 
