@@ -1,0 +1,76 @@
+"""How many connections are used: several only where the server says CAN_MULTI_CONN, and no more than it admits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support import images
+from support.command import copy
+from support.doubles import CAN_MULTI_CONN, CMD_READ, CMD_WRITE, Double, double
+from support.servers import nbdkit, qemu_nbd
+
+SIZE = 32 * images.MIB
+ALL_BUT_MULTI_CONN = 0x1ED & ~CAN_MULTI_CONN
+
+
+@pytest.fixture
+def source_image(tmp_path: Path) -> Path:
+    return images.random_image(tmp_path / "source", SIZE)
+
+
+def test_four_workers_copy_to_qemu_nbd_that_admits_two_clients(tmp_path: Path, source_image: Path, ring: str) -> None:
+    destination = images.empty_image(tmp_path / "destination", SIZE)
+    with qemu_nbd(destination, clients=2) as server:
+        copy("--ring", ring, "--workers", "4", source_image, server.uri, timeout=100).succeeded()
+    images.assert_identical(source_image, destination)
+
+
+def test_four_workers_copy_from_qemu_nbd_that_admits_two_clients(tmp_path: Path, source_image: Path, ring: str) -> None:
+    destination = tmp_path / "destination"
+    with qemu_nbd(source_image, "-r", clients=2) as server:
+        copy("--ring", ring, "--workers", "4", server.uri, destination, timeout=100).succeeded()
+    images.assert_identical(source_image, destination)
+
+
+def test_one_connection_alone_writes_where_multi_conn_is_off(source_image: Path, ring: str) -> None:
+    target = Double(bytearray(SIZE), flags=ALL_BUT_MULTI_CONN)
+    with nbdkit("file", str(source_image), flags=["-r"]) as source, double(target) as uri:
+        copy("--ring", ring, "--workers", "4", source.uri, uri).succeeded()
+    assert target.content == source_image.read_bytes()
+    assert len({request.connection for request in target.requests if request.command == CMD_WRITE}) == 1
+
+
+def test_several_connections_write_where_multi_conn_is_on(source_image: Path, ring: str) -> None:
+    target = Double(bytearray(SIZE))
+    with nbdkit("file", str(source_image), flags=["-r"]) as source, double(target) as uri:
+        copy("--ring", ring, "--workers", "2", source.uri, uri).succeeded()
+    assert len({request.connection for request in target.requests if request.command == CMD_WRITE}) >= 2
+    assert target.content == source_image.read_bytes()
+
+
+def test_one_connection_alone_reads_where_multi_conn_is_off(source_image: Path, ring: str) -> None:
+    source = Double(bytearray(source_image.read_bytes()), flags=ALL_BUT_MULTI_CONN | 2)
+    target = Double(bytearray(SIZE))
+    with double(source) as one, double(target) as two:
+        copy("--ring", ring, "--workers", "4", one, two).succeeded()
+    assert target.content == source.content
+    assert len({request.connection for request in source.requests if request.command == CMD_READ}) == 1
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_no_more_connections_are_used_than_asked_for(source_image: Path, ring: str, connections: int) -> None:
+    target = Double(bytearray(SIZE))
+    with double(target) as uri:
+        copy("--ring", ring, "--workers", "2", "-C", str(connections), source_image, uri).succeeded()
+    writers = {request.connection for request in target.requests if request.command == CMD_WRITE}
+    assert 1 <= len(writers) <= connections
+
+
+def test_a_server_that_takes_one_client_at_a_time_is_copied(tmp_path: Path, source_image: Path, ring: str) -> None:
+    """nbdkit's noparallel filter serves one client after the other: a second connection is not greeted at all."""
+    destination = tmp_path / "destination"
+    with nbdkit("file", str(source_image), "serialize=connections", filters=["noparallel"], flags=["-r"]) as server:
+        copy("--ring", ring, "--workers", "2", server.uri, destination, timeout=100).succeeded()
+    images.assert_identical(source_image, destination)
