@@ -23,6 +23,7 @@ POLL, SYNC, CALL, CLOSE = Kind.POLL, Kind.SYNC, Kind.CALL, Kind.CLOSE
 OFFSET_MAX = (1 << 63) - 1  # off_t
 
 Pins = list[memoryview]
+NOTHING: Pins = []
 
 
 class RingBase(ABC):
@@ -50,41 +51,36 @@ class RingBase(ABC):
     # -- the contract, as far as it is the same everywhere
 
     def attach(self, number: int, *, is_socket: bool) -> Descriptor:
-        """Take over `number`. Raises BugError if the ring has it already, OSError (EBADF) if it is not open."""
+        """See the contract. Raises OSError (EBADF) if `number` is not open."""
         if not self._open:
             raise BugError("the ring is closed")
         if number in self._attached:
             raise BugError(f"descriptor {number} is attached already")
         if not stat.S_ISSOCK(os.fstat(number).st_mode) and is_socket:
             raise BugError(f"descriptor {number} is not a socket")
+        if is_socket and os.get_blocking(number):
+            raise BugError(f"descriptor {number} is a blocking socket")
         descriptor = Descriptor(number, is_socket)
         self._attached[number] = descriptor
         return descriptor
 
     def submit(self, operation: Operation) -> None:
         """Queue `operation`. BugError, and nothing queued, if the contract forbids it."""
-        if operation.pending:
-            raise BugError(f"{operation.kind.name} was submitted while it is pending")
-        if len(self._held) >= RING_OPERATIONS_MAX:
-            raise BugError(f"more than {RING_OPERATIONS_MAX} operations in flight")
+        if objection := self._objection(operation):
+            raise BugError(f"{operation.kind.name} {objection}")
         kind = operation.kind
         descriptor = operation.descriptor
+        pins = NOTHING if kind is POLL or kind is CALL or kind is SYNC or kind is CLOSE else _pin(operation)
         if descriptor is not None:
-            if descriptor.closing:
-                raise BugError(f"{kind.name} for descriptor {descriptor.number}, which is closing or closed")
-            if self._attached.get(descriptor.number) is not descriptor:
-                raise BugError(f"{kind.name} for descriptor {descriptor.number}, which this ring does not have")
-        elif kind is not CALL or operation.function is None or not self._open:
-            raise BugError(f"{kind.name} without a descriptor or a function, or on a closed ring")
-        pins: Pins = []
-        if kind is RECEIVE or kind is SEND or kind is READ or kind is WRITE:
-            pins = _pin(operation)
-        elif kind is CLOSE and descriptor is not None:
-            descriptor.closing = True
-        if descriptor is not None:
+            if kind is RECEIVE:
+                descriptor.receiving = True
+            elif kind is SEND:
+                descriptor.sending = True
+            elif kind is CLOSE:
+                descriptor.closing = True
             descriptor.pending += 1
         operation.pending = True
-        ticket = self._ticket = self._ticket + 1
+        self._ticket = ticket = self._ticket + 1
         operation.slot = ticket
         self._held[ticket] = (operation, pins)
         self._queue.append(ticket)
@@ -94,6 +90,8 @@ class RingBase(ABC):
         if not operation.pending or operation.kind is CLOSE:
             return
         ticket = operation.slot
+        if ticket not in self._held or self._held[ticket][0] is not operation:
+            raise BugError(f"cancelling a {operation.kind.name} that is pending on another ring")
         if self._is_queued(ticket) or self._threads.cancel(operation):
             self._complete(ticket, -ECANCELED)
         else:
@@ -157,14 +155,41 @@ class RingBase(ABC):
     def _free(self) -> None:
         """Give back what the implementation owns."""
 
+    def _objection(self, operation: Operation) -> str:
+        """Why `operation` may not be submitted, for after its kind's name; "" if it may."""
+        kind = operation.kind
+        descriptor = operation.descriptor
+        if operation.pending:
+            return "was submitted while it is pending"
+        if not self._open:
+            return "on a closed ring"
+        if kind is CALL and operation.function is None:
+            return "without a function"
+        if len(self._held) >= RING_OPERATIONS_MAX and kind is not CLOSE:  # which needs nothing of the kernel's queues
+            return f"would be one more than the {RING_OPERATIONS_MAX} operations allowed in flight"
+        if descriptor is None:
+            return "" if kind is CALL else "without a descriptor"
+        if descriptor.closing:
+            return f"for descriptor {descriptor.number}, which is closing or closed"
+        if self._attached.get(descriptor.number) is not descriptor:
+            return f"for descriptor {descriptor.number}, which this ring does not have"
+        if (descriptor.receiving and kind is RECEIVE) or (descriptor.sending and kind is SEND):
+            return f"for descriptor {descriptor.number}, which has one pending"
+        return ""
+
     def _complete(self, ticket: int, result: int, value: object = None) -> None:
         """The end of an operation: its buffers are let go, and the next `wait` returns it."""
         operation = self._held.pop(ticket)[0]
         operation.result = result
         operation.value = value
         operation.pending = False
-        if operation.descriptor is not None:
-            operation.descriptor.pending -= 1
+        descriptor = operation.descriptor
+        if descriptor is not None:
+            descriptor.pending -= 1
+            if operation.kind is RECEIVE:
+                descriptor.receiving = False
+            elif operation.kind is SEND:
+                descriptor.sending = False
         self._done.append(operation)
 
     def _start_call(self, operation: Operation) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 import select
 import stat
-from collections import deque
 from enum import Enum, auto
 from errno import EAGAIN, ECANCELED, EOPNOTSUPP
 from functools import partial
@@ -46,17 +45,17 @@ class Mode(Enum):
 
 
 class Watch:
-    """One attached descriptor: the operations that wait for it, by direction, in order."""
+    """One attached descriptor, and the tickets of the operations that wait for it; 0 for none."""
 
-    __slots__ = ("number", "mode", "registered", "readers", "writers", "pollers")
+    __slots__ = ("number", "mode", "registered", "reader", "writer", "pollers")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.mode = _mode_of(number)
         self.registered = False
-        self.readers: deque[int] = deque()  # tickets
-        self.writers: deque[int] = deque()
-        self.pollers: deque[int] = deque()
+        self.reader = 0
+        self.writer = 0
+        self.pollers: list[int] = []
 
 
 class EpollRing(RingBase):
@@ -110,9 +109,11 @@ class EpollRing(RingBase):
         number = operation.descriptor.number  # type: ignore[union-attr]  # `submit` has checked it
         watch = self._watches[number]
         if kind is RECEIVE or kind is SEND:
-            waiting = watch.readers if kind is RECEIVE else watch.writers
-            if waiting or not self._attempt(watch, ticket):  # in order: never past one that waits
-                waiting.append(ticket)
+            if not self._attempt(watch, ticket):
+                if kind is RECEIVE:
+                    watch.reader = ticket
+                else:
+                    watch.writer = ticket
                 self._register(watch)
         elif kind is POLL:
             self._start_poll(watch, ticket, operation.mask)
@@ -138,25 +139,18 @@ class EpollRing(RingBase):
             watch.registered = True
 
     def _ready(self, watch: Watch, events: int) -> None:
-        if events & READABLE:
-            self._retry(watch, watch.readers)
-        if events & WRITABLE:
-            self._retry(watch, watch.writers)
+        if events & READABLE and watch.reader and self._attempt(watch, watch.reader):
+            watch.reader = 0
+        if events & WRITABLE and watch.writer and self._attempt(watch, watch.writer):
+            watch.writer = 0
         if watch.pollers:
-            waiting: deque[int] = deque()
-            for ticket in watch.pollers:
+            waiting, watch.pollers = watch.pollers, []
+            for ticket in waiting:
                 came_true = events & (self._held[ticket][0].mask | ENDED)
                 if came_true:
                     self._complete(ticket, came_true)
                 else:
-                    waiting.append(ticket)
-            watch.pollers = waiting
-
-    def _retry(self, watch: Watch, waiting: deque[int]) -> None:
-        while waiting:
-            if not self._attempt(watch, waiting[0]):
-                return
-            waiting.popleft()
+                    watch.pollers.append(ticket)
 
     # -- one attempt
 
@@ -198,10 +192,15 @@ class EpollRing(RingBase):
         if operation.descriptor is None:
             return
         watch = self._watches[operation.descriptor.number]
-        for waiting in (watch.readers, watch.writers, watch.pollers):
-            if ticket in waiting:  # else it runs on a thread, to its end
-                waiting.remove(ticket)
-                self._complete(ticket, -ECANCELED)
+        if ticket == watch.reader:
+            watch.reader = 0
+        elif ticket == watch.writer:
+            watch.writer = 0
+        elif ticket in watch.pollers:
+            watch.pollers.remove(ticket)
+        else:
+            return  # it runs on a thread, to its end
+        self._complete(ticket, -ECANCELED)
 
     def _close_descriptor(self, descriptor: Descriptor) -> int:
         watch = self._watches.pop(descriptor.number)

@@ -14,7 +14,8 @@ Promises of every implementation (tests/unit/common/ring runs one suite against 
   cancelled, every completion reaped, the descriptor closed, and only then does the CLOSE complete. Nothing may be
   submitted for a descriptor after its CLOSE (BugError). A `Descriptor` is a generation of its number: an operation
   prepared for one can never reach another that got the same number later.
-- Receives on one stream complete in the order they were submitted, sends too; file operations in any order.
+- One RECEIVE and one SEND may be pending on a stream, a second one is a BugError: io_uring gives what arrives to those
+  that wait in no particular order (tried: the last of five came first). File operations complete in any order.
 
 Duties of the caller: one thread makes, uses and closes the ring. A descriptor that belongs to somebody else (ZeroMQ's,
 standard input) is attached as an os.dup of it, since the ring closes what it has. SIGPIPE stays ignored, as the
@@ -44,15 +45,16 @@ class Kind(Enum):
 class Descriptor:
     """One open file, from `Ring.attach` to its CLOSE. `number` is the descriptor's; generations never meet."""
 
-    __slots__ = ("number", "is_socket", "pending", "closing", "closed", "state")
+    __slots__ = ("number", "is_socket", "pending", "receiving", "sending", "closing", "closed")
 
     def __init__(self, number: int, is_socket: bool) -> None:
         self.number = number
         self.is_socket = is_socket
         self.pending = 0  # operations submitted and not yet completed
+        self.receiving = False  # a RECEIVE is pending
+        self.sending = False  # a SEND is pending
         self.closing = False
         self.closed = False
-        self.state: object = None  # the implementation's own
 
 
 class Operation:
@@ -108,7 +110,8 @@ class Ring(Protocol):
         """Take over an open descriptor; the ring closes it when its CLOSE completes.
 
         `is_socket`: a connection of ours alone, to be shut down before it is closed; it is non-blocking. Any other
-        stream may be blocking, and stays so: others may share it. BugError if `number` is attached already.
+        stream may be blocking, and stays so: others may share it. BugError if that does not hold, or `number` is
+        attached already.
         """
 
     def submit(self, operation: Operation) -> None:
