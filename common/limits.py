@@ -84,7 +84,7 @@ UNKNOWN_KEYS_LOGGED_MAX: Final = 100  # turned-away keys that are told, once eac
 CONTROL_HANDSHAKE_SECONDS: Final = 10.0  # from a connection's start to the end of ZeroMQ's handshake
 COORDINATOR_ANSWER_SECONDS: Final = 10.0  # for a worker's first answer before it says what is wrong and leaves
 CHANNEL_LINGER_SECONDS: Final = 1.0  # for the last messages to leave when a channel closes
-RECONNECT_SECONDS_MIN: Final = 0.1  # a worker's tries to reach its coordinator again, doubling ...
+RECONNECT_SECONDS_MIN: Final = 0.02  # a worker's tries to reach its coordinator again, doubling ...
 RECONNECT_SECONDS_MAX: Final = 2.0  # ... up to this
 KEY_FILE_BYTES_MAX: Final = MIB  # an allow-list of ten thousand keys
 KEYS_ALLOWED_MAX: Final = 10_000
@@ -120,9 +120,9 @@ COORDINATOR_SILENCE_SECONDS: Final = 60.0  # without a word from the coordinator
 # -- local files ------------------------------------------------------------------------------------------------------
 FILE_EXTENTS_MAX: Final = 16 * KIB  # in one answer: two system calls each, on a thread that others wait for
 CACHE_WINDOW_BYTES: Final = 8 * MIB  # looked at, written back and dropped from the page cache at a time
-CACHE_WINDOWS_MAX: Final = 256  # remembered by one connection; more than a queue spans
+CACHE_LOOK_AHEAD_BYTES: Final = 32 * MIB  # ahead of a read: further than the kernel's readahead, which may be 16 MiB
 CACHE_WINDOWS_BEHIND: Final = 2  # written windows left to write-back before their pages are dropped
-CACHE_RUNS_MAX: Final = 64  # separate ranges in one hint to the kernel
+CACHE_RUNS_MAX: Final = 64  # separate ranges in one hint to the kernel, and in what a connection remembers
 CACHE_HINTS_MAX: Final = 2  # under way on one connection: requests must not wait behind hints
 
 # -- processes --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,7 +55,7 @@ class FileConnection(LocalConnection):
             self._not_opened(outcome)
         else:
             self._opened_file = outcome
-            self._page_cache = PageCache(outcome.number, self._call)
+            self._page_cache = PageCache(outcome.number, self._hint)
             self._opened(outcome.description, self._ring.attach(outcome.number, is_socket=False))
 
     @property
@@ -69,8 +70,16 @@ class FileConnection(LocalConnection):
             raise BugError(f"{self.peer} is not open")
         return self._page_cache
 
-    def _before_release(self) -> None:
+    def _may_leave(self) -> bool:
         self._cache.finish()
+        return not self._cache.busy
+
+    def _hint(self, function: Callable[[], None], then: Callable[[object], None]) -> None:
+        def over(outcome: object) -> None:
+            then(outcome)
+            self._leave_if_done()
+
+        self._call(function, over)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

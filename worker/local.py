@@ -131,8 +131,9 @@ class LocalConnection(ABC):
         """Whether another request may begin beside those under way."""
         return True
 
-    def _before_release(self) -> None:  # noqa: B027  # most kinds have nothing to do here
-        """Nothing more is begun, and the descriptor is still open. Must not raise."""
+    def _may_leave(self) -> bool:
+        """Whether a soft end, with everything answered, may close the descriptor now; else `_leave_if_done` later."""
+        return True
 
     # -- ports.Connection ----------------------------------------------------------------------------------------------
 
@@ -223,7 +224,7 @@ class LocalConnection(ABC):
         return self.life is Life.CLOSED
 
     def _leave_if_done(self) -> None:
-        if self.life is Life.LEAVING and not self._queue and not self._under_way:
+        if self.life is Life.LEAVING and not self._queue and not self._under_way and self._may_leave():
             self.close()
 
     def _release(self) -> None:
@@ -231,7 +232,6 @@ class LocalConnection(ABC):
         if descriptor is None:
             self.life = Life.CLOSED
         else:
-            self._before_release()
             self._ring.submit(Operation(Kind.CLOSE, descriptor, owner=self._released))
 
     def _released(self, _: Operation) -> None:

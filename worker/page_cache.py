@@ -1,21 +1,21 @@
 """Keeping a copy of local files from driving everything else out of the page cache.
 
 Pages that were only filled for this copy are given up again, window by window, behind the transfers; what the user had
-cached before stays. All of it is hints to the kernel: none may fail a copy, and few may be under way, so that requests
-never wait behind them. It costs nothing measurable (docs/benchmarks.md).
+cached before stays. All of it is hints to the kernel: none may fail a copy, and few may be under way at once, so that
+requests do not wait behind them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from nbdshard.common.limits import (
     CACHE_HINTS_MAX,
+    CACHE_LOOK_AHEAD_BYTES,
     CACHE_RUNS_MAX,
     CACHE_WINDOW_BYTES,
     CACHE_WINDOWS_BEHIND,
-    CACHE_WINDOWS_MAX,
 )
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.worker.file_calls import cached_bytes, drop_pages, start_write_back
@@ -33,37 +33,54 @@ class PageCache:
     def __init__(self, number: int, call: Callable[[Hint, Callable[[object], None]], None]) -> None:
         self._number = number
         self._call = call
-        self._ours: dict[int, bool] = {}  # windows looked at lately: whether we are the first to fill them
+        self._looked = RangeSet()  # whole windows
+        self._cold = RangeSet()  # those of them that were not cached before we came
         self._read = RangeSet()
         self._written = RangeSet()
         self._writing: deque[Batch] = deque()  # given to write-back, oldest first
         self._hints = 0
 
+    @property
+    def busy(self) -> bool:
+        """A hint is under way."""
+        return self._hints > 0
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def before_read(self, where: Range) -> None:
-        """Look, once for each window, whether it was cached before we came. Costs microseconds, does not block."""
-        for index in range(where.start // CACHE_WINDOW_BYTES, (where.end - 1) // CACHE_WINDOW_BYTES + 1):
-            if index not in self._ours:
-                if len(self._ours) >= CACHE_WINDOWS_MAX:
-                    del self._ours[next(iter(self._ours))]
-                self._ours[index] = self._is_cold(Range.of(index * CACHE_WINDOW_BYTES, CACHE_WINDOW_BYTES))
+        """Look, once at each window, whether it is cached before we come: microseconds, without blocking.
+
+        That is to say before the kernel's readahead comes, which runs ahead of us by megabytes.
+        """
+        start = where.start - where.start % CACHE_WINDOW_BYTES
+        end = where.end + CACHE_LOOK_AHEAD_BYTES
+        ahead = Range(start, end + -end % CACHE_WINDOW_BYTES)
+        if ahead in self._looked:
+            return
+        for gap in list(self._looked.gaps(ahead)):
+            for window in gap.split(CACHE_WINDOW_BYTES):
+                if self._is_cold(window):
+                    self._cold.add(window)
+        self._looked.add(ahead)
+        for known in (self._looked, self._cold):
+            if len(known) > CACHE_RUNS_MAX:
+                known.pop_first()
 
     def _is_cold(self, window: Range) -> bool:
-        """Less than half is there: readahead from the window before fills some of it."""
+        """Less than half of it is there: a neighbour's readahead may have filled some. Also if nobody can tell."""
         try:
             return cached_bytes(self._number, window) < window.length // 2
         except OSError:
             return True
 
     def after_read(self, where: Range) -> None:
-        """`where` was read: when a window's worth was, let it go."""
+        """`where` was read: let a window's worth go when there is one."""
         for piece in where.split(CACHE_WINDOW_BYTES):
-            if self._ours.get(piece.start // CACHE_WINDOW_BYTES, False):
+            if piece in self._cold:
                 self._read.add(piece)
         if self._is_batch(self._read):
-            batch, self._read = list(self._read), RangeSet()
-            self._hint(lambda: _each(drop_pages, self._number, batch))
+            self._drop(self._read)
+            self._read = RangeSet()
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -89,13 +106,19 @@ class PageCache:
         """Everything written is on the disk: whatever is left of it can go."""
         self._writing.clear()
         self._written = RangeSet()
-        self._hint(lambda: _each(drop_pages, self._number, [_WHOLE]))
+        self._drop([_WHOLE])
 
     # -- both ----------------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """The connection ends: let the last pages read go, less than a window."""
-        _each(drop_pages, self._number, list(self._read))
+        """The connection ends: let go what is left of what we read, and what readahead left behind us."""
+        if len(self._cold):
+            self._drop(self._cold)
+            self._cold = RangeSet()
+
+    def _drop(self, ranges: Iterable[Range]) -> None:
+        batch = list(ranges)
+        self._hint(lambda: _each(drop_pages, self._number, batch))
 
     def _is_batch(self, touched: RangeSet) -> bool:
         if self._hints >= CACHE_HINTS_MAX:
