@@ -6,14 +6,16 @@ import argparse
 import os
 import signal
 from argparse import Namespace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdshard.cli.grammar import EXIT_OK, Parser, UsageError
 from nbdshard.cli.options import add_ring_option
 from nbdshard.common import logs
 from nbdshard.common.control_url import parse_control_url
 from nbdshard.common.errors import UserError
-from nbdshard.common.keys import WorkerKeys, load_key_pair, load_public_key
+
+if TYPE_CHECKING:
+    from nbdshard.common.keys import WorkerKeys
 
 USAGE: Final = "nbdshard worker --connect URL [--key FILE --coordinator-key FILE] [OPTIONS]"
 EPILOG: Final = """\
@@ -71,6 +73,8 @@ def _keys(args: Namespace) -> WorkerKeys | None:
     if args.key is None or args.coordinator_key is None:
         missing = "--key" if args.key is None else "--coordinator-key"
         raise UsageError(f"{missing} is missing", advice="--key and --coordinator-key go together")
+    from nbdshard.common.keys import WorkerKeys, load_key_pair, load_public_key
+
     return WorkerKeys(load_key_pair(args.key), load_public_key(args.coordinator_key))
 
 

@@ -10,16 +10,15 @@ Each channel has a ZeroMQ context of its own, closed with it.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import stat
+from typing import TYPE_CHECKING
 
 import zmq
 
 from nbdshard.common import logs
 from nbdshard.common.control_url import ControlUrl, parse_control_url, unmapped
 from nbdshard.common.errors import ProtocolError, UserError
-from nbdshard.common.keys import CoordinatorKeys, WorkerKeys
 from nbdshard.common.limits import (
     BAD_MESSAGES_LOGGED_MAX,
     CHANNEL_LINGER_SECONDS,
@@ -32,6 +31,7 @@ from nbdshard.common.limits import (
     RECONNECT_SECONDS_MAX,
     RECONNECT_SECONDS_MIN,
 )
+from nbdshard.common.machine import new_worker_name
 from nbdshard.common.messages import (
     PROTOCOL_VERSION,
     FromCoordinator,
@@ -43,15 +43,11 @@ from nbdshard.common.messages import (
     encode,
     foreign_version,
 )
-from nbdshard.common.monitor import Monitor
-from nbdshard.common.zap import DOMAIN, Doorkeeper
 
-IDENTITY_BYTES = 16  # random: nobody takes another worker's name over by chance or by guessing
-
-
-def new_worker_name() -> str:
-    """A name for a worker: its routing id in hexadecimal."""
-    return secrets.token_hex(IDENTITY_BYTES)
+if TYPE_CHECKING:  # keys are for networks; a local job does not pay for their import
+    from nbdshard.common.keys import CoordinatorKeys, WorkerKeys
+    from nbdshard.common.monitor import Monitor
+    from nbdshard.common.zap import Doorkeeper
 
 
 class CoordinatorChannel:
@@ -71,6 +67,8 @@ class CoordinatorChannel:
             self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
             self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
             if keys is not None:
+                from nbdshard.common.zap import DOMAIN, Doorkeeper
+
                 self._doorkeeper = Doorkeeper(self._context, keys.allowed)  # before bind: see common.zap
                 self._router.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
                 self._router.setsockopt(zmq.CURVE_SERVER, 1)
@@ -188,6 +186,8 @@ class WorkerChannel:
             dealer.setsockopt(zmq.CURVE_PUBLICKEY, keys.own.public.raw)
             dealer.setsockopt(zmq.CURVE_SECRETKEY, keys.own.secret)
             dealer.setsockopt(zmq.CURVE_SERVERKEY, keys.coordinator.raw)
+        from nbdshard.common.monitor import Monitor
+
         self._monitor = Monitor(dealer)
         try:
             dealer.connect(str(self.url))
@@ -294,6 +294,3 @@ def _check_socket_path(url: ControlUrl) -> None:
         except OSError:
             pass
     raise UserError("cannot listen: another process listens there", str(url))
-
-
-__all__ = ["CoordinatorChannel", "WorkerChannel", "new_worker_name"]

@@ -1,4 +1,4 @@
-"""Which machine this is: whether a path means the same file for two processes."""
+"""Names: which machine this is (whether a path means the same file for two processes), and what workers are called."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import os
 
 BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
 MACHINE_ID_PATH = "/etc/machine-id"
+WORKER_NAME_BYTES = 16  # random: nobody takes another worker's name over by chance or by guessing
+
+
+def new_worker_name() -> str:
+    """A name for a worker: hexadecimal digits, which are its ZeroMQ routing id too."""
+    return os.urandom(WORKER_NAME_BYTES).hex()
 
 
 @functools.cache

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import struct
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import zmq
 
-from nbdshard.common.keys import WorkerKeys
 from nbdshard.common.limits import MESSAGES_PER_TURN_MAX
+
+if TYPE_CHECKING:
+    from nbdshard.common.keys import WorkerKeys
 
 _EVENT = struct.Struct("=HI")  # zmq_socket_monitor(3): event number and its value; the second frame is the endpoint
 _MECHANISM_MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH

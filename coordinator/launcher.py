@@ -13,8 +13,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from nbdshard.common.channel import new_worker_name
 from nbdshard.common.limits import WORKER_EXIT_SECONDS
+from nbdshard.common.machine import new_worker_name
 from nbdshard.coordinator.child import Child, close_all
 
 STDERR = 2
@@ -51,9 +51,17 @@ class Launcher:
     def __init__(self, command: WorkerCommand) -> None:
         self._command = command
         self._children: dict[str, Child] = {}
+        self._ahead: list[str] = []
+
+    def start_ahead(self) -> None:
+        """Start one worker that the next `start` gives out: it loads while its coordinator still does."""
+        self._ahead.append(self._start())
 
     def start(self) -> str:
         """Start one worker; return its name. Raises UserError when there can be no new process."""
+        return self._ahead.pop() if self._ahead else self._start()
+
+    def _start(self) -> str:
         name = new_worker_name()
         self._children[name] = Child(
             self._command.argv(name, os.getpid()),

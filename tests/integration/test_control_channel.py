@@ -15,10 +15,11 @@ import pytest
 import zmq
 
 from nbdshard.common import limits
-from nbdshard.common.channel import CoordinatorChannel, WorkerChannel, new_worker_name
+from nbdshard.common.channel import CoordinatorChannel, WorkerChannel
 from nbdshard.common.control_url import ControlUrl, parse_control_url
 from nbdshard.common.errors import ProtocolError, UserError
 from nbdshard.common.keys import CoordinatorKeys, KeyPair, WorkerKeys
+from nbdshard.common.machine import new_worker_name
 from nbdshard.common.messages import Alive, AliveToo, FromCoordinator, FromWorker, Goodbye, Hello, Refused, Stop
 from support.listening import listening, wait_until_closed
 from support.servers import private_folder

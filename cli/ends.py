@@ -1,0 +1,108 @@
+"""Both ends of a copy: files and streams the coordinator opens, `[ CMD ]` it starts, URIs it leaves to the workers.
+
+The order is that of the checks: what can be refused cheaply is refused first, and nothing of a destination changes
+before its size is known and agreed to (`prepare`).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from nbdshard.common.endpoints import (
+    CommandEndpoint,
+    Endpoint,
+    FileEndpoint,
+    NbdEndpoint,
+    NullEndpoint,
+    StreamEndpoint,
+)
+from nbdshard.common.messages import EndpointAddress, Side
+from nbdshard.coordinator import local
+from nbdshard.coordinator.command_server import CommandServer
+from nbdshard.coordinator.private_directory import PrivateDirectory
+
+if TYPE_CHECKING:
+    from nbdshard.coordinator.job import Outcome
+
+
+class Ends:
+    """Both ends of the copy, opened as far as the coordinator opens them. `stack` closes what is opened."""
+
+    def __init__(self, source: Endpoint, destination: Endpoint, stack: ExitStack) -> None:
+        self._stack = stack
+        self._directory: PrivateDirectory | None = None
+        self._keep_destination = False
+        self.servers: list[CommandServer] = []
+        self._local_source = self._open_source(source)
+        self._local_destination = self._open_destination(destination)
+        stack.callback(self._remove_unwritten)
+        # Servers last: whatever can be refused without them is refused before they run.
+        self.source = self._address(source, "source", self._local_source)
+        self.destination = self._address(destination, "destination", self._local_destination)
+
+    @property
+    def has_stream(self) -> bool:
+        return "stream" in (self.source.kind, self.destination.kind)
+
+    @property
+    def destination_grows(self) -> bool:
+        return self._local_destination is not None and self._local_destination.grows
+
+    def directory(self) -> PrivateDirectory:
+        """The job's private directory, made when first needed."""
+        if self._directory is None:
+            self._directory = self._stack.enter_context(PrivateDirectory())
+        return self._directory
+
+    def prepare(self, size: int) -> None:
+        """Give the destination its size. Raises UserError."""
+        if self._local_destination is not None:
+            self._local_destination.prepare(size)
+
+    def settle(self, outcome: Outcome) -> None:
+        """Keep a destination file that this job created: it has content now, or might still get some."""
+        from nbdshard.coordinator.job import Verdict
+
+        if outcome.verdict in (Verdict.COMPLETE, Verdict.UNFENCED) or outcome.counters.total:
+            self._keep_destination = True
+
+    def _remove_unwritten(self) -> None:
+        if self._local_destination is not None and not self._keep_destination:
+            self._local_destination.discard()
+
+    def _open_source(self, endpoint: Endpoint) -> local.LocalEnd | None:
+        match endpoint:
+            case FileEndpoint(path):
+                end = local.open_source(path)
+            case StreamEndpoint():
+                end = local.standard_input()
+            case _:
+                return None
+        self._stack.callback(end.close)
+        return end
+
+    def _open_destination(self, endpoint: Endpoint) -> local.LocalEnd | None:
+        match endpoint:
+            case FileEndpoint(path):
+                end = local.open_destination(path, self._local_source)
+            case StreamEndpoint():
+                end = local.standard_output(self._local_source)
+            case _:
+                return None
+        self._stack.callback(end.close)
+        return end
+
+    def _address(self, endpoint: Endpoint, side: Side, end: local.LocalEnd | None) -> EndpointAddress:
+        if end is not None:
+            return end.address
+        match endpoint:
+            case NbdEndpoint():
+                return EndpointAddress(kind="nbd", address=str(endpoint.uri))
+            case CommandEndpoint(argv):
+                server = CommandServer(argv, side, self.directory())
+                self._stack.callback(server.close)
+                self.servers.append(server)
+                return EndpointAddress(kind="nbd", address=server.uri)
+            case NullEndpoint() | FileEndpoint() | StreamEndpoint():
+                return EndpointAddress(kind="null", address="null:")

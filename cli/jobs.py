@@ -1,0 +1,85 @@
+"""One job, once its ends are open: the channel, the display, the loop, and the last line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import ExitStack
+
+from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, EXIT_UNFENCED
+from nbdshard.cli.options import ProgressChoice, ProgressKind
+from nbdshard.cli.setting import Setting
+from nbdshard.common import logs
+from nbdshard.common.channel import CoordinatorChannel
+from nbdshard.common.limits import BAR_DELAY_SECONDS
+from nbdshard.common.machine import machine_id
+from nbdshard.coordinator.job import Job, Outcome, Verdict
+from nbdshard.coordinator.progress import DelayedDisplay, Display, JsonDisplay, NoDisplay, PercentDisplay, summary
+from nbdshard.coordinator.service import Shell, run_job
+
+
+def run(setting: Setting, stack: ExitStack) -> tuple[Outcome, float]:
+    """Listen, run the job to its end; how it ended, and the seconds it took. `stack` closes what is opened here."""
+    start = time.monotonic()
+    channel = CoordinatorChannel(setting.url, setting.crew.keys)
+    stack.callback(channel.close)
+    if setting.launcher is None:
+        logs.say(f"listening on {channel.url}")
+    display = _display(setting.args.progress)
+    stack.callback(display.close)
+    ends = setting.ends
+    shell = Shell(channel, setting.launcher, ends.prepare, ends.servers, display, setting.signals)
+    return run_job(_job(setting), shell), time.monotonic() - start
+
+
+def _job(setting: Setting) -> Job:
+    ends = setting.ends
+    return Job(
+        uuid=os.urandom(16).hex(),
+        epoch=1,
+        source=ends.source,
+        destination=ends.destination,
+        options=setting.options,
+        connections=1 if ends.has_stream else setting.args.connections,  # a stream has one reader or writer
+        workers=1 if ends.has_stream else setting.crew.count,
+        range_size=setting.args.range_size,
+        local_workers=setting.launcher is not None,
+        destination_grows=ends.destination_grows,
+        machine=machine_id(),
+    )
+
+
+def _display(choice: ProgressChoice) -> Display:
+    """The display that was asked for; on a terminal a bar unasked, for copies that take a while."""
+    now = time.monotonic()
+    match choice.kind:
+        case ProgressKind.AUTO:
+            return DelayedDisplay(now, BAR_DELAY_SECONDS, _bar) if sys.stderr.isatty() else NoDisplay()
+        case ProgressKind.BAR:
+            return _bar(now)
+        case ProgressKind.JSON:
+            return JsonDisplay(now)
+        case ProgressKind.DESCRIPTOR:
+            return NoDisplay() if choice.descriptor is None else PercentDisplay(choice.descriptor)
+
+
+def _bar(start: float) -> Display:
+    from nbdshard.coordinator.bar import BarDisplay  # rich takes longer to import than a small copy takes
+
+    return BarDisplay(start)
+
+
+def conclude(outcome: Outcome, seconds: float, interrupted_code: int) -> int:
+    """Say how it ended, and choose the exit code."""
+    for name in outcome.unfenced:
+        logs.warning(f"worker {name} was not heard to close its connections: it may still write to the destination")
+    if outcome.verdict is Verdict.FAILED:
+        logs.say(outcome.error)
+        return EXIT_FAILURE
+    logs.say(summary(outcome, seconds))
+    return {
+        Verdict.COMPLETE: EXIT_OK,
+        Verdict.STOPPED: interrupted_code,
+        Verdict.UNFENCED: EXIT_UNFENCED,
+    }[outcome.verdict]

@@ -1,0 +1,39 @@
+"""What a job starts with, between the command line and the loop. Plain data; imports nothing that is slow to load."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nbdshard.cli.ends import Ends
+from nbdshard.common.control_url import ControlUrl
+from nbdshard.common.messages import JobOptions
+from nbdshard.coordinator.launcher import Launcher
+from nbdshard.coordinator.signals import SignalWatch
+
+if TYPE_CHECKING:
+    from nbdshard.common.keys import CoordinatorKeys
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Where the workers come from: `count` local processes, or whoever connects to `listen`."""
+
+    count: int
+    ring: str = "auto"
+    listen: ControlUrl | None = None  # None: local workers over a private unix socket
+    keys: CoordinatorKeys | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A checked command line, open ends, an address to listen at. `launcher` is None if workers come from elsewhere."""
+
+    args: Namespace
+    options: JobOptions
+    crew: Crew
+    ends: Ends
+    url: ControlUrl
+    launcher: Launcher | None
+    signals: SignalWatch
