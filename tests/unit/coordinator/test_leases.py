@@ -1,0 +1,123 @@
+"""The ledger's own corners; its whole behaviour is held against a model in tests/model."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+
+import pytest
+
+from nbdshard.common.errors import BugError, IllegalEvent
+from nbdshard.common.limits import KIB
+from nbdshard.common.messages import Counters, EndpointDescription
+from nbdshard.common.ranges import Range
+from nbdshard.coordinator.leases import Intervals, Ledger
+from nbdshard.coordinator.planner import OFFSET_MAX, check_job
+from support.schedules import job, server
+
+UNIT = 64 * KIB
+STREAM = EndpointDescription(peer="standard input", size=None, is_stream=True)
+
+
+def ledger(units: int) -> Ledger:
+    end = server(units * UNIT)
+    return Ledger(check_job(job(range_size=UNIT), end, end))
+
+
+def stream_ledger() -> Ledger:
+    return Ledger(check_job(job(destination_grows=True), STREAM, server(0)))
+
+
+def test_an_empty_export_has_nothing_to_hand_out() -> None:
+    empty = ledger(0)
+    assert (empty.pending, empty.unwritten, empty.size) == (False, False, 0)
+    empty.validate()
+    with pytest.raises(BugError):
+        empty.grant("w")
+
+
+def test_a_range_that_came_back_is_leased_under_a_new_number() -> None:
+    two = ledger(2)
+    first = two.grant("a")
+    two.give_back(first, attempt=False)
+    again = two.grant("b")
+    assert (first.number, again.number, again.range) == (1, 2, Range(0, UNIT))
+
+
+def test_a_lease_is_written_only_once() -> None:
+    one = ledger(1)
+    granted = one.grant("a")
+    one.wrote(granted, Counters(copied=UNIT), None)
+    with pytest.raises(IllegalEvent):
+        one.wrote(granted, Counters(copied=UNIT), None)
+    one.validate()
+
+
+def test_a_stream_is_one_lease_until_its_end() -> None:
+    stream = stream_ledger()
+    granted = stream.grant("w")
+    assert (granted.until_end, granted.range) == (True, Range(0, OFFSET_MAX))
+    assert stream.size is None
+    stream.wrote(granted, Counters(copied=5000), 5000)
+    assert (stream.size, stream.unsettled_bytes, stream.unwritten) == (5000, 5000, False)
+    stream.validate()
+    stream.settle(granted)
+    stream.validate()
+
+
+def test_a_stream_may_be_empty() -> None:
+    stream = stream_ledger()
+    granted = stream.grant("w")
+    stream.wrote(granted, Counters(), 0)
+    stream.settle(granted)
+    assert (stream.size, stream.unwritten) == (0, False)
+    stream.validate()
+
+
+def test_validate_finds_an_overlap() -> None:
+    broken = ledger(3)
+    first = broken.grant("a")
+    first.range = Range(0, 2 * UNIT)
+    broken.grant("a")
+    with pytest.raises(BugError, match="overlap at offset 65536"):
+        broken.validate()
+
+
+def test_validate_finds_a_gap() -> None:
+    broken = ledger(3)
+    granted = broken.grant("a")
+    granted.range = Range(0, UNIT // 2)
+    with pytest.raises(BugError, match="leave a gap at offset 32768"):
+        broken.validate()
+
+
+def test_validate_finds_a_wrong_count() -> None:
+    broken = ledger(3)
+    broken.leased_count = 1
+    with pytest.raises(BugError, match="counts"):
+        broken.validate()
+
+
+def test_intervals_merge_with_their_neighbours_on_both_sides() -> None:
+    intervals = Intervals()
+    for start in (4, 0, 8, 2, 6):
+        intervals.add(start, start + 2)
+    assert list(intervals) == [(0, 10)]
+    assert intervals.total == 10
+
+
+def test_ranges_that_became_durable_in_order_cost_no_memory() -> None:
+    end = server(1_000_000 * UNIT)
+    many = Ledger(replace(check_job(job(range_size=UNIT), end, end), range_size_min=UNIT))
+    whole = Counters(copied=UNIT)
+    tracemalloc.start()
+    try:
+        for _ in range(20_000):
+            granted = many.grant("w")
+            many.wrote(granted, whole, None)
+            many.settle(granted)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 100_000
+    many.validate()

@@ -1,0 +1,703 @@
+"""Workers that are refused, fail, die, fall silent or break the protocol; and what becomes of their ranges."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdshard.common import messages
+from nbdshard.common.limits import (
+    ATTEMPTS_PER_RANGE,
+    GIB,
+    MIB,
+    RETURNS_PER_RANGE,
+    WORKER_REPLACEMENTS_MAX,
+    WORKERS_MAX,
+)
+from nbdshard.common.messages import Counters, EndpointAddress
+from nbdshard.coordinator.instructions import Forget, Instruction, Kill, Prepare, Send, Start
+from nbdshard.coordinator.job import Verdict
+from support.schedules import (
+    EPOCH,
+    UUID,
+    Stage,
+    alive,
+    error,
+    failed,
+    flushed,
+    flushes_in,
+    goodbye,
+    hello,
+    job,
+    lease,
+    leases_in,
+    open_failed,
+    opened,
+    progress,
+    server,
+    wanted,
+    without_beats,
+    written,
+)
+
+DISK = server(8 * MIB)
+BIG = server(GIB)
+
+
+def stops(followed: list[Instruction]) -> list[tuple[str, str]]:
+    """Who was told to stop, and why."""
+    return [
+        (item.worker, item.message.reason)
+        for item in followed
+        if isinstance(item, Send) and isinstance(item.message, messages.Stop)
+    ]
+
+
+def copying(workers: int = 1, *, local: bool = True, disk: messages.EndpointDescription = DISK) -> Stage:
+    """A job with as many READY workers "a", "b", ... and no lease yet."""
+    small = {} if disk.size == GIB else {"range_size": 4 * MIB}
+    stage = Stage(job(workers=workers, connections=workers, local_workers=local, **small))
+    stage.start()
+    for name in "abcdefgh"[:workers]:
+        stage.join(name, disk, disk)
+    return stage
+
+
+def ended(stage: Stage, *workers: str) -> tuple[Verdict, str]:
+    """The verdict and the error, once the workers that are left have said Goodbye."""
+    for worker in workers:
+        stage.say(worker, goodbye())
+    return stage.outcome.verdict, stage.outcome.error
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_of_another_version_is_refused_and_the_others_go_on() -> None:
+    stage = copying(local=False)
+    reason = "the worker speaks version 9 of the control protocol, the coordinator version 1"
+    assert stage.say("x", hello("x", version=9)) == [Send("x", messages.Refused(1, reason)), Forget("x")]
+    assert stage.scheduler.take_notes() == [f"worker host-x/100 was refused: {reason}"]
+    assert stage.scheduler.take_notes() == []
+    assert stage.scheduler.status().workers == 1
+
+
+def test_a_local_worker_of_another_version_fails_the_job() -> None:
+    stage = Stage(job())
+    stage.start()
+    stage.say("a", hello("a", version=9))
+    stage.gone("a", "exited with status 1")
+    assert ended(stage) == (
+        Verdict.FAILED,
+        "the worker speaks version 9 of the control protocol, the coordinator version 1",
+    )
+
+
+def test_a_worker_elsewhere_is_refused_a_local_file() -> None:
+    stage = Stage(job(local_workers=False, source=EndpointAddress("file", "/disk")))
+    stage.start()
+    refused, forgotten = stage.say("x", hello("x", machine="there"))
+    assert isinstance(refused, Send)
+    assert isinstance(refused.message, messages.Refused)
+    assert forgotten == Forget("x")
+
+
+def test_there_is_a_most_of_workers() -> None:
+    stage = Stage(job(local_workers=False))
+    stage.start()
+    for number in range(WORKERS_MAX):
+        stage.scheduler.message(f"w{number}", hello(f"w{number}"), stage.now)
+    refused, _ = stage.say("x", hello("x"))
+    assert isinstance(refused, Send)
+    assert refused.message == messages.Refused(1, f"the job has {WORKERS_MAX} workers already")
+
+
+def test_a_worker_that_comes_when_the_job_is_over_is_sent_away() -> None:
+    stage = copying(local=False)
+    stage.stop()
+    assign, stop, forget = stage.say("x", hello("x"))
+    assert isinstance(assign, Send)
+    assert isinstance(assign.message, messages.Assign)
+    assert assign.message.source_connections == 0
+    assert (stop, forget) == (Send("x", messages.Stop(UUID, EPOCH, "stopped by SIGINT")), Forget("x"))
+
+
+# -- opening fails -----------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_that_cannot_be_done_fails_before_anything_is_prepared() -> None:
+    stage = Stage(job())
+    stage.start()
+    followed = stage.join("a", server(100), server(99))
+    line = "nbd://server: the destination is smaller than the source: 99 bytes, 100 are needed"
+    assert not any(isinstance(item, Prepare) for item in followed)
+    assert stops(followed) == [("a", f"the job failed: {line}")]
+    assert ended(stage, "a") == (Verdict.FAILED, line)
+
+
+def test_a_first_worker_that_cannot_open_fails_the_job_with_its_line() -> None:
+    stage = Stage(job(workers=4))
+    stage.start()
+    stage.say("a", hello("a"), open_failed("destination nbd://b: connection refused"))
+    assert ended(stage, "a") == (Verdict.FAILED, "destination nbd://b: connection refused")
+    assert (stage.outcome.size, stage.outcome.source_peer) == (None, "nbd://source.example/disk")
+
+
+def test_a_later_worker_that_cannot_open_is_stopped_and_not_replaced() -> None:
+    stage = copying(2, disk=BIG)
+    stage.say("b", goodbye("asked to leave"))
+    stage.say("c", hello("c"))
+    followed = stage.say("c", open_failed("source nbd://a: no answer within 10 s"))
+    assert stops(followed) == [("c", "source nbd://a: no answer within 10 s")]
+    assert stage.say("c", goodbye()) == [Forget("c")]
+    assert stage.gone("c", "exited with status 0") == []
+    assert stage.scheduler.outcome is None
+
+
+def test_a_worker_that_finds_another_disk_is_stopped_and_the_others_go_on() -> None:
+    stage = copying(2, local=False, disk=BIG)
+    stage.say("b", goodbye("asked to leave"))
+    followed = stage.join("c", BIG, server(GIB + 1))
+    line = "worker host-c/100: another destination was found: size 1073741825 instead of 1073741824"
+    assert stops(followed) == [("c", line)]
+    assert stage.scheduler.outcome is None
+    assert line in stage.scheduler.take_notes()
+
+
+def test_a_worker_that_finds_another_disk_after_a_reconnect_fails_the_job_if_it_is_the_last() -> None:
+    stage = copying(local=False)
+    stage.say("a", opened(server(9 * MIB), DISK))
+    assert ended(stage, "a") == (
+        Verdict.FAILED,
+        "worker host-a/100: another source was found: size 9437184 instead of 8388608",
+    )
+
+
+def test_a_worker_that_never_opens_does_not_delay_the_end() -> None:
+    stage = Stage(job(workers=2, connections=2))
+    stage.start()
+    stage.join("a", BIG, BIG)
+    stage.say("b", hello("b"))
+    stage.stop()
+    stage.say("a", goodbye())
+    assert without_beats(stage.wait(1.0)) == [Kill("b")]
+    stage.gone("b")
+    assert stage.outcome.verdict is Verdict.STOPPED
+
+
+def test_a_first_worker_that_opens_nothing_for_long_fails_the_job() -> None:
+    stage = Stage(job())
+    stage.start()
+    stage.say("a", hello("a"))
+    stage.wait(120.0, "a")
+    assert ended(stage, "a") == (Verdict.FAILED, "worker host-a/100 did not open both sides within 120 s")
+
+
+# -- leases fail -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["request", "user", "protocol", "bug"])
+def test_a_failure_the_worker_could_not_mend_fails_the_job_with_its_line(kind: str) -> None:
+    stage = copying()
+    first, _ = leases_in(stage.say("a", wanted(2)))
+    line = "source nbd://a: read of 512 bytes at offset 0 failed 5 times: EIO"
+    stage.say("a", progress(first, 100), failed(first, kind, line))
+    assert ended(stage, "a") == (Verdict.FAILED, line)
+    assert stage.outcome.counters.total == 0, "nothing of a failed lease counts"
+
+
+def test_a_range_lost_with_a_connection_goes_to_the_next_who_asks() -> None:
+    stage = copying(2)
+    (first,) = leases_in(stage.say("a", wanted(1)))
+    stage.say("a", progress(first, 100), failed(first, "connection", "connection reset by peer"))
+    assert stage.scheduler.status().counters == Counters()
+    assert leases_in(stage.say("b", wanted(1))) == [lease(2, 0, 4 * MIB)]
+
+
+def test_reports_under_an_old_lease_are_ignored() -> None:
+    stage = copying(2)
+    (first,) = leases_in(stage.say("a", wanted(1)))
+    stage.say("a", failed(first, "connection", "reset"))
+    stage.say("b", wanted(1))
+    stage.say("a", progress(first, 100), failed(first, "request", "EIO"), written(first))
+    assert stage.scheduler.status().counters == Counters()
+    assert stage.scheduler.dropped == 3
+    assert stage.scheduler.outcome is None
+
+
+def test_a_range_that_comes_back_for_ever_fails_the_job() -> None:
+    stage = copying()
+    for _ in range(RETURNS_PER_RANGE):
+        (granted,) = leases_in(stage.say("a", wanted(1)))
+        stage.say("a", failed(granted, "connection", "destination nbd://b: connection reset by peer"))
+    assert ended(stage, "a") == (
+        Verdict.FAILED,
+        "destination nbd://b: connection reset by peer (16 times for the range of 4194304 bytes at offset 0)",
+    )
+
+
+def test_the_last_worker_to_lose_its_connections_fails_the_job_with_its_line() -> None:
+    stage = copying(2, disk=BIG)
+    stage.say("a", open_failed("source nbd://a: connection reset by peer"))
+    assert stage.scheduler.outcome is None
+    stage.say("b", open_failed("source nbd://a: connection lost"))
+    assert ended(stage, "a", "b") == (Verdict.FAILED, "source nbd://a: connection lost")
+
+
+def test_what_was_written_and_not_flushed_is_lost_with_the_connections() -> None:
+    stage = copying(2)
+    first, _ = leases_in(stage.say("a", wanted(2)))
+    stage.say("a", written(first))
+    followed = stage.say("b", wanted(2)) + stage.say("a", open_failed("connection reset by peer"))
+    assert [granted.range for granted in leases_in(followed)] == [
+        lease(3, 0, 4 * MIB).range,
+        lease(4, 4 * MIB, 8 * MIB).range,
+    ]
+
+
+# -- local processes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_local_worker_that_dies_is_replaced_and_its_ranges_copied_again() -> None:
+    stage = copying(2)
+    first, second = leases_in(stage.say("a", wanted(2)))
+    stage.say("a", written(first))
+    assert stage.gone("a") == [Forget("a"), Start(1)]
+    assert leases_in(stage.say("b", wanted(2))) == [
+        lease(3, first.range.start, first.range.end),
+        lease(4, second.range.start, second.range.end),
+    ]
+
+
+def test_processes_that_end_before_their_hello_are_tried_three_times() -> None:
+    stage = Stage(job())
+    stage.start()
+    assert stage.unstartable("worker w1 (process 7) exited with status 1") == [Start(1)]
+    assert stage.unstartable("worker w2 (process 8) exited with status 1") == [Start(1)]
+    stage.unstartable("worker w3 (process 9) exited with status 1")
+    assert ended(stage) == (
+        Verdict.FAILED,
+        "no worker could be started: worker w3 (process 9) exited with status 1",
+    )
+
+
+def test_a_process_that_is_reaped_before_its_hello_is_unstartable_too() -> None:
+    stage = Stage(job())
+    stage.start()
+    assert stage.gone("w1", "exited with status 1") == [Start(1)]
+
+
+def test_workers_that_end_before_they_opened_anything_are_tried_three_times() -> None:
+    stage = Stage(job())
+    stage.start()
+    for name in ("a", "b", "c"):
+        stage.say(name, hello(name))
+        stage.gone(name)
+    assert ended(stage) == (
+        Verdict.FAILED,
+        "worker host-c/100 ended before it opened both sides: killed by SIGKILL",
+    )
+
+
+def test_an_unstartable_worker_is_only_a_note_while_another_works() -> None:
+    stage = Stage(job(workers=2, connections=2))
+    stage.start()
+    stage.join("a", BIG, BIG)
+    for _ in range(3):
+        stage.unstartable("fork: resource temporarily unavailable")
+    assert stage.scheduler.outcome is None
+    assert stage.scheduler.take_notes() == ["fork: resource temporarily unavailable"] * 3
+
+
+def test_a_range_that_ends_three_workers_fails_the_job() -> None:
+    stage = copying()
+    for number, name in enumerate("abc"):
+        if number:
+            stage.join(name, DISK, DISK)
+        stage.say(name, wanted(1))
+        stage.gone(name, "killed by SIGSEGV")
+    assert ATTEMPTS_PER_RANGE == 3
+    assert ended(stage) == (
+        Verdict.FAILED,
+        "the range of 4194304 bytes at offset 0 was lost 3 times: worker host-c/100 ended: killed by SIGSEGV",
+    )
+
+
+def test_replacements_are_bounded() -> None:
+    stage = copying()
+    for number in range(WORKER_REPLACEMENTS_MAX):
+        stage.gone("a" if number == 0 else f"r{number - 1}")
+        stage.join(f"r{number}", DISK, DISK)
+    stage.gone(f"r{WORKER_REPLACEMENTS_MAX - 1}")
+    assert ended(stage) == (Verdict.FAILED, "worker host-r63/100 ended: killed by SIGKILL")
+
+
+def test_a_silent_local_worker_is_killed_and_its_ranges_given_away_only_when_it_is_reaped() -> None:
+    stage = copying(2)
+    stage.say("a", wanted(2))
+    assert without_beats(stage.wait(10.0, "b")) == [Kill("a")]
+    assert stage.say("b", wanted(2)) == []
+    assert [granted.range.start for granted in leases_in(stage.gone("a"))] == [0, 4 * MIB]
+
+
+def test_a_killed_worker_that_cannot_be_reaped_fails_the_job_and_is_named() -> None:
+    stage = copying()
+    stage.say("a", wanted(2))
+    stage.wait(30.0)  # of silence, of being killed, and for a last word
+    assert ended(stage) == (
+        Verdict.UNFENCED,
+        "worker host-a/100 did not end within 10 s of being killed; host-a/100 was not heard to close its "
+        "connections and may still write to the destination",
+    )
+
+
+def test_a_killed_worker_s_end_is_explained_by_its_silence() -> None:
+    stage = copying()
+    for name in "abc":
+        if name != "a":
+            stage.join(name, DISK, DISK)
+        stage.say(name, wanted(1))
+        stage.wait(10.0)
+        stage.gone(name)
+    assert ended(stage) == (
+        Verdict.FAILED,
+        "the range of 4194304 bytes at offset 0 was lost 3 times: worker host-c/100 was not heard of for 10 s",
+    )
+
+
+# -- remote workers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_silent_remote_worker_loses_its_leases_and_is_told_to_stop() -> None:
+    stage = copying(2, local=False)
+    (first,) = leases_in(stage.say("a", wanted(1)))
+    stage.say("b", wanted(2))
+    followed = without_beats(stage.wait(10.0, "b"))
+    assert followed == [
+        Send("a", messages.Stop(UUID, EPOCH, "worker host-a/100 was not heard of for 10 s", now=True)),
+        Send("b", lease(3, first.range.start, first.range.end)),
+    ]
+    # Whatever it says now, it is told again; only its Goodbye counts.
+    (again,) = stage.say("a", written(first))
+    assert again == Send("a", messages.Stop(UUID, EPOCH, "its lease has expired", now=True))
+    assert stage.say("a", goodbye()) == [Forget("a")]
+
+
+def finish_without(stage: Stage, worker: str) -> None:
+    """`worker` copies everything that is left, flushes and leaves."""
+    todo = [message for message in stage.sent[worker] if isinstance(message, messages.Lease)]
+    done, followed = [], list[Instruction]()
+    while todo:
+        done.append(todo.pop(0))
+        followed = stage.say(worker, written(done[-1]), wanted(2))
+        todo += leases_in(followed)
+    for flush in flushes_in(followed):
+        stage.say(worker, flushed(flush, *done))
+    stage.say(worker, goodbye())
+
+
+def test_a_remote_lease_holder_that_is_never_heard_again_makes_the_end_unfenced() -> None:
+    stage = copying(2, local=False)
+    stage.say("a", wanted(1))
+    stage.say("b", wanted(2))
+    stage.wait(10.0, "b")
+    finish_without(stage, "b")
+    assert stage.outcomes == [], "it may yet say Goodbye"
+    stage.wait(10.0)
+    assert ended(stage) == (
+        Verdict.UNFENCED,
+        "every byte was copied, but host-a/100 was not heard to close its connections and may still write to the "
+        "destination",
+    )
+    assert (stage.outcome.unfenced, stage.outcome.durable) == (("host-a/100",), True)
+
+
+def test_a_goodbye_at_the_last_moment_is_a_good_end() -> None:
+    stage = copying(2, local=False)
+    stage.say("a", wanted(1))
+    stage.say("b", wanted(2))
+    stage.wait(10.0, "b")
+    finish_without(stage, "b")
+    stage.wait(5.0)
+    assert ended(stage, "a") == (Verdict.COMPLETE, "")
+
+
+def test_a_remote_worker_without_a_lease_is_not_waited_for() -> None:
+    stage = copying(2, local=False, disk=BIG)
+    stage.wait(10.0, "b")
+    assert stage.scheduler.status().workers == 1
+    stage.stop()
+    assert ended(stage, "b")[0] is Verdict.STOPPED
+
+
+def test_a_job_that_nobody_works_on_gives_up() -> None:
+    stage = Stage(job(local_workers=False))
+    stage.start()
+    stage.wait(300.0)
+    assert ended(stage) == (Verdict.FAILED, "no worker has joined for 300 s")
+
+
+def test_a_job_that_was_left_by_everybody_waits_for_others_and_gives_up() -> None:
+    stage = copying(local=False)
+    stage.say("a", goodbye("asked to leave"))
+    stage.wait(299.0)
+    assert stage.outcomes == []
+    stage.wait(1.0)
+    assert ended(stage) == (Verdict.FAILED, "no worker has been connected for 300 s")
+
+
+def test_a_job_that_was_left_by_everybody_goes_on_with_whoever_comes() -> None:
+    stage = copying(local=False)
+    (first,) = leases_in(stage.say("a", wanted(1)))
+    stage.say("a", goodbye("asked to leave"))
+    stage.wait(250.0)
+    stage.join("b", DISK, DISK)
+    assert leases_in(stage.say("b", wanted(1))) == [lease(2, first.range.start, first.range.end)]
+
+
+def test_a_job_without_a_completed_byte_gives_up() -> None:
+    stage = copying()
+    stage.say("a", wanted(2))
+    stage.wait(1050.0, "a")
+    assert ended(stage, "a") == (Verdict.FAILED, "no byte was completed for 1050 s")
+
+
+# -- one writer --------------------------------------------------------------------------------------------------------
+
+
+def test_the_writer_s_role_moves_only_when_it_is_known_gone() -> None:
+    stage = Stage(job(workers=2, connections=2, local_workers=False))
+    stage.start()
+    target = server(GIB, can_multi_conn=False)
+    stage.join("a", BIG, target)
+    stage.say("b", hello("b"))
+    stage.say("a", wanted(1))
+    stage.wait(60.0, "b")
+    assert stage.scheduler.status().workers == 0
+    forget, assign = stage.say("a", goodbye())
+    assert forget == Forget("a")
+    assert isinstance(assign, Send)
+    assert isinstance(assign.message, messages.Assign)
+    assert (assign.worker, assign.message.source_connections, assign.message.destination_connections) == ("b", 2, 1)
+
+
+def test_a_second_connection_to_a_server_for_one_ends_the_worker() -> None:
+    stage = Stage(job(local_workers=False))
+    stage.start()
+    followed = stage.join("a", BIG, server(GIB, can_multi_conn=False), (2, 2))
+    line = "worker host-a/100 broke the control protocol: it opened 2 connections to nbd://server, which takes one only"
+    assert stops(followed) == [("a", line)]
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+def streaming() -> tuple[Stage, messages.Lease]:
+    stage = Stage(job(destination_grows=True))
+    stage.start()
+    stage.join("a", server(None, is_stream=True), server(0))
+    stage.prepared()
+    (granted,) = leases_in(stage.say("a", wanted(1)))
+    return stage, granted
+
+
+def test_a_stream_whose_worker_dies_fails_the_job() -> None:
+    stage, _ = streaming()
+    stage.gone("a")
+    assert ended(stage) == (
+        Verdict.FAILED,
+        "worker host-a/100 ended: killed by SIGKILL; a stream cannot be copied a second time",
+    )
+
+
+def test_a_stream_whose_connection_is_lost_fails_the_job() -> None:
+    stage, granted = streaming()
+    stage.say("a", failed(granted, "connection", "destination nbd://b: connection reset by peer"))
+    assert ended(stage, "a") == (Verdict.FAILED, "destination nbd://b: connection reset by peer")
+
+
+def test_a_stream_that_no_flush_covers_fails_the_job() -> None:
+    stage, granted = streaming()
+    (flush,) = flushes_in(stage.say("a", written(granted, end=10)))
+    stage.say("a", flushed(flush))
+    assert ended(stage, "a") == (
+        Verdict.FAILED,
+        "no flush covers the range of 9223372036854775807 bytes at offset 0; a stream cannot be copied a second time",
+    )
+
+
+def test_a_stream_may_pause_for_ever() -> None:
+    stage, _ = streaming()
+    stage.wait(4000.0, "a")
+    assert stage.outcomes == []
+
+
+# -- flushes -----------------------------------------------------------------------------------------------------------
+
+
+def all_written(stage: Stage) -> tuple[messages.Flush, list[messages.Lease]]:
+    granted = leases_in(stage.say("a", wanted(2)))
+    (flush,) = flushes_in(stage.say("a", *[written(item) for item in granted]))
+    return flush, granted
+
+
+def test_a_flush_that_fails_fails_the_copy() -> None:
+    stage = copying()
+    flush, granted = all_written(stage)
+    line = "destination nbd://b: flush failed: EIO; what was written may be lost"
+    stage.say("a", flushed(flush, *granted, durable=False, failure=error("request", line)))
+    assert ended(stage, "a") == (Verdict.FAILED, line)
+    assert stage.outcome.durable is False
+
+
+def test_a_flush_that_is_not_answered_fails_the_copy() -> None:
+    stage = copying()
+    all_written(stage)
+    stage.wait(32.0, "a")
+    assert ended(stage, "a") == (Verdict.FAILED, "worker host-a/100 did not answer a flush within 31 s")
+
+
+def test_what_a_flush_does_not_cover_is_copied_again() -> None:
+    stage = copying()
+    flush, (first, second) = all_written(stage)
+    stage.say("a", wanted(2))
+    assert leases_in(stage.say("a", flushed(flush, second))) == [lease(3, first.range.start, first.range.end)]
+    assert stage.scheduler.status().phase == "copying"
+    (again,) = flushes_in(stage.say("a", written(lease(3, first.range.start, first.range.end))))
+    stage.say("a", flushed(again, lease(3, first.range.start, first.range.end)))
+    assert ended(stage, "a") == (Verdict.COMPLETE, "")
+
+
+def test_an_answer_to_another_flush_is_ignored() -> None:
+    stage = copying()
+    flush, granted = all_written(stage)
+    stage.say("a", flushed(messages.Flush(UUID, EPOCH, flush.flush + 1), *granted))
+    assert (stage.scheduler.dropped, stage.scheduler.status().phase) == (1, "flushing")
+
+
+def test_a_worker_that_dies_while_it_flushes_has_its_ranges_copied_again() -> None:
+    stage = copying()
+    all_written(stage)
+    assert stage.gone("a") == [Forget("a"), Start(1)]
+    stage.join("b", DISK, DISK)
+    assert len(leases_in(stage.say("b", wanted(2)))) == 2
+
+
+def test_a_flush_vouches_only_for_what_that_worker_wrote() -> None:
+    stage = copying(2)
+    (first,) = leases_in(stage.say("a", wanted(1)))
+    (second,) = leases_in(stage.say("b", wanted(1)))
+    stage.say("a", written(first))
+    one, two = flushes_in(stage.say("b", written(second)))
+    assert stage.say("a", flushed(one, first, second)) == []
+    assert leases_in(stage.say("b", wanted(1), flushed(two))) == [lease(3, 4 * MIB, 8 * MIB)]
+
+
+# -- workers that break the protocol -----------------------------------------------------------------------------------
+
+
+def blamed(stage: Stage, *said: messages.FromWorker) -> str:
+    """What "a" is stopped for when it says this; the job goes on."""
+    ((worker, reason),) = stops(stage.say("a", *said))
+    assert worker == "a"
+    assert stage.scheduler.outcome is None
+    prefix = "worker host-a/100 broke the control protocol: "
+    assert reason.startswith(prefix)
+    return reason.removeprefix(prefix)
+
+
+def test_more_bytes_than_a_lease_has_are_not_believed() -> None:
+    stage = copying()
+    stage.say("a", wanted(1))
+    too_much = progress(lease(1, 0, 4 * MIB), 4 * MIB + 1)
+    assert blamed(stage, too_much) == "it reported 4194305 bytes of the 4194304 of a lease"
+
+
+def test_a_part_of_a_lease_is_not_taken_for_all_of_it() -> None:
+    stage = copying()
+    stage.say("a", wanted(1))
+    part = messages.Written(UUID, EPOCH, 1, Counters(copied=4 * MIB - 1))
+    assert blamed(stage, part) == "it reported 4194303 of 4194304 bytes of a lease as all of it"
+
+
+def test_a_lease_that_was_never_granted_is_not_taken_for_written() -> None:
+    assert blamed(copying(), written(lease(7, 0, MIB))) == "it reported lease 7, which was never granted"
+
+
+def test_a_stream_s_end_must_be_told() -> None:
+    stage, granted = streaming()
+    assert blamed(stage, written(granted)) == "it did not tell where the stream ended"
+
+
+def test_connections_nobody_gave_are_not_taken() -> None:
+    stage = Stage(job(local_workers=False))
+    stage.start()
+    stage.say("x", hello("x"))
+    stage.say("a", hello("a"))
+    assert blamed(stage, opened(DISK, DISK)) == "it opened 1 and 1 connections"
+
+
+def test_a_worker_with_a_connection_to_one_side_only_is_not_ready() -> None:
+    stage = Stage(job())
+    stage.start()
+    stage.say("a", hello("a"))
+    assert blamed(stage, opened(DISK, DISK, (1, 0))) == "it opened 1 and 0 connections"
+
+
+def test_a_failure_to_open_what_was_not_given_is_not_taken() -> None:
+    stage = Stage(job(local_workers=False))
+    stage.start()
+    stage.say("x", hello("x"))
+    stage.say("a", hello("a"))
+    assert blamed(stage, open_failed("no")) == "it was given no connections, and failed to open some"
+
+
+def test_reports_before_opening_are_not_taken() -> None:
+    stage = Stage(job())
+    stage.start()
+    stage.say("a", hello("a"))
+    assert blamed(stage, written(lease(1, 0, MIB))) == "it sent Written while JOINING"
+
+
+def test_a_second_hello_as_somebody_else_is_not_taken() -> None:
+    assert blamed(copying(), hello("a", pid=999)) == "it said Hello a second time, as somebody else"
+
+
+def test_a_worker_that_broke_the_protocol_is_replaced_when_it_has_left() -> None:
+    stage = copying()
+    stage.say("a", wanted(2))
+    blamed(stage, hello("a", pid=999))
+    assert stage.say("a", goodbye()) == [Forget("a"), Start(1)]
+
+
+def test_a_worker_that_does_not_leave_is_killed() -> None:
+    stage = copying()
+    blamed(stage, hello("a", pid=999))
+    assert without_beats(stage.wait(10.0, "a")) == [Kill("a")]
+    assert stage.gone("a") == [Forget("a"), Start(1)]
+
+
+def test_a_remote_worker_that_does_not_leave_loses_its_ranges_and_is_remembered() -> None:
+    stage = copying(2, local=False)
+    stage.say("a", wanted(2))
+    stage.say("b", wanted(2))
+    stage.say("a", hello("a", pid=999))
+    assert len(leases_in(stage.wait(10.0, "a", "b"))) == 2
+    stage.stop()
+    stage.say("b", goodbye())
+    stage.wait(10.0)
+    assert ended(stage)[0] is Verdict.UNFENCED
+
+
+# -- what is merely late -----------------------------------------------------------------------------------------------
+
+
+def test_messages_of_another_job_or_epoch_or_from_strangers_are_dropped() -> None:
+    stage = copying()
+    (first,) = leases_in(stage.say("a", wanted(1)))
+    report = Counters(copied=first.range.length)
+    assert stage.say("a", messages.Written("another job", EPOCH, 1, report)) == []
+    assert stage.say("a", messages.Written(UUID, EPOCH - 1, 1, report)) == []
+    assert stage.say("stranger", alive()) == []
+    assert stage.gone("stranger") == []
+    assert stage.scheduler.dropped == 4
+    assert stage.scheduler.status().counters == Counters()
