@@ -6,7 +6,7 @@ set -eu
 
 case "${1:-}" in
 demo) wanted='nbdkit qemu-utils e2fsprogs' ;;
-test) wanted='nbdkit nbd-server libnbd-bin python3-libnbd qemu-utils fio e2fsprogs iproute2 systemd man-db groff-base' ;;
+test) wanted='nbdkit nbd-server libnbd-bin python3-libnbd qemu-utils fio e2fsprogs iproute2 systemd libseccomp2 man-db groff-base' ;;
 venv)
     # Debian's Python cannot make virtual environments without this package; others can.
     python3.11 -c 'import ensurepip' 2>/dev/null && exit 0
