@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support.command import EXECUTABLE
 from support.images import assert_identical, random_image
 from support.servers import nbdkit
@@ -19,8 +20,19 @@ PROFILE = TOP / "deploy/container/seccomp.json"
 def copy_under_profile(source: str, destination: Path, *without: str) -> subprocess.CompletedProcess[str]:
     options = [word for name in without for word in ("--without", name)]
     return subprocess.run(
-        [sys.executable, "-m", "support.seccomp", str(PROFILE), *options, "--", EXECUTABLE, "copy", "-v", source]
-        + [str(destination)],
+        [
+            sys.executable,
+            "-m",
+            "support.seccomp",
+            str(PROFILE),
+            *options,
+            "--",
+            EXECUTABLE,
+            "copy",
+            "-v",
+            source,
+            str(destination),
+        ],
         cwd=TOP / "tests",
         capture_output=True,
         text=True,
@@ -36,10 +48,10 @@ def copy_under_profile(source: str, destination: Path, *without: str) -> subproc
 )
 def test_a_copy_runs_under_the_seccomp_profile(tmp_path: Path, without: tuple[str, ...], ring: str) -> None:
     image = random_image(tmp_path / "source.img", 9 << 20)
-    with nbdkit("file", image, "-r") as server:
+    with nbdkit("file", str(image)) as server:
         run = copy_under_profile(server.uri, tmp_path / "copy.img", *without)
     assert run.returncode == 0, run.stderr
-    assert ring in run.stdout
+    assert ring in run.stderr
     assert_identical(image, tmp_path / "copy.img")
 
 
