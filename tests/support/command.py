@@ -90,8 +90,12 @@ class Run:
         return [pid for pid in self.processes() if pid != self.pid]
 
     def signal_group(self, number: int = signal.SIGINT) -> None:
-        """What the terminal does on Ctrl-C: the signal goes to every process of the group."""
+        """What the terminal does on Ctrl-C: the signal goes to every process of the group.
+
+        Returns when the command has taken it: another one sent before that would be lost.
+        """
         processes.kill_group(self.pid, number)
+        wait_for("the signal to be delivered", lambda: not processes.is_pending(self.pid, number))
 
     def wait(self, seconds: float = RUN_SECONDS) -> Outcome:
         """How it ended. Raises TimeoutError with what it wrote; it is an error to leave anything behind."""

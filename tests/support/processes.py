@@ -87,20 +87,25 @@ def with_environment(entry: str) -> list[int]:
     return found
 
 
-def resident_bytes(pid: int) -> int:
-    """Resident memory of its own (anonymous): what the process has allocated; 0 when it is gone."""
-    return _status_bytes(pid, "RssAnon")
+def resident_peak_bytes(pid: int) -> int:
+    """The most memory that was ever resident in the process, libraries included; 0 when it is gone."""
+    kib = _status(pid, "VmHWM")
+    return int(kib[0]) * 1024 if kib else 0
 
 
-def _status_bytes(pid: int, field: str) -> int:
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal was sent to the process and not yet delivered: the next one of its kind would be lost."""
+    words = _status(pid, "SigPnd") + _status(pid, "ShdPnd")
+    return any(int(word, 16) >> (number - 1) & 1 for word in words)
+
+
+def _status(pid: int, field: str) -> list[str]:
+    """The words of one line of /proc/PID/status; none when the process is gone."""
     try:
         lines = (PROC / str(pid) / "status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    for line in lines:
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
+        return []
+    return next((line.split()[1:] for line in lines if line.startswith(field + ":")), [])
 
 
 def descriptors(pid: int | str = "self") -> dict[int, str]:
