@@ -379,25 +379,33 @@ def test_a_flush_that_fails_is_reported(tmp_path: Path, connect: Open) -> None:
         os.close(writer)
 
 
-@pytest.fixture
-def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Files whose zeroing hangs until the event is set."""
-    released = threading.Event()
+class Stuck:
+    """Files whose zeroing hangs until `released` is set."""
 
-    def hang(number: int, *_: object) -> None:
-        released.wait(60)
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.released = threading.Event()
+
+    def zero(self, number: int, *_: object) -> None:
+        self.begun.set()
+        self.released.wait(60)
         os.fstat(number)  # it is still ours
 
-    monkeypatch.setattr(files, "zero_file", hang)
-    yield released
-    released.set()
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stuck]:
+    disk = Stuck()
+    monkeypatch.setattr(files, "zero_file", disk.zero)
+    yield disk
+    disk.released.set()
 
 
-def test_a_disk_that_does_not_answer_is_lost(tmp_path: Path, connect: Open, stuck: threading.Event) -> None:
+def test_a_disk_that_does_not_answer_is_lost(tmp_path: Path, connect: Open, stuck: Stuck) -> None:
     destination = connect(file_of(tmp_path / "disk", b""), "destination")
     answer = destination.ask("zero", Range(0, 2 * MIB), allocated=True)
-    destination.turn(0)
     begun = destination.now()
+    destination.connection.pump(begun)
+    destination.until("the call to hang", stuck.begun.is_set)
     destination.connection.tick(begun + 31.9)
     assert destination.lost == []
     destination.connection.tick(begun + 32.1)
@@ -407,39 +415,39 @@ def test_a_disk_that_does_not_answer_is_lost(tmp_path: Path, connect: Open, stuc
     ]
     assert isinstance(destination.lost[0], TimedOut)
     assert not destination.connection.closed
-    stuck.set()
+    stuck.released.set()
     destination.until("the close", lambda: destination.connection.closed)
     assert answer.done == 0
 
 
-def test_closing_drops_what_is_under_way_without_a_word(tmp_path: Path, connect: Open, stuck: threading.Event) -> None:
+def test_closing_drops_what_is_under_way_without_a_word(tmp_path: Path, connect: Open, stuck: Stuck) -> None:
     destination = connect(file_of(tmp_path / "disk", b""), "destination")
     under_way = destination.ask("zero", Range(0, MIB), allocated=True)
-    destination.turn(0)
+    destination.until("the call to hang", stuck.begun.is_set)
     writes = [destination.ask("write", Range.of(n * MIB, MIB), memoryview(bytes(MIB))) for n in range(8)]
     destination.connection.pump(destination.now())
     queued = destination.ask("flush")
     destination.connection.close()
     destination.turn()
     assert not destination.connection.closed
-    stuck.set()
+    stuck.released.set()
     destination.until("the close", lambda: destination.connection.closed)
     assert [answer.done for answer in (under_way, *writes, queued)] == [0] * 10
     assert queued.sent == 0
     assert destination.lost == []
 
 
-def test_a_soft_end_waits_for_what_was_asked(tmp_path: Path, connect: Open, stuck: threading.Event) -> None:
+def test_a_soft_end_waits_for_what_was_asked(tmp_path: Path, connect: Open, stuck: Stuck) -> None:
     path = file_of(tmp_path / "disk", b"")
     destination = connect(path, "destination")
     zero = destination.ask("zero", Range(0, MIB), allocated=True)
-    destination.turn(0)
+    destination.until("the call to hang", stuck.begun.is_set)
     write = destination.ask("write", Range(0, 5), memoryview(b"bytes"))
     destination.connection.disconnect()
     late = destination.ask("write", Range(5, 10), memoryview(b"never"))
     destination.until("the write", lambda: write.done)
     assert not destination.connection.closed
-    stuck.set()
+    stuck.released.set()
     destination.leave()
     assert (zero.done, write.done, late.done) == (1, 1, 0)
     assert path.read_bytes() == b"bytes"
