@@ -38,7 +38,7 @@ check: .venv/installed-dev
 	$(BIN)/pytest -q -n $(JOBS) -m 'not long' tests/unit
 
 fuzz: .venv/installed-dev
-	NBDSHARD_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest -q -s --timeout 0 -m 'long or not long' tests/unit/common/nbd -k fuzz
+	$(BIN)/python tests/fuzz/fuzz_client.py --seconds $(FUZZ_SECONDS)
 
 simulate: .venv/installed-dev
 	NBDSHARD_SIMULATE_SEEDS=$(SEEDS) $(BIN)/pytest -q -s -n $(JOBS) --timeout 0 -m 'long or not long' tests/simulation
