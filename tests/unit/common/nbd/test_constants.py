@@ -1,3 +1,5 @@
+"""The numbers of the protocol and their names."""
+
 from __future__ import annotations
 
 import pytest

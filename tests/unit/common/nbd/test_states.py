@@ -1,3 +1,5 @@
+"""The state tables: complete, reachable, and the only way from state to state."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,3 +1,5 @@
+"""NBD URIs: what they mean, what is refused and with which advice."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""The bytes of the handshake, both directions."""
+
 from __future__ import annotations
 
 import pytest
