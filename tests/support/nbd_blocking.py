@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from nbdshard.common.nbd.client import Client, Done
-from nbdshard.common.nbd.connecter import Connecter, Event, Listed, Negotiated, Wishes
+from nbdshard.common.nbd.connecter import Connecter, Event, Goal, Listed, Negotiated, Wishes
 from nbdshard.common.nbd.export import Export
 from nbdshard.common.ranges import Range
 
@@ -55,7 +55,9 @@ class Connection:
         done: list[Done] = []
         self.push(done)
         while self.client.pending:
-            count = self.socket.recvmsg_into(self.client.receive_target())[0]
+            count = 0
+            with contextlib.suppress(ConnectionResetError):  # the end of the stream, too
+                count = self.socket.recvmsg_into(self.client.receive_target())[0]
             if count == 0:
                 self.client.end_of_stream()
             done += [event for event in self.client.received(count) if isinstance(event, Done)]
@@ -96,8 +98,7 @@ class Connection:
 
 
 def exports_of(path: Path) -> list[tuple[str, str]]:
-    from nbdshard.common.nbd.connecter import Goal
-
+    """(name, description) of every export the server lists."""
     with connect(path) as peer:
         connecter, (event,) = negotiate(peer, Wishes(goal=Goal.LIST))
         assert isinstance(event, Listed)
