@@ -71,12 +71,12 @@ class CommandServer:
         """The one line for its early end."""
         return f"{self.shown}: the {self.side} server {self._child.story()} before the copy was over"
 
-    def close(self) -> None:
-        """SIGTERM, and after COMMAND_EXIT_SECONDS SIGKILL; reaped in any case. Idempotent."""
+    def close(self, patience_seconds: float = COMMAND_EXIT_SECONDS) -> None:
+        """SIGTERM, and after `patience_seconds` SIGKILL; reaped in any case. Idempotent."""
         if self._child.descriptor >= 0 and not self._child.ended():
             logs.debug(f"stopping {self.shown}")
             self._child.send_signal(signal.SIGTERM)
-        close_all([self._child], COMMAND_EXIT_SECONDS)
+        close_all([self._child], patience_seconds)
 
 
 def _check_exists(command: str, shown: str) -> None:

@@ -123,18 +123,15 @@ def open_destination(path: str, source: LocalEnd | None) -> LocalEnd:
 
 def standard_input() -> LocalEnd:
     """Standard input as a source: the file it is redirected from, if it is one and at its start, else a stream."""
-    return _standard(STDIN, "source", os.O_RDONLY)
+    return _standard(STDIN, "source", os.O_RDONLY, None)
 
 
 def standard_output(source: LocalEnd | None) -> LocalEnd:
     """Standard output as a destination: the file it is redirected to, if it is one and at its start, else a stream."""
-    end = _standard(STDOUT, "destination", os.O_WRONLY)
-    if end.sort is not Sort.STREAM:
-        _check_different(end.address.address, end.facts, source)
-    return end
+    return _standard(STDOUT, "destination", os.O_WRONLY, source)
 
 
-def _standard(descriptor: int, side: Side, access: int) -> LocalEnd:
+def _standard(descriptor: int, side: Side, access: int, source: LocalEnd | None) -> LocalEnd:
     name = "standard input" if side == "source" else "standard output"
     if os.isatty(descriptor):
         raise UserError(f"{name} is a terminal; an image is not for people to {_verb(side)}", "-", _advice(side))
@@ -144,7 +141,7 @@ def _standard(descriptor: int, side: Side, access: int) -> LocalEnd:
         raise UserError(f"{name} is closed", "-") from None
     path = _path_of(descriptor, facts, access)
     if path is not None:
-        return open_source(path) if side == "source" else open_destination(path, None)
+        return open_source(path) if side == "source" else open_destination(path, source)
     if stat.S_ISDIR(facts.st_mode):
         raise UserError(f"{name} is a directory", "-")
     address = EndpointAddress(kind="stream", address=str(descriptor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -20,10 +21,10 @@ class PrivateDirectory:
     What is put in there are sockets and plain files; it has no folders of its own.
     """
 
-    def __init__(self) -> None:
-        """Create it. Raises UserError when none of the places will have it."""
+    def __init__(self, places: Sequence[str] | None = None) -> None:
+        """Create it in the first of `places` that will have it. Raises UserError when none will."""
         reasons: list[str] = []
-        for base in _places():
+        for base in places or _places():
             path = os.path.join(base, PREFIX + os.urandom(8).hex())
             if len(os.fsencode(path)) + 1 + SOCKET_NAME_BYTES_MAX > UNIX_PATH_BYTES_MAX:
                 reasons.append(f"{base}: too long a name for a unix socket's path")
