@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from nbdshard.common.dial import cause_of, dial
-from nbdshard.common.errors import BugError, ConnectionLost, NbdshardError, TimedOut
+from nbdshard.common.errors import BugError, ConnectionLost, NbdshardError, TimedOut, UserError
 from nbdshard.common.limits import (
     CONNECT_SECONDS,
     DISCONNECT_SECONDS,
@@ -82,12 +82,15 @@ class BlockingClient:
 
         Raises Unreachable, TimedOut, ConnectionLost, ProtocolError, and UserError where the server refuses.
         """
-        connecter = Connecter(wishes or Wishes(uri.export_name), peer)
+        wishes = wishes or Wishes(uri.export_name)
+        if wishes.goal is not Goal.GO:
+            raise BugError("these wishes do not lead into the transmission phase")
+        connecter = Connecter(wishes, peer)
         stream = _Stream(dial(uri, peer, timeouts.connect), peer)
         try:
             event = _negotiate(stream, connecter, timeouts.handshake)
             if not isinstance(event, Negotiated):
-                raise BugError("these wishes do not lead into the transmission phase")
+                raise BugError("an export was asked for")
             client = Client(event.export, peer, handles=1)
         except BaseException:
             stream.close()
@@ -197,9 +200,7 @@ def _negotiate(stream: _Stream, connecter: Connecter, seconds: float) -> Negotia
                 raise BugError("the end of the stream was taken for an answer")
             for event in connecter.received(count):
                 return event
-    except ConnectionLost:
-        raise
-    except NbdshardError:
+    except UserError:
         _part(stream, connecter)
         raise
 

@@ -176,6 +176,7 @@ def under_way(rate: str, *options: str) -> Iterator[Run]:
         with started(*words) as run:
 
             def moved() -> bool:
+                assert run.process.poll() is None, run.err()
                 lines = [line for line in run.err().splitlines() if line.startswith("{") and line.endswith("}")]
                 return any(json.loads(line)["bytes_done"] > 0 for line in lines)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.command import EXECUTABLE, nbdshard
+from support.doubles import Double, Request, Talk, double
 from support.servers import nbd_server, nbdkit, qemu_nbd
 
 KIB = 1024
@@ -209,3 +210,27 @@ def test_a_reader_that_leaves_early_ends_the_map_quietly() -> None:
         )
     assert ended.stdout.splitlines() == ["         0        4096    0  data", "141"]
     assert ended.stderr == ""
+
+
+class _Inside(Double):
+    """Extents that end inside of blocks, against the rules; `step` bytes are told at a time."""
+
+    step = 5000
+
+    def block_status(self, talk: Talk, request: Request) -> None:
+        self.send_extents(talk, request, [(min(self.step, request.length), request.offset // 4096 % 2 * 3)])
+
+
+def test_extents_that_end_inside_a_block_leave_no_gap() -> None:
+    with double(_Inside(bytearray(16384), blocks=(4096, 4096, 1 << 25))) as uri:
+        assert map_of(uri) == [(0, 5000, 0), (5000, 4096, 3), (9096, 4096, 0), (13192, 3192, 3)]
+
+
+def test_a_server_that_tells_nothing_new_ends_the_asking() -> None:
+    class Standing(_Inside):
+        step = 100
+
+    with double(Standing(bytearray(16384), blocks=(4096, 4096, 1 << 25))) as uri:
+        outcome = nbdshard("map", uri).succeeded()
+    assert outcome.out == "         0       16384    0  data\n"
+    assert outcome.err == f"nbdshard: {uri}: no block status from offset 100 on: the rest is shown as data\n"
