@@ -66,6 +66,9 @@ TRANSITIONS: dict[tuple[OperationState, OperationEvent], OperationState] = {
     (_S.EMPTY, _E.BEGIN_ZERO): _S.ZEROING,
     (_S.REQUESTING, _E.REQUEST_SENT): _S.WAITING,
     (_S.WAITING, _E.REPLY_ARRIVING): _S.READING,
+    # Completions come in any order: a reply may be heard of before the send that asked for it.
+    (_S.REQUESTING, _E.REPLY_ARRIVING): _S.READING,
+    (_S.READING, _E.REQUEST_SENT): _S.READING,
     # A reply that carries no payload (an error, a hole) ends the read without ever having arrived.
     (_S.WAITING, _E.READ_DONE): _S.WRITING,
     (_S.READING, _E.READ_DONE): _S.WRITING,
