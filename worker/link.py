@@ -104,6 +104,7 @@ class NbdLink:
         self._client: Client | None = None
         self._handles = 0
         self._out: list[memoryview | bytes] = []
+        self._out_of: Client | None = None  # whose bytes these are; None: the connecter's
         self._sending = Operation(Kind.SEND, owner=self._sent)
         self._receiving = Operation(Kind.RECEIVE, owner=self._received)
         self._outstanding: dict[int, _Outstanding] = {}
@@ -242,6 +243,7 @@ class NbdLink:
             if not self._sending.pending:
                 if not self._out:
                     self._out = list(machine.data_to_send())
+                    self._out_of = self._client
                 if self._out:
                     self._submit(self._sending, self._out[:BUFFERS_PER_SEND_MAX])
                 elif self.state is LinkState.LEAVING and self.quiet:
@@ -307,8 +309,9 @@ class NbdLink:
             if operation.result < 0:
                 raise self._broken(operation.result)
             self._consume(operation.result)
-            if self._client is not None:
-                self._dispatch(self._client.sent(operation.result))
+            # The reply that ended the negotiation may be heard of before the send that asked for it.
+            if self._out_of is not None:
+                self._dispatch(self._out_of.sent(operation.result))
         except NbdshardError as error:
             self._fail(error)
 
