@@ -28,7 +28,10 @@ def run_copy(args: Namespace, crew: Crew) -> int:
 
     Raises UserError or UsageError for what is wrong before it starts, BugError for faults of ours.
     """
-    logs.set_up("", logs.Level.DEBUG if args.verbose else logs.Level.WARNING)
+    usual = (
+        logs.Level.WARNING if crew.listen is None else logs.Level.INFO
+    )  # a coordinator's log tells who comes and goes
+    logs.set_up("", logs.Level.DEBUG if args.verbose else usual)
     options = job_options(args)
     endpoints = parse_operands(args)
     with SignalWatch() as signals, ExitStack() as stack:

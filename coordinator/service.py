@@ -215,7 +215,7 @@ class _Loop:
         while pending:
             pending.extend(self._carry_out(pending.popleft()))
         for note in self._scheduler.take_notes():
-            logs.warning(note)
+            logs.info(note)  # a local copy's one line says what its user must know; a coordinator's log says these too
 
     def _carry_out(self, instruction: Instruction) -> list[Instruction]:
         match instruction:
