@@ -28,9 +28,8 @@ def run_copy(args: Namespace, crew: Crew) -> int:
 
     Raises UserError or UsageError for what is wrong before it starts, BugError for faults of ours.
     """
-    usual = (
-        logs.Level.WARNING if crew.listen is None else logs.Level.INFO
-    )  # a coordinator's log tells who comes and goes
+    # The log of a coordinator of remote workers tells who comes and goes; a local copy says one line.
+    usual = logs.Level.WARNING if crew.listen is None else logs.Level.INFO
     logs.set_up("", logs.Level.DEBUG if args.verbose else usual)
     options = job_options(args)
     endpoints = parse_operands(args)
