@@ -178,6 +178,7 @@ class Connecter:
             self._blame(f"not an NBD server (its second magic number is 0x{second.hex()})")
 
     def _greeted(self, events: list[Event]) -> None:
+        del events  # nothing is known yet
         _, _, flags = wire.GREETING.unpack(self._buffer)
         answer = ClientFlag(0)
         if flags & HandshakeFlag.NO_ZEROES:
@@ -187,7 +188,7 @@ class Connecter:
             answer |= ClientFlag.FIXED_NEWSTYLE
         self._out.append(wire.pack_client_flags(answer))
         if flags & HandshakeFlag.FIXED_NEWSTYLE:
-            self._send_next(events)
+            self._send_next()
         elif self._abort_wanted:
             self._go(_State.PARTED)  # such a server knows no ABORT
         elif self.negotiation.wishes.goal is Goal.LIST:
@@ -202,15 +203,13 @@ class Connecter:
     def _export_name(self) -> str:
         return self.negotiation.wishes.export_name
 
-    def _send_next(self, events: list[Event]) -> None:
+    def _send_next(self) -> None:
         if self._abort_wanted:
             self._send_abort()
             return
         option = wanted_options(self._options, self.negotiation, self._sent)
         if option is None:
-            self._go(_State.HAGGLED)
-            self._report(events)
-            return
+            raise BugError(f"no option of the table leads to {self.negotiation.wishes.goal}")
         self._send(option, self._options[option].data(self.negotiation))
         self._await_reply(_State.REPLY_HEADER)
 
@@ -288,7 +287,7 @@ class Connecter:
 
     def _follow(self, outcome: Outcome, events: list[Event]) -> None:
         if outcome is Outcome.NEXT:
-            self._send_next(events)
+            self._send_next()
         elif outcome is Outcome.EXPORT_NAME:
             if self._abort_wanted:
                 self._send_abort()

@@ -298,6 +298,12 @@ def test_nothing_is_received_when_nothing_is_left_to_be_negotiated() -> None:
         connecter.received(1)
 
 
+def test_a_table_without_an_end_is_our_own_fault() -> None:
+    connecter = Connecter(Wishes(), "srv", options={})
+    with pytest.raises(BugError, match=r"^no option of the table leads to Goal\.GO$"):
+        feed_connecter(connecter, GREETING)
+
+
 def test_an_option_from_outside_is_an_entry_in_the_table() -> None:
     def note(negotiation: Negotiation, payload: memoryview) -> None:
         negotiation.extra["hints"] = bytes(payload)
