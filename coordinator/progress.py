@@ -103,21 +103,24 @@ class DelayedDisplay:
         self._start = start
         self._until = start + delay_seconds
         self._make = make
-        self._display: Display = NoDisplay()
+        self._display: Display | None = None
 
     def due(self) -> float:
-        return self._until if isinstance(self._display, NoDisplay) else self._display.due()
+        return self._until if self._display is None else self._display.due()
 
     def show(self, status: Status, now: float) -> None:
-        if isinstance(self._display, NoDisplay) and now >= self._until:
+        if self._display is None and now >= self._until:
             self._display = self._make(self._start)
-        self._display.show(status, now)
+        if self._display is not None:
+            self._display.show(status, now)
 
     def end(self, status: Status, outcome: Outcome, now: float) -> None:
-        self._display.end(status, outcome, now)
+        if self._display is not None:
+            self._display.end(status, outcome, now)
 
     def close(self) -> None:
-        self._display.close()
+        if self._display is not None:
+            self._display.close()
 
 
 class PercentDisplay:

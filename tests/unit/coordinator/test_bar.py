@@ -1,0 +1,89 @@
+"""The progress bar, drawn by rich into a string."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from nbdshard.coordinator.bar import BarDisplay
+from nbdshard.coordinator.job import Status, Verdict
+from support.statuses import OUTCOME
+from support.statuses import done as done_of
+
+MIB = 1 << 20
+
+
+def terminal() -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, force_terminal=True, width=140, color_system=None, legacy_windows=False), out
+
+
+def done(count: int, size: int | None = 100 * MIB) -> Status:
+    return done_of(count, size)
+
+
+def test_the_bar_shows_bytes_rate_time_left_workers_and_connections() -> None:
+    console, out = terminal()
+    display = BarDisplay(0.0, console)
+    display.show(done(0), 0.0)
+    display.show(done(25 * MIB), 5.0)
+    display.close()
+    shown = out.getvalue()
+    assert "copying" in shown
+    assert "25 MiB/100 MiB  5 MiB/s  ETA 15.0 s  2 workers, 4 connections" in shown
+
+
+def test_an_unknown_size_has_neither_end_nor_time_left() -> None:
+    console, out = terminal()
+    display = BarDisplay(0.0, console)
+    display.show(done(25 * MIB, size=None), 5.0)
+    display.close()
+    assert "25 MiB  5 MiB/s  2 workers, 4 connections" in out.getvalue()
+    assert "ETA" not in out.getvalue()
+
+
+def test_the_bar_is_not_drawn_more_often_than_it_is_due() -> None:
+    console, out = terminal()
+    display = BarDisplay(0.0, console)
+    display.show(done(0), 0.0)
+    drawn = out.getvalue()
+    display.show(done(MIB), 0.1)
+    assert out.getvalue() == drawn
+    assert display.due() == pytest.approx(0.2)
+    display.close()
+
+
+def test_the_bar_goes_and_the_cursor_comes_back_at_the_end() -> None:
+    console, out = terminal()
+    display = BarDisplay(0.0, console)
+    display.show(done(MIB), 1.0)
+    display.end(done(100 * MIB), OUTCOME, 2.0)
+    shown = out.getvalue()
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+    assert shown.endswith("\x1b[2K")  # the line it stood on is clean
+    display.close()
+    assert out.getvalue() == shown
+
+
+def test_what_is_no_terminal_gets_a_line_for_each_tenth(capfd: pytest.CaptureFixture[str]) -> None:
+    display = BarDisplay(0.0, Console(file=io.StringIO(), force_terminal=False))
+    for second, count in enumerate([0, 5, 9, 10, 11, 35, 40]):
+        display.show(done(count * MIB), float(second))
+    display.end(done(100 * MIB), OUTCOME, 10.0)
+    written = capfd.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in written] == [
+        "nbdshard: copying 0 %",
+        "nbdshard: copying 10 %",
+        "nbdshard: copying 30 %",
+        "nbdshard: copying 40 %",
+        "nbdshard: done 100 %",
+    ]
+
+
+def test_a_copy_that_failed_is_not_called_done(capfd: pytest.CaptureFixture[str]) -> None:
+    display = BarDisplay(0.0, Console(file=io.StringIO(), force_terminal=False))
+    display.end(done(100 * MIB), replace(OUTCOME, verdict=Verdict.FAILED), 10.0)
+    assert capfd.readouterr().err == ""
