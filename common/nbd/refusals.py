@@ -37,7 +37,7 @@ def refusal(peer: str, option: int, reply: int, message: str, wishes: Wishes) ->
     return UserError(what, peer, _ADVICE.get(OptionReply(reply), ""))
 
 
-_LIST_ADVICE = "`nbdshard info` lists a server's exports"
+_LIST_ADVICE = "`nbdshard info --list` names a server's exports"
 
 
 def named(export_name: str) -> str:

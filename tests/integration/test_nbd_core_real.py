@@ -139,7 +139,7 @@ def test_an_export_that_does_not_exist_is_named(name: str, image: Path) -> None:
         error = refused(server, Wishes("other"))
     assert isinstance(error, UserError)
     assert str(error).startswith("srv: no such export: 'other'")
-    assert str(error).endswith("; `nbdshard info` lists a server's exports")
+    assert str(error).endswith("; `nbdshard info --list` names a server's exports")
 
 
 def test_a_server_that_insists_on_tls_is_a_matter_for_the_user() -> None:

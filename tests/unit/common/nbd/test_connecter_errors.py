@@ -149,7 +149,7 @@ def test_an_entry_of_a_list_that_contradicts_itself_is_the_servers_fault() -> No
 
 REFUSED = "srv: NBD_OPT_GO was refused: "
 REFUSALS = [
-    (OptionReply.ERR_UNKNOWN, "srv: no such export: 'disk'; `nbdshard info` lists a server's exports"),
+    (OptionReply.ERR_UNKNOWN, "srv: no such export: 'disk'; `nbdshard info --list` names a server's exports"),
     (OptionReply.ERR_TLS_REQD, REFUSED + "the server insists on TLS; nbdshard does not support TLS yet"),
     (OptionReply.ERR_POLICY, REFUSED + "the server's configuration forbids it; ask who runs the server"),
     (OptionReply.ERR_INVALID, REFUSED + "the server calls the request invalid"),
@@ -182,7 +182,7 @@ def test_a_refusal_carries_what_the_server_says() -> None:
     _, error = failure(stream, Wishes())
     assert str(error) == (
         "srv: no such export: '' (the default export) (it says: export 'x' is�not present); "
-        "`nbdshard info` lists a server's exports"
+        "`nbdshard info --list` names a server's exports"
     )
 
 
