@@ -108,6 +108,11 @@ class Ledger:
         """The page of `worker`, which stays the same object; not to be changed by the caller."""
         return self._holdings.setdefault(worker, Holding())
 
+    @property
+    def holders(self) -> set[str]:
+        """The workers that have a page."""
+        return set(self._holdings)
+
     # -- the way of a range --------------------------------------------------------------------------------------------
 
     def grant(self, worker: str) -> Granted:

@@ -103,6 +103,9 @@ class Scheduler(Membership):
         self._crew.validate()
         if self._copying is not None:
             self._copying.validate()
+            lost = self._copying.ledger.holders - self._crew.workers.keys()
+            if lost and self._ending is None:
+                raise BugError(f"workers that are gone hold ranges: {sorted(lost)}")
         if (self._outcome is not None) != (self._phase is Phase.DONE):
             raise BugError(f"in phase {self._phase.name} the outcome is {self._outcome}")
         if (self._ending is not None) != (self._phase in (Phase.STOPPING, Phase.DONE)):

@@ -15,6 +15,7 @@ def check(world: World, outcome: Outcome) -> None:
     """What holds at the end of every job."""
     print(outcome)
     assert "\n" not in outcome.error
+    assert "no byte was completed" not in outcome.error, "that is a net below all other time-outs"
     if outcome.verdict is Verdict.COMPLETE:
         assert outcome.error == ""
         assert outcome.durable

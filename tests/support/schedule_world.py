@@ -149,6 +149,8 @@ class World:
             self.lease_ranges[message.lease] = message
             if process.is_alive and not process.said_goodbye:
                 process.leases[message.lease] = message  # it may write from now on
+        if isinstance(message, messages.Assign) and message.destination_connections:
+            self._check_single_writer(process)
         if isinstance(message, messages.Stop) and message.now and not self.job.local_workers:
             self.given_up.add(name)
         process.inbox.append(message)
@@ -206,7 +208,7 @@ class World:
     def die(self, process: Process, reason: str) -> None:
         if not process.is_alive:
             return
-        process.is_alive = False
+        process.is_alive = process.is_open = False
         process.leases.clear()
         if self.job.local_workers:
             self.later(
@@ -354,6 +356,12 @@ class World:
                 continue  # a lease is no fence: it checks its own clock, and the outcome names it until its Goodbye
             for held in other.leases.values():
                 assert not held.range.overlaps(lease.range), f"{other.name} and {process.name} at {lease.range}"
+
+    def _check_single_writer(self, process: Process) -> None:
+        """Nobody else has a connection to a destination that takes one writer only."""
+        if not self.destination.can_multi_conn:
+            others = [other.name for other in self.processes.values() if other is not process and other.is_open]
+            assert others == [], f"{process.name} may write besides {others}"
 
     def lost_units(self) -> list[int]:
         """The units of the export that are not durable."""
