@@ -23,7 +23,6 @@ from support.waiting import wait_for
 
 RUN_SECONDS = 60.0
 END_SECONDS = 10.0  # for descendants to be gone once the command has ended
-NOBODY = 65534
 
 EXECUTABLE = str(Path(sys.executable).parent / "nbdshard")
 

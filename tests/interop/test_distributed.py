@@ -1,0 +1,201 @@
+"""A coordinator and workers that connect to it over TCP, as on several machines."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import msgpack
+import pytest
+import zmq
+
+from support import images
+from support.command import Run, nbdshard, started
+from support.doubles import CMD_WRITE, Double, double
+from support.servers import nbdkit
+from support.sides import RINGS, serve
+from support.waiting import wait_for
+
+SIZE = 64 * images.MIB
+
+
+@contextmanager
+def coordinator(
+    source: str, destination: str, *options: str | Path, listen: str = "tcp://127.0.0.1:0"
+) -> Iterator[Run]:
+    """A coordinator that listens; `address_of` says where."""
+    with started("coordinator", "--listen", listen, *options, source, destination) as run:
+        yield run
+
+
+def address_of(run: Run) -> str:
+    """The URL it says it listens on."""
+    return wait_for("the coordinator's address", lambda: (re.findall(r"listening on (\S+)", run.err()) or [""])[0])
+
+
+@contextmanager
+def workers(address: str, ring: str, count: int = 2, *options: str | Path) -> Iterator[Sequence[Run]]:
+    with ExitStack() as stack:
+        command = ("worker", "--connect", address, "--ring", ring, *options)
+        yield [stack.enter_context(started(*command)) for _ in range(count)]
+
+
+@pytest.fixture
+def source_image(tmp_path: Path) -> Path:
+    return images.random_image(tmp_path / "source", SIZE)
+
+
+@pytest.fixture
+def destination_image(tmp_path: Path) -> Path:
+    return images.filled_image(tmp_path / "destination", SIZE)
+
+
+def test_two_workers_over_tcp_copy_and_end_with_the_job(source_image: Path, destination_image: Path, ring: str) -> None:
+    with (
+        serve("nbdkit-file", source_image, transport="tcp", flags=["-r"]) as source,
+        serve("nbdkit-file", destination_image, transport="tcp") as destination,
+        coordinator(source, destination) as job,
+        workers(address_of(job), ring) as crew,
+    ):
+        outcome = job.wait().succeeded()
+        for worker in crew:
+            worker.wait().succeeded()
+    images.assert_identical(source_image, destination_image)
+    assert "2 workers" in outcome.last_line
+    assert ring in outcome.last_line
+
+
+def test_one_worker_of_each_ring_share_a_job(source_image: Path, destination_image: Path) -> None:
+    with (
+        serve("nbdkit-file", source_image, flags=["-r"]) as source,
+        serve("nbdkit-file", destination_image) as destination,
+        coordinator(source, destination) as job,
+        workers(address_of(job), RINGS[0], 1),
+        workers(address_of(job), RINGS[1], 1),
+    ):
+        job.wait().succeeded()
+    images.assert_identical(source_image, destination_image)
+
+
+def test_a_worker_may_join_late_and_another_leave(destination_image: Path, ring: str) -> None:
+    with (
+        nbdkit("pattern", str(SIZE), "rate=64M", filters=["rate"], threads=1, tcp=True) as source,
+        serve("nbdkit-file", destination_image, transport="tcp") as destination,
+        coordinator(source.uri, destination, "--range-size", "1M") as job,
+        workers(address_of(job), ring, 1) as early,
+    ):
+        wait_for("the first write", lambda: destination_image.read_bytes()[:8] != b"\xee" * 8)
+        with workers(address_of(job), ring, 1):
+            wait_for(
+                "the late worker to take part", lambda: destination_image.read_bytes().count(b"\xee" * 4096) < 12_000
+            )
+            early[0].signal_group(signal.SIGINT)
+            early[0].wait(30)
+            job.wait(100).succeeded()
+    assert destination_image.read_bytes() == images.pattern(0, SIZE)
+
+
+def test_ctrl_c_at_the_coordinator_ends_its_workers(ring: str) -> None:
+    target = Double(bytearray(SIZE))
+    with (
+        nbdkit("pattern", str(SIZE), "rate=64M", filters=["rate"], threads=1) as source,
+        double(target) as destination,
+        coordinator(source.uri, destination) as job,
+        workers(address_of(job), ring) as crew,
+    ):
+        wait_for("the first write", lambda: target.count(CMD_WRITE) > 0)
+        job.signal_group(signal.SIGINT)
+        assert job.wait(30).code == 130
+        for worker in crew:
+            worker.wait(30)
+
+
+@contextmanager
+def keys(folder: Path) -> Iterator[Path]:
+    """Pairs for a coordinator, two workers and a stranger; the folder `allowed` holds the workers' public keys."""
+    for name in ("coordinator", "one", "two", "stranger"):
+        nbdshard("keygen", "--dir", folder, name).succeeded()
+    (folder / "allowed").mkdir()
+    for name in ("one", "two"):
+        (folder / "allowed" / f"{name}.pub").write_bytes((folder / f"{name}.pub").read_bytes())
+    yield folder
+
+
+def test_workers_with_known_keys_copy_and_a_stranger_is_turned_away(
+    tmp_path: Path, source_image: Path, destination_image: Path, ring: str
+) -> None:
+    with (
+        keys(tmp_path) as folder,
+        serve("nbdkit-file", source_image, flags=["-r"]) as source,
+        serve("nbdkit-file", destination_image) as destination,
+        coordinator(source, destination, "--key", folder / "coordinator.key", "--allow", folder / "allowed") as job,
+    ):
+        address, public = address_of(job), folder / "coordinator.pub"
+        with workers(address, ring, 1, "--key", folder / "stranger.key", "--coordinator-key", public) as strangers:
+            strangers[0].wait(30).failed(1, saying=["key"])
+        with workers(address, ring, 1) as keyless:
+            keyless[0].wait(30).failed(1)
+        assert job.process.poll() is None
+        with (
+            workers(address, ring, 1, "--key", folder / "one.key", "--coordinator-key", public),
+            workers(address, ring, 1, "--key", folder / "two.key", "--coordinator-key", public),
+        ):
+            job.wait().succeeded()
+            assert "turned away" in job.err()
+    images.assert_identical(source_image, destination_image)
+
+
+def test_a_worker_refuses_a_coordinator_with_another_key(
+    tmp_path: Path, source_image: Path, destination_image: Path, ring: str
+) -> None:
+    with (
+        keys(tmp_path) as folder,
+        coordinator(
+            f"nbd+unix:///?socket={tmp_path}/a",
+            f"nbd+unix:///?socket={tmp_path}/b",
+            "--key",
+            folder / "coordinator.key",
+            "--allow",
+            folder / "allowed",
+        ) as job,
+        workers(address_of(job), ring, 1, "--key", folder / "one.key", "--coordinator-key", folder / "two.pub") as crew,
+    ):
+        crew[0].wait(30).failed(1, saying=["key"])
+    assert source_image.exists()
+    assert destination_image.read_bytes() == b"\xee" * SIZE
+
+
+def test_listening_on_a_network_without_keys_is_refused_unless_insecure() -> None:
+    command = ("coordinator", "--listen", "tcp://0.0.0.0:0", "null.img", "null:")
+    nbdshard(*command).failed(1, saying=["--insecure"])
+
+
+def test_a_worker_of_another_protocol_version_is_refused_with_both_versions(
+    source_image: Path, destination_image: Path
+) -> None:
+    """Spoken by hand: no worker of another version exists."""
+    with (
+        serve("nbdkit-file", source_image, flags=["-r"]) as source,
+        serve("nbdkit-file", destination_image) as destination,
+        coordinator(source, destination) as job,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as dealer,
+    ):
+        dealer.linger = 0
+        dealer.rcvtimeo = 20_000
+        dealer.connect(address_of(job))
+        hello = {"t": "Hello", "version": 99, "worker": "w", "machine": "m", "host": "h", "pid": 1, "ring": "epoll"}
+        dealer.send(msgpack.packb(hello))
+        answer = msgpack.unpackb(dealer.recv())
+        assert answer["t"] == "Refused"
+        assert "99" in answer["reason"]
+        assert str(answer["version"]) in answer["reason"]
+        dealer.send(b"\xff garbage")
+        dealer.send(msgpack.packb({"t": "Written", "job": 5}))
+        assert job.process.poll() is None
+        with workers(address_of(job), "epoll", 1):
+            job.wait().succeeded()
+    images.assert_identical(source_image, destination_image)
