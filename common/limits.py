@@ -111,13 +111,14 @@ STALL_SECONDS: Final = 900.0  # without a completed byte the job fails: a net be
 LEAVE_SECONDS: Final = 1.0  # for a worker without connections to leave at the end, and for all after a hard stop
 KILL_SECONDS: Final = 10.0  # from killing a local worker to having reaped it (it may hang in the kernel)
 
-# -- a worker's loop ----------------------------------------------------------------------------------------------------
+# -- a worker's loop --------------------------------------------------------------------------------------------------
 BUFFERS_PER_SEND_MAX: Final = 64  # headers and payloads in one writev(2); IOV_MAX is 1024
 SOCKET_BUFFER_BYTES: Final = 2 * MIB  # SO_SNDBUF asked for on unix sockets (the peers' published finding)
 TICK_SECONDS: Final = 0.5  # between looks at the clocks of connections and leases
 COORDINATOR_SILENCE_SECONDS: Final = 60.0  # without a word from the coordinator a worker gives up and ends
 
-# -- local files ------------------------------------------------------------------------------------------------------
+# -- local files and streams ------------------------------------------------------------------------------------------
+PIPE_BYTES: Final = MIB  # asked for a pipe that is our standard input or output; /proc/sys/fs/pipe-max-size by default
 FILE_EXTENTS_MAX: Final = 16 * KIB  # in one answer: two system calls each, on a thread that others wait for
 CACHE_WINDOW_BYTES: Final = 8 * MIB  # looked at, written back and dropped from the page cache at a time
 CACHE_LOOK_AHEAD_BYTES: Final = 32 * MIB  # ahead of a read: further than the kernel's readahead, which may be 16 MiB

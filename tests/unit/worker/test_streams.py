@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import socket
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdshard.common.limits import KIB, MIB
+from nbdshard.common.limits import KIB, MIB, PIPE_BYTES
 from nbdshard.common.messages import EndpointAddress, Side
 from nbdshard.common.ranges import Range
+from nbdshard.worker import streams
 from support.local_driver import RINGS, Driver, driver
 
 Connect = Callable[[int, Side], Driver]
@@ -357,6 +359,25 @@ def test_the_inherited_descriptor_is_left_open_and_as_it_was(pair: Pair, connect
     assert os.get_blocking(pair.reader) is os.get_blocking(pair.writer) is blocking
     os.write(pair.writer, b"more")  # a socket was not shut down either
     assert os.read(pair.reader, 4) == b"more"
+
+
+def pipe_bytes(pair: Pair) -> int:
+    return fcntl.fcntl(pair.reader, fcntl.F_GETPIPE_SZ)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_pipe_is_widened(pipe: Pair, connect: Connect, side: Side) -> None:
+    connect(pipe.reader if side == "source" else pipe.writer, side)
+    assert pipe_bytes(pipe) == PIPE_BYTES
+
+
+def test_a_pipe_that_is_wide_already_is_not_narrowed(
+    pipe: Pair, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "PIPE_BYTES", 4096)
+    before = pipe_bytes(pipe)
+    connect(pipe.reader, "source")
+    assert pipe_bytes(pipe) == before > 4096
 
 
 def test_a_descriptor_that_is_not_open_is_refused(ring: str) -> None:
