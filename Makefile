@@ -34,7 +34,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=.types $(BIN)/lint-imports
 	$(BIN)/pytest -q -n $(JOBS) -m 'not long' tests/unit
 
 fuzz: .venv/installed-dev

@@ -76,7 +76,7 @@ class ProtocolError(NbdshardError):
 
 
 class UserError(NbdshardError):
-    """Something only the user can mend: `what` is wrong, `where` (a URI, path, option), and `advice` if there is any."""
+    """Something only the user can mend: `what` is wrong, `where` (a URI, path, option), `advice` if there is any."""
 
     def __init__(self, what: str, where: str = "", advice: str = "") -> None:
         super().__init__(what, where, advice)

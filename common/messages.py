@@ -238,7 +238,7 @@ class Lease(JobMessage, frozen=True):
 
 
 class Revoke(JobMessage, frozen=True):
-    """Stop working on the lease and forget it; answered by `Failed` of kind "connection" once nothing is on the wire."""
+    """Stop working on the lease and forget it; answered by `Failed` of kind "connection" once the wire is quiet."""
 
     lease: Count
 
