@@ -67,6 +67,7 @@ class WorkerState(Enum):
     LOSING = auto()  # a connection was lost: closing the others before anyone is told
     DRAINING = auto()  # finishing what is on the wire
     LEAVING = auto()  # disconnecting
+    PARTING = auto()  # every connection is closed; the last messages are being sent
     GONE = auto()
 
 
@@ -116,7 +117,9 @@ class Worker:
             self._crew.pump(now)
         self._advance(now)
         self._send()
-        if self.state is WorkerState.GONE:
+        # A full queue must not swallow the Goodbye: without it nobody knows that we write no more.
+        if self.state is WorkerState.PARTING and (not self._outbox or now >= self._leave_by):
+            self.state = WorkerState.GONE
             return
         # Sending may have taken the edge off the channel's descriptor: look again before waiting for it.
         timeout = 0.0 if self._read_channel(now) else max(0.0, self._next_deadline() - now)
@@ -126,11 +129,12 @@ class Worker:
 
     def leave(self, reason: str) -> None:
         """Leave the job: finish what is on the wire, disconnect, say Goodbye. A second call closes at once."""
-        if self.state in (WorkerState.DRAINING, WorkerState.LEAVING):
+        if self.state in _LEAVING_STATES:
             self._leave_by = self._clock()
             return
         self._goodbye = reason
-        self._leave_by = self._clock() + DRAIN_SECONDS
+        # What was on a lost connection will never be finished: there is nothing to wait for.
+        self._leave_by = self._clock() + (0.0 if self.state is WorkerState.LOSING else DRAIN_SECONDS)
         if self._copier is not None:
             self._copier.drain()
         self.state = WorkerState.DRAINING
@@ -174,7 +178,7 @@ class Worker:
                 return
             if self._assign is not None:
                 self._outbox.append(Goodbye(self._assign.job, self._assign.epoch, self._goodbye))
-            self.state = WorkerState.GONE
+            self.state = WorkerState.PARTING
 
     def _idle(self) -> bool:
         return self._copier is None or self._copier.idle
@@ -245,6 +249,7 @@ class Worker:
         if self.state in _LEAVING_STATES:
             return
         self._assign = message
+        self._next_heartbeat = min(self._next_heartbeat, now + message.heartbeat_seconds)
         if message.source_connections == 0 or message.destination_connections == 0:
             self.state = WorkerState.STANDING_BY if self._crew is None else self.state
             return
@@ -311,6 +316,8 @@ class Worker:
     def _lost(self, side: Side, connection: OpenConnection, error: NbdshardError) -> None:
         """A connection failed: one of several that never came up is done without; else the worker has nothing to do."""
         crew = self._crew
+        if self.state is WorkerState.DRAINING:
+            self._leave_by = self._clock()  # what was under way on it will never be finished
         if crew is None or self.state in _LEAVING_STATES or self.state is WorkerState.LOSING:
             return
         if crew.can_do_without(connection):
@@ -335,7 +342,7 @@ class Worker:
         self.state = WorkerState.STANDING_BY
 
 
-_LEAVING_STATES = frozenset({WorkerState.DRAINING, WorkerState.LEAVING, WorkerState.GONE})
+_LEAVING_STATES = frozenset({WorkerState.DRAINING, WorkerState.LEAVING, WorkerState.PARTING, WorkerState.GONE})
 
 
 def report_error(error: NbdshardError, side: Side | None) -> ErrorReport:
