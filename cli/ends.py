@@ -32,7 +32,7 @@ class Ends:
     def __init__(self, source: Endpoint, destination: Endpoint, stack: ExitStack) -> None:
         self._stack = stack
         self._directory: PrivateDirectory | None = None
-        self._keep_destination = False
+        self._keep_destination: bool | None = None  # not known before the job has ended
         self.servers: list[CommandServer] = []
         self._local_source = self._open_source(source)
         self._local_destination = self._open_destination(destination)
@@ -61,15 +61,19 @@ class Ends:
             self._local_destination.prepare(size)
 
     def settle(self, outcome: Outcome) -> None:
-        """Keep a destination file that this job created: it has content now, or might still get some."""
+        """A destination file that this job created stays when it has content, or might still get some."""
         from nbdshard.coordinator.job import Verdict
 
-        if outcome.verdict in (Verdict.COMPLETE, Verdict.UNFENCED) or outcome.counters.total:
-            self._keep_destination = True
+        unwritten = outcome.verdict in (Verdict.FAILED, Verdict.STOPPED) and not outcome.counters.total
+        self._keep_destination = not unwritten
 
     def _remove_unwritten(self) -> None:
-        if self._local_destination is not None and not self._keep_destination:
-            self._local_destination.discard()
+        end = self._local_destination
+        if end is None or self._keep_destination:
+            return
+        if self._keep_destination is None and end.prepared:
+            return  # a fault of ours in the middle of the copy: nobody knows what was written
+        end.discard()
 
     def _open_source(self, endpoint: Endpoint) -> local.LocalEnd | None:
         match endpoint:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import zmq
@@ -60,6 +61,7 @@ class CoordinatorChannel:
         _check_socket_path(url)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(1)
         self._doorkeeper: Doorkeeper | None = None
+        self._bound_path = ""
         self._bad_messages = 0
         self._router = self._context.socket(zmq.ROUTER)
         try:
@@ -89,6 +91,7 @@ class CoordinatorChannel:
             raise UserError(f"cannot listen: {zmq.strerror(error.errno or 0)}", str(url)) from None
         finally:
             os.umask(umask)
+        self._bound_path = url.path
         self.url = parse_control_url(unmapped(self._router.getsockopt_string(zmq.LAST_ENDPOINT)))
 
     def receive(self) -> list[tuple[str, FromWorker]]:
@@ -149,6 +152,10 @@ class CoordinatorChannel:
         if self._doorkeeper is not None:
             self._doorkeeper.close()
         self._context.term()
+        if self._bound_path:  # libzmq leaves it
+            with suppress(OSError):
+                os.unlink(self._bound_path)
+            self._bound_path = ""
 
 
 class WorkerChannel:

@@ -116,8 +116,9 @@ def load_key_pair(path: str) -> KeyPair:
 
     Raises UserError when the file is not a secret, or when others than its owner can read it.
     """
-    text = _read(path, secret=True)
+    text, facts = _read(path)
     keys = list(_parse(path, text, SECRET_WORD, PUBLIC_WORD))
+    _check_private(path, facts)
     if len(keys) != 1:
         raise UserError(f"holds {len(keys)} secret keys instead of one", path)
     return KeyPair.of_secret(keys[0])
@@ -125,7 +126,7 @@ def load_key_pair(path: str) -> KeyPair:
 
 def load_public_key(path: str) -> PublicKey:
     """The one public key in `path` (NAME.pub). Raises UserError when there is none, or more than one."""
-    keys = list(_parse(path, _read(path), PUBLIC_WORD, SECRET_WORD))
+    keys = list(_parse(path, _read(path)[0], PUBLIC_WORD, SECRET_WORD))
     if len(keys) != 1:
         raise UserError(f"holds {len(keys)} public keys instead of one", path)
     return PublicKey(keys[0])
@@ -141,13 +142,16 @@ def load_allow_list(path: str) -> frozenset[PublicKey]:
         files = [path]
     if len(files) > KEYS_ALLOWED_MAX:
         raise UserError(f"holds {len(files)} keys, at most {KEYS_ALLOWED_MAX} can be allowed", path)
-    allowed = frozenset(PublicKey(raw) for file in files for raw in _parse(file, _read(file), PUBLIC_WORD, SECRET_WORD))
+    allowed = frozenset(
+        PublicKey(raw) for file in files for raw in _parse(file, _read(file)[0], PUBLIC_WORD, SECRET_WORD)
+    )
     if not allowed:
         raise UserError("allows no key at all", path, "put the workers' .pub files there")
     return allowed
 
 
-def _read(path: str, *, secret: bool = False) -> str:
+def _read(path: str) -> tuple[str, os.stat_result]:
+    """The text of a file of keys, and what fstat(2) says about the very file that was read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
     except OSError as error:
@@ -156,8 +160,6 @@ def _read(path: str, *, secret: bool = False) -> str:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise UserError("is not a regular file", path)
-        if secret:
-            _check_private(path, facts)
         with open(descriptor, "rb", closefd=False) as file:
             content = file.read(KEY_FILE_BYTES_MAX + 1)
     except OSError as error:
@@ -166,7 +168,7 @@ def _read(path: str, *, secret: bool = False) -> str:
         os.close(descriptor)
     if len(content) > KEY_FILE_BYTES_MAX:
         raise UserError(f"is longer than {KEY_FILE_BYTES_MAX} bytes; not a file of keys", path)
-    return content.decode("utf-8", errors="replace")
+    return content.decode("utf-8", errors="replace"), facts
 
 
 def _check_private(path: str, facts: os.stat_result) -> None:

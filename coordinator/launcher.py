@@ -29,10 +29,11 @@ class WorkerCommand:
     verbose: bool = False
     inherits_stdin: bool = False  # the source is our standard input
     inherits_stdout: bool = False  # the destination is our standard output
+    executable: str = sys.executable
 
     def argv(self, name: str, parent: int) -> list[str]:
         """The command line of the worker called `name`; no secret is in it, others can read it."""
-        words = [sys.executable, "-P", "-m", "nbdshard.cli.main", "worker"]
+        words = [self.executable, "-P", "-m", "nbdshard.cli.main", "worker"]
         words += ["--connect", self.url, "--name", name, "--parent", str(parent), "--ring", self.ring]
         return [*words, "--verbose"] if self.verbose else words
 
@@ -76,8 +77,9 @@ class Launcher:
         """A pidfd for each running worker, to be polled for reading."""
         return [child.descriptor for child in self._children.values()]
 
-    def __contains__(self, worker: str) -> bool:
-        return worker in self._children
+    def names(self) -> list[str]:
+        """The workers whose processes were not seen to end."""
+        return list(self._children)
 
     def reap(self) -> list[Departure]:
         """Those that have ended since the last call. Never blocks."""

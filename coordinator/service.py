@@ -45,15 +45,17 @@ class Shell:
     display: Display
     signals: SignalWatch
     clock: SteadyClock = field(default_factory=SteadyClock)
+    worker_start_seconds: float = WORKER_START_SECONDS
+    finish_seconds: float = FINISH_SECONDS_MAX
 
 
-def run_job(job: Job, shell: Shell) -> Outcome:
+def run_job(job: Job, shell: Shell, make_scheduler: Callable[[Job, float], Scheduler] = Scheduler) -> Outcome:
     """Run `job` to its end. Returns whatever happens to the copy; raises only BugError, for a fault of ours.
 
     However it ends, no local worker is left running.
     """
     shell.signals.counting()
-    loop = _Loop(Scheduler(job, shell.clock()), shell)
+    loop = _Loop(make_scheduler(job, shell.clock()), shell)
     try:
         outcome = loop.run()
         if shell.launcher is not None:
@@ -149,7 +151,7 @@ class _Loop:
             name = signals.received[self._signals_heard].name
             self._signals_heard += 1
             now = self._clock()
-            self._stop_deadline = now + FINISH_SECONDS_MAX
+            self._stop_deadline = now + self._shell.finish_seconds
             self._act(self._scheduler.stop(f"stopped by {name}", now))
 
     def _hear_messages(self) -> None:
@@ -198,14 +200,15 @@ class _Loop:
     def _hear_clock(self) -> None:
         now = self._clock()
         for name in [name for name, until in self._awaited.items() if until <= now]:
-            logs.warning(f"worker {name[:8]} did not join within {WORKER_START_SECONDS:g} s; it is killed")
+            logs.warning(f"worker {name[:8]} did not join within {self._shell.worker_start_seconds:g} s; it is killed")
             self._awaited[name] = float("inf")
             self._kill(name)
         self._act(self._scheduler.tick(now))
         if self._outcome is None:
             self._shell.display.show(self._scheduler.status(), now)
             if self._stop_deadline is not None and now >= self._stop_deadline:
-                raise BugError(f"the scheduler did not finish within {FINISH_SECONDS_MAX:g} s of being told to stop")
+                waited = f"{self._shell.finish_seconds:g} s"
+                raise BugError(f"the scheduler did not finish within {waited} of being told to stop")
 
     # -- what is done about it -----------------------------------------------------------------------------------------
 
@@ -248,7 +251,7 @@ class _Loop:
                 more += self._scheduler.worker_unstartable(str(error), self._clock())
             else:
                 self._started.add(name)
-                self._awaited[name] = self._clock() + WORKER_START_SECONDS
+                self._awaited[name] = self._clock() + self._shell.worker_start_seconds
         return more
 
     def _kill(self, worker: str) -> None:
