@@ -1,0 +1,157 @@
+"""The coordinator's shell, simulated: does what the scheduler says, and looks at every invariant after each event."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from math import isinf
+
+from nbdshard.common.limits import WORKER_START_SECONDS
+from nbdshard.common.messages import FromWorker, Hello
+from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Kill, Prepare, Send, Start
+from nbdshard.coordinator.job import Job, Outcome
+from nbdshard.coordinator.scheduler import Scheduler
+from simulation.channel import Mischief, Wire, decode
+from simulation.clock import Pace, SimClock
+from simulation.process import SimProcess
+
+Spawn = Callable[[str, Callable[[FromWorker], None], Callable[[SimProcess, str], None]], SimProcess]
+
+
+class SimCoordinator:
+    """Runs `job`. `spawn` makes a worker process; `log` hears of everything that happens."""
+
+    def __init__(
+        self,
+        job: Job,
+        clock: SimClock,
+        chance: random.Random,
+        pace: Pace,
+        mischief: Mischief,
+        spawn: Spawn,
+        log: Callable[[str], None],
+    ) -> None:
+        self.outcome: Outcome | None = None
+        self.processes: dict[str, SimProcess] = {}
+        self.scheduler = Scheduler(job, clock.now)
+        self.started = 0
+        self._job = job
+        self._clock = clock
+        self._chance = chance
+        self._pace = pace
+        self._mischief = mischief
+        self._spawn = spawn
+        self._log = log
+        self._wires: dict[str, tuple[Wire, Wire]] = {}  # of each worker: to it, from it
+        self._awaited: set[str] = set()  # local workers that have not said Hello
+        self._tick_at = -1.0
+
+    def start(self) -> None:
+        self._act(self.scheduler.start())
+
+    def stop(self) -> None:
+        """Ctrl-C."""
+        if self.outcome is None:
+            self._log("stop by the user")
+            self._act(self.scheduler.stop("stopped by SIGINT", self._clock.now))
+
+    def start_worker(self) -> None:
+        """One more worker process; it may be killed, but not by us, if the job's workers come from elsewhere."""
+        self.started += 1
+        name = f"{self._chance.getrandbits(128):032x}"
+        self._wires[name] = (self._wire(), self._wire())
+        self._log(f"start worker {name[:8]}")
+        if self._job.local_workers:
+            self._awaited.add(name)
+            self._clock.after(WORKER_START_SECONDS, lambda: self._not_awaited_any_longer(name))
+        self.processes[name] = self._spawn(name, lambda message: self._sent(name, message), self._ended)
+
+    def _wire(self) -> Wire:
+        return Wire(self._clock, self._chance, self._pace, self._mischief)
+
+    def _not_awaited_any_longer(self, name: str) -> None:
+        if name in self._awaited:
+            self.processes[name].kill("was killed")
+
+    # -- what happens --------------------------------------------------------------------------------------------------
+
+    def _sent(self, name: str, message: FromWorker) -> None:
+        self._wires[name][1].send(message, lambda frame: self._arrived(name, frame))
+
+    def _arrived(self, name: str, frame: bytes) -> None:
+        if self.outcome is not None:
+            return
+        message = decode(frame, name)
+        self._log(f"{name[:8]} > {message}")
+        if isinstance(message, Hello):
+            self._awaited.discard(name)
+        error = getattr(message, "error", None)
+        assert error is None or error.kind not in ("bug", "protocol"), f"worker {name[:8]}: {error.text}"
+        self._act(self.scheduler.message(name, message, self._clock.now))
+
+    def _ended(self, process: SimProcess, reason: str) -> None:
+        """The process has ended; a local one is reaped, after its last messages."""
+        self._log(f"{process.name[:8]} ended: {reason}")
+        if self._job.local_workers:
+            heard = max(self._clock.now, self._wires[process.name][1].last_arrival)
+            self._clock.at(heard + self._pace.seconds(), lambda: self._reaped(process.name, reason))
+
+    def _reaped(self, name: str, reason: str) -> None:
+        if self.outcome is not None:
+            return
+        if name in self._awaited:
+            self._awaited.discard(name)
+            self._act(self.scheduler.worker_unstartable(reason, self._clock.now))
+        else:
+            self._act(self.scheduler.worker_gone(name, reason, self._clock.now))
+
+    def _tick(self, when: float) -> None:
+        if self._tick_at == when and self.outcome is None:
+            self._tick_at = -1.0
+            self._act(self.scheduler.tick(self._clock.now))
+
+    # -- what is done about it -----------------------------------------------------------------------------------------
+
+    def _act(self, instructions: Iterable[Instruction]) -> None:
+        self.scheduler.validate()
+        for instruction in instructions:
+            assert self.outcome is None, f"{instruction} after Finish"
+            self._carry_out(instruction)
+        if self.outcome is None:
+            self._arm()
+
+    def _arm(self) -> None:
+        deadline = self.scheduler.deadline()
+        if isinf(deadline):
+            self._tick_at = -1.0
+            return
+        when = max(deadline, self._clock.now + 0.001)
+        if when != self._tick_at:
+            self._tick_at = when
+            self._clock.at(when + self._pace.seconds(), lambda: self._tick(when))
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case Send(worker, message):
+                self._log(f"{worker[:8]} < {message}")
+                process = self.processes[worker]
+                self._wires[worker][0].send(message, process.channel.arrive)
+            case Start(count):
+                assert self._job.local_workers
+                for _ in range(count):
+                    self._clock.after(self._pace.seconds(), self.start_worker)
+            case Kill(worker):
+                self._log(f"kill {worker[:8]}")
+                self._clock.after(self._pace.seconds(), lambda: self.processes[worker].kill("was killed"))
+            case Prepare(size):
+                self._log(f"prepare {size}")
+                self._clock.after(self._pace.seconds(), self._prepared)
+            case Forget(worker):
+                assert worker in self.processes
+            case Finish(outcome):
+                self._log(f"finish {outcome}")
+                self.outcome = outcome
+
+    def _prepared(self) -> None:
+        if self.outcome is None:
+            self._act(self.scheduler.prepared(self._clock.now))

@@ -1,0 +1,345 @@
+"""What one seed stands for: two servers and their disks, a job, and what goes wrong meanwhile."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from nbdshard.common.limits import HEARTBEAT_SECONDS, LEASE_SECONDS
+from nbdshard.common.messages import EndpointAddress, JobOptions
+from nbdshard.coordinator.job import Job, Verdict
+from simulation.channel import Mischief
+from simulation.disk import DATA, ZERO, Disk, Extent
+from simulation.server_rules import Extents, Full, ServerRules
+
+KIB = 1 << 10
+MIB = 1 << 20
+REQUESTS_PER_RUN = 100  # about: a run should take well below a second of real time
+
+
+class Trouble(Enum):
+    """What goes wrong. The first are to be mended by the job itself, the others end it, or may."""
+
+    NOTHING = auto()
+    ERRORS = auto()  # requests fail, and succeed when they are asked again
+    DEATHS = auto()  # worker processes are killed
+    LEAVES = auto()  # worker processes are asked to leave, others may join
+    STALL = auto()  # a worker process is not let run for longer than its leases last
+    FULL = auto()  # a server admits fewer connections than it offers
+    CUT = auto()  # connections are cut
+    SILENT = auto()  # a server stops answering
+    BAD_BYTE = auto()  # one byte can never be read, or never be written
+    FLUSH_FAILS = auto()
+    STOP = auto()  # the user stops the job, perhaps twice
+    VANISHING = auto()  # a worker on another machine is not heard of any more
+    IMPOSSIBLE = auto()  # the ends do not fit one another
+
+
+_WEIGHTS = {
+    Trouble.NOTHING: 20,
+    Trouble.ERRORS: 18,
+    Trouble.DEATHS: 10,
+    Trouble.LEAVES: 10,
+    Trouble.STALL: 5,
+    Trouble.FULL: 6,
+    Trouble.CUT: 8,
+    Trouble.SILENT: 4,
+    Trouble.BAD_BYTE: 4,
+    Trouble.FLUSH_FAILS: 4,
+    Trouble.STOP: 5,
+    Trouble.VANISHING: 3,
+    Trouble.IMPOSSIBLE: 3,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Usual seconds of each kind of wait; the worst are some ten times as long."""
+
+    network: float
+    ring: float
+    server: float
+    process: float
+    control: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Everything about one run that is decided before it begins."""
+
+    seed: int
+    trouble: Trouble
+    job: Job
+    source: ServerRules
+    destination: ServerRules
+    speeds: Speeds
+    mischief: Mischief
+    capacity: int
+    split_share: float
+    verdicts: tuple[Verdict, ...]  # those it may end with
+    error_words: tuple[str, ...] = ()  # all of which must be in the error of a failure
+
+
+@dataclass(frozen=True, slots=True)
+class Disks:
+    source: Disk
+    destination: Disk
+
+
+def make_scenario(seed: int) -> tuple[Scenario, Disks]:
+    """The scenario of `seed`, always the same."""
+    return _Maker(seed).make()
+
+
+class _Maker:
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.chance = random.Random(f"scenario {seed}")
+        self.trouble = self.chance.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+        self.verdicts = {Verdict.COMPLETE}
+        self.error_words: tuple[str, ...] = ()
+
+    def make(self) -> tuple[Scenario, Disks]:
+        chance = self.chance
+        request_size = chance.choice((4, 4, 8, 16, 64)) * KIB
+        source = self._rules("source", request_size)
+        destination = self._rules("destination", request_size)
+        size = self._size(source, request_size)
+        options = self._options(request_size)
+        job = self._job(options)
+        disks = self._disks(size, source, destination, options, job)
+        source, destination = self._limits(source, options), self._limits(destination, options)
+        source, destination = self._trouble(source, destination, job, disks)
+        scenario = Scenario(
+            seed=self.seed,
+            trouble=self.trouble,
+            job=job,
+            source=source,
+            destination=destination,
+            speeds=self._speeds(),
+            mischief=self._mischief(),
+            capacity=chance.choice((4, 16, 64, 256)) * KIB,
+            split_share=chance.choice((0.0, 0.1, 0.5)),
+            verdicts=tuple(sorted(self.verdicts, key=lambda verdict: verdict.value)),
+            error_words=self.error_words,
+        )
+        return scenario, disks
+
+    # -- the servers ---------------------------------------------------------------------------------------------------
+
+    def _rules(self, name: str, request_size: int) -> ServerRules:
+        chance = self.chance
+        knows_go = chance.random() < 0.9
+        minimum = chance.choice((1, 1, 1, 512, 4096)) if knows_go else 1
+        structured = chance.random() < 0.85
+        maximum = chance.choice((request_size, 64 * KIB, 64 * KIB, 1 << 25))
+        return ServerRules(
+            name,
+            block_minimum=minimum,
+            block_preferred=min(maximum, max(minimum, chance.choice((512, 4096, 4096, 65536)))),
+            block_maximum=maximum,
+            knows_go=knows_go,
+            structured=structured,
+            extended=structured and knows_go and chance.random() < 0.3,
+            multi_conn=chance.random() < 0.75,
+            can_flush=chance.random() < 0.9,
+            can_zero=chance.random() < 0.85,
+            extents=chance.choice(list(Extents)),
+            error_share=chance.choice((0.01, 0.05, 0.2)) if self.trouble is Trouble.ERRORS else 0.0,
+            refuses_zeroes=chance.random() < 0.05,
+        )
+
+    def _limits(self, rules: ServerRules, options: JobOptions) -> ServerRules:
+        """What this job may ask of the server."""
+        asks_zeroes = rules.can_zero and (options.allocated or not options.destination_is_zero)
+        return replace(
+            rules,
+            requests_max=options.requests + 1,
+            payload_max=max(options.queue_size, options.request_size, 4096),
+            no_hole=options.allocated if asks_zeroes else None,
+        )
+
+    # -- the job -------------------------------------------------------------------------------------------------------
+
+    def _size(self, source: ServerRules, request_size: int) -> int:
+        chance = self.chance
+        most = min(3 * MIB, request_size * REQUESTS_PER_RUN)
+        size = chance.choice((0, 1, chance.randint(2, 5000), *(chance.randint(1, most) for _ in range(9))))
+        if chance.random() < 0.3:
+            size -= size % (64 * KIB)
+        return size - size % source.block_minimum
+
+    def _options(self, request_size: int) -> JobOptions:
+        chance = self.chance
+        is_zero = chance.random() < 0.15
+        return JobOptions(
+            request_size=request_size,
+            requests=chance.choice((1, 2, 4, 16, 64)),
+            queue_size=request_size * chance.choice((1, 2, 5, 16, 64)),
+            sparse_unit=chance.choice((None, None, 0, 512, 4096, 64 * KIB)),
+            allocated=chance.random() < 0.15,
+            destination_is_zero=is_zero,
+            extents=chance.random() < 0.85,
+            synchronous=chance.random() < 0.08,
+            flush=chance.random() < 0.85,
+            connect_seconds=2.0,
+            handshake_seconds=2.0,
+            request_seconds=chance.choice((10.0, 30.0)),
+        )
+
+    def _job(self, options: JobOptions) -> Job:
+        chance = self.chance
+        lease, heartbeat = chance.choice(((LEASE_SECONDS, HEARTBEAT_SECONDS), (1.5, 0.3)))
+        workers = chance.randint(1, 4)
+        is_local = self.trouble is not Trouble.VANISHING
+        if self.trouble in (Trouble.LEAVES, Trouble.NOTHING):
+            is_local = chance.random() < 0.6
+        return Job(
+            uuid=f"job {self.seed}",
+            epoch=chance.randint(1, 3),
+            source=self._address("source"),
+            destination=self._address("destination"),
+            options=options,
+            connections=chance.randint(1, 8),
+            workers=workers,
+            range_size=chance.choice((64 * KIB, 64 * KIB, 128 * KIB, None)),
+            local_workers=is_local,
+            machine="machine",
+            lease_seconds=lease,
+            heartbeat_seconds=heartbeat,
+        )
+
+    def _address(self, side: str) -> EndpointAddress:
+        if self.chance.random() < 0.5:
+            return EndpointAddress("nbd", f"nbd+unix:///?socket=/simulated/{side}")
+        return EndpointAddress("nbd", f"nbd://{side}:10809")
+
+    # -- the disks -----------------------------------------------------------------------------------------------------
+
+    def _disks(self, size: int, source: ServerRules, destination: ServerRules, options: JobOptions, job: Job) -> Disks:
+        chance = self.chance
+        data, layout = self._content(size, source.block_minimum)
+        room = size + -size % destination.block_minimum
+        room += destination.block_minimum * chance.choice((0, 0, 1, 7, 100))
+        garbage = bytearray(chance.randbytes(room))
+        if options.destination_is_zero:
+            garbage[:size] = bytes(size)
+        return Disks(Disk(data, layout), Disk(garbage))
+
+    def _content(self, size: int, unit: int) -> tuple[bytearray, list[Extent]]:
+        """Stretches of data, of zeroes that are known, and of zeroes that look like data."""
+        chance = self.chance
+        data, at = bytearray(size), 0
+        layout: list[Extent] = []
+        kinds = chance.choice(("d", "z", "dz", "dzn", "ddnz", "dn"))
+        longest = max(1, size // chance.choice((1, 3, 10, 40)))
+        while at < size:
+            length = chance.randint(1, longest)
+            if chance.random() < 0.5:
+                length += -length % 4096
+            end = min(size, at + length + -length % unit)
+            kind = chance.choice(kinds)
+            if kind == "d":
+                data[at:end] = chance.randbytes(end - at)
+            flags = ZERO if kind == "z" else DATA
+            if layout and layout[-1][2] == flags:
+                layout[-1] = (layout[-1][0], end, flags)
+            else:
+                layout.append((at, end, flags))
+            at = end
+        return data, layout
+
+    # -- what goes wrong -----------------------------------------------------------------------------------------------
+
+    def _trouble(
+        self, source: ServerRules, destination: ServerRules, job: Job, disks: Disks
+    ) -> tuple[ServerRules, ServerRules]:
+        """The rules of both servers under this trouble; what the job may end with is noted."""
+        match self.trouble:
+            case Trouble.FULL:
+                limit = {
+                    "connections_max": self.chance.randint(1, 3),
+                    "when_full": self.chance.choice(list(Full)),
+                    "multi_conn": True,
+                }
+                return self._either(source, destination, limit)
+            case Trouble.STALL:  # its own time-outs may have passed when it runs again
+                self.verdicts = {Verdict.COMPLETE, Verdict.FAILED}
+                self.error_words = ("timed out",)
+            case Trouble.CUT:
+                self.verdicts = {Verdict.COMPLETE, Verdict.FAILED}
+            case Trouble.SILENT:
+                self.verdicts = {Verdict.COMPLETE, Verdict.FAILED}
+                return self._either(source, destination, {"silent_after": self.chance.randint(0, 30)})
+            case Trouble.BAD_BYTE:
+                return self._bad_byte(source, destination, disks)
+            case Trouble.FLUSH_FAILS:
+                if job.options.flush and destination.can_flush and disks.source.data:
+                    self.verdicts = {Verdict.FAILED}
+                    self.error_words = ("destination", "flush failed", "EIO")
+                return source, replace(destination, flush_fails=True)
+            case Trouble.STOP:
+                self.verdicts = {Verdict.COMPLETE, Verdict.STOPPED}
+            case Trouble.VANISHING:
+                self.verdicts = {Verdict.COMPLETE, Verdict.UNFENCED, Verdict.FAILED}
+            case Trouble.IMPOSSIBLE:
+                return self._impossible(source, destination, disks)
+            case _:
+                pass
+        return source, destination
+
+    def _either(
+        self, source: ServerRules, destination: ServerRules, changes: dict[str, object]
+    ) -> tuple[ServerRules, ServerRules]:
+        if self.chance.random() < 0.5:
+            return replace(source, **changes), destination  # type: ignore[arg-type]
+        return source, replace(destination, **changes)  # type: ignore[arg-type]
+
+    def _bad_byte(self, source: ServerRules, destination: ServerRules, disks: Disks) -> tuple[ServerRules, ServerRules]:
+        data = disks.source.data
+        places = [at for at in (self.chance.randrange(len(data)) for _ in range(50 if data else 0)) if data[at]]
+        if not places:
+            return source, destination
+        self.verdicts = {Verdict.FAILED}
+        side = self.chance.choice(("source", "destination"))
+        self.error_words = (side, "at offset", "EIO", "bytes")
+        if side == "source":
+            return replace(source, bad_byte=places[0]), destination
+        return source, replace(destination, bad_byte=places[0])
+
+    def _impossible(
+        self, source: ServerRules, destination: ServerRules, disks: Disks
+    ) -> tuple[ServerRules, ServerRules]:
+        size = len(disks.source.data)
+        self.verdicts = {Verdict.FAILED}
+        if size > 8192 and self.chance.random() < 0.5:
+            room = size - self.chance.randint(1, 4096)
+            room -= room % destination.block_minimum
+            del disks.destination.data[room:], disks.destination.stable[room:]
+            self.error_words = ("destination", "smaller")
+            return source, destination
+        self.error_words = ("read-only",)
+        return source, replace(destination, read_only=True)
+
+    # -- the world -----------------------------------------------------------------------------------------------------
+
+    def _speeds(self) -> Speeds:
+        chance = self.chance
+
+        def one(low: float, high: float) -> float:
+            return float(low * (high / low) ** chance.random())
+
+        return Speeds(
+            network=one(2e-5, 5e-3),
+            ring=one(2e-6, 5e-4),
+            server=one(2e-5, 1e-2),
+            process=one(2e-6, 5e-4),
+            control=one(1e-4, 5e-3),
+        )
+
+    def _mischief(self) -> Mischief:
+        """The channel is reliable; the messages for which that does not matter show that it does not."""
+        if self.chance.random() < 0.7:
+            return Mischief()
+        return Mischief(lost=0.1, doubled=0.1, overtaken=0.1)

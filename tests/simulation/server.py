@@ -1,0 +1,82 @@
+"""A simulated NBD server: a disk, rules of behaviour, and a session for each connection."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from simulation.clock import Pace, SimClock
+from simulation.disk import Disk
+from simulation.network import Socket
+from simulation.server_rules import CMD_WRITE, CMD_WRITE_ZEROES, Errors, Full, ServerRules
+from simulation.session import Request, Session
+
+
+class SimServer:
+    """Listens at one address. Implements `network.Listener`."""
+
+    def __init__(self, rules: ServerRules, disk: Disk, clock: SimClock, chance: random.Random, pace: Pace) -> None:
+        self.rules = rules
+        self.disk = disk
+        self.errors = Errors(rules, chance)
+        self.sessions: list[Session] = []
+        self.connections_most = 0
+        self.reads = self.writes = self.flushes = 0
+        self._unserved: list[Socket] = []
+        self._clock = clock
+        self._chance = chance
+        self._pace = pace
+
+    @property
+    def size(self) -> int:
+        return len(self.disk.data)
+
+    def admits(self) -> bool:
+        return self._has_room() or self.rules.when_full is not Full.REFUSE
+
+    def accepted(self, socket: Socket) -> None:
+        if self._has_room():
+            self.sessions.append(Session(self, socket, self._chance))
+            self.connections_most = max(self.connections_most, len(self.sessions))
+        elif self.rules.when_full is Full.HANG:
+            self._unserved.append(socket)
+            socket.on_change = lambda: self._watch_unserved(socket)
+        else:
+            socket.close()
+
+    def approached(self, count: int) -> None:
+        """The whole job keeps to one connection where the server does not say that it takes several."""
+        assert self.rules.multi_conn or count <= 1, f"{count} connections to the {self.rules.name}, which takes one"
+
+    def _has_room(self) -> bool:
+        return len(self.sessions) < self.rules.connections_max
+
+    def _watch_unserved(self, socket: Socket) -> None:
+        """A client that waits in vain may go."""
+        if socket.receive(1) == b"" or socket.error:
+            socket.close()
+            self._unserved.remove(socket)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nobody is connected any more."""
+        return not self.sessions and not self._unserved
+
+    def left(self, session: Session) -> None:
+        if session in self.sessions:
+            self.sessions.remove(session)
+
+    def later(self, action: Callable[[], None]) -> None:
+        """Something takes its time."""
+        self._clock.after(self._pace.seconds(), action)
+
+    def check_overlap(self, request: Request, story: str) -> None:
+        """Two writes to the same bytes at a time leave nobody knows what."""
+        start, end = request.offset, request.offset + request.length
+        for session in self.sessions:
+            if session.is_deserted:
+                continue  # a dead client's writes may still be carried out, and say the same
+            for other in session.running:
+                if other.command in (CMD_WRITE, CMD_WRITE_ZEROES):
+                    first, last = other.offset, other.offset + other.length
+                    assert last <= start or end <= first, f"{story} while [{first}, {last}) is under way"

@@ -1,0 +1,240 @@
+"""One run: builds the world of a scenario, lets it go to its end, and looks at what came of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nbdshard.common.messages import EndpointAddress, FromWorker
+from nbdshard.common.nbd.uri import parse_uri
+from nbdshard.coordinator.job import Outcome, Verdict
+from simulation.clock import Pace, SimClock
+from simulation.coordinator import SimCoordinator
+from simulation.network import SimNetwork, Weather
+from simulation.process import SimProcess
+from simulation.scenario import Disks, Scenario, Trouble, make_scenario
+from simulation.server import SimServer
+from simulation.server_rules import ServerRules
+
+JOB_SECONDS_MAX = 3000.0  # virtual: above every time-out of the scheduler
+AFTER_SECONDS_MAX = 60.0  # for the workers to leave when the job is over
+EVENTS_MAX = 2_000_000
+LEAVES_MAX = 2  # of workers: three in a row that opened nothing are taken for workers that cannot be started
+DEATHS_MAX = 2  # of workers: a range that is lost once more fails the job
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of a run."""
+
+    scenario: Scenario
+    outcome: Outcome
+    seconds: float  # virtual
+    events: int
+    trace: int  # a hash of everything that was logged: equal for equal seeds
+
+    def __str__(self) -> str:
+        job, outcome = self.scenario.job, self.outcome
+        return (
+            f"seed {self.scenario.seed}: {self.scenario.trouble.name} {outcome.verdict.name}, {outcome.size} bytes, "
+            f"{job.workers} workers, {job.connections} connections, {self.seconds:.3f} s, {self.events} events"
+            f"{', ' + outcome.error if outcome.error else ''}"
+        )
+
+
+def simulate(seed: int, log: Callable[[str], None] | None = None) -> Report:
+    """Run the job of `seed`. Raises AssertionError (or what the code under test raised) when something is wrong."""
+    scenario, disks = make_scenario(seed)
+    return Simulation(scenario, disks, log).run()
+
+
+class Simulation:
+    """One world. Everything in it draws from the same source of chance, so a seed replays it event by event."""
+
+    def __init__(self, scenario: Scenario, disks: Disks, log: Callable[[str], None] | None = None) -> None:
+        self.scenario = scenario
+        self.disks = disks
+        self.clock = SimClock()
+        self.chance = random.Random(f"run {scenario.seed}")
+        self.trace = 0
+        self._print = log
+        speeds, job = scenario.speeds, scenario.job
+        weather = Weather(self._pace(speeds.network), scenario.capacity, scenario.split_share)
+        self.network = SimNetwork(self.clock, self.chance, weather)
+        self.source = self._serve(scenario.source, job.source)
+        self.destination = self._serve(scenario.destination, job.destination)
+        self._paces = (self._pace(speeds.ring), self._pace(speeds.process))
+        self._pids = 100
+        self._before = bytes(disks.destination.data)
+        self._content = bytes(disks.source.data)
+        self.coordinator = SimCoordinator(
+            job, self.clock, self.chance, self._pace(speeds.control), scenario.mischief, self._spawn, self.log
+        )
+
+    def _pace(self, usual: float) -> Pace:
+        return Pace(self.chance, usual, 10 * usual, 0.02)
+
+    def _serve(self, rules: ServerRules, address: EndpointAddress) -> SimServer:
+        disk = self.disks.source if rules.name == "source" else self.disks.destination
+        server = SimServer(rules, disk, self.clock, self.chance, self._pace(self.scenario.speeds.server))
+        self.network.listen(_where(address), server)
+        return server
+
+    def _spawn(
+        self, name: str, to_coordinator: Callable[[FromWorker], None], on_end: Callable[[SimProcess, str], None]
+    ) -> SimProcess:
+        self._pids += 1
+        return SimProcess(name, self._pids, self.clock, self.chance, self._paces, self.network, to_coordinator, on_end)
+
+    def log(self, line: str) -> None:
+        line = f"{self.clock.now:12.6f} {line}"
+        self.trace = hash_of(self.trace, line)
+        if self._print is not None:
+            self._print(line)
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Report:
+        """The whole job, and its end. Raises AssertionError when something is wrong."""
+        self.log(str(self.scenario))
+        coordinator = self.coordinator
+        self._plan_trouble()
+        coordinator.start()
+        if not self.scenario.job.local_workers:
+            for _ in range(self.scenario.job.workers):
+                self.clock.after(self.chance.random() * 0.01, coordinator.start_worker)
+        over = self.clock.run_until(self._is_over, JOB_SECONDS_MAX, EVENTS_MAX)
+        assert over, (
+            f"the job hangs: {self.clock.now:.1f} s, {self.clock.events} events, {coordinator.scheduler.status()}"
+        )
+        seconds = self.clock.now
+        self._let_everybody_leave()
+        outcome = coordinator.outcome
+        assert outcome is not None
+        self._check(outcome)
+        return Report(self.scenario, outcome, seconds, self.clock.events, self.trace)
+
+    def _is_over(self) -> bool:
+        return self.coordinator.outcome is not None
+
+    def _let_everybody_leave(self) -> None:
+        """Workers were told to stop, those that are killed have no say; then no connection is left."""
+
+        def quiet() -> bool:
+            everybody = all(process.ended for process in self.coordinator.processes.values())
+            return everybody and self.source.quiet and self.destination.quiet
+
+        deadline = self.clock.now + AFTER_SECONDS_MAX
+        over = self.clock.run_until(quiet, deadline, EVENTS_MAX)
+        running = [name for name, process in self.coordinator.processes.items() if not process.ended]
+        assert over, f"when the job is over, workers {running} go on; sessions {self._sessions()} are open"
+
+    def _sessions(self) -> tuple[int, int]:
+        return len(self.source.sessions), len(self.destination.sessions)
+
+    # -- what goes wrong -----------------------------------------------------------------------------------------------
+
+    def _plan_trouble(self) -> None:
+        chance, clock = self.chance, self.clock
+        match self.scenario.trouble:
+            case Trouble.DEATHS:
+                for _ in range(chance.randint(1, DEATHS_MAX)):
+                    clock.after(self._moment(), lambda: self._to_somebody("dies", lambda it: it.kill("was killed")))
+            case Trouble.LEAVES:
+                for _ in range(chance.randint(1, LEAVES_MAX)):
+                    clock.after(self._moment(), self._somebody_leaves)
+            case Trouble.STALL:
+                seconds = self.scenario.job.lease_seconds * chance.uniform(0.5, 3)
+                clock.after(self._moment(), lambda: self._to_somebody("stalls", lambda it: it.stall(seconds)))
+            case Trouble.CUT:
+                for _ in range(chance.randint(1, 3)):
+                    clock.after(self._moment(), self._cut)
+            case Trouble.STOP:
+                clock.after(self._moment(), self.coordinator.stop)
+                if chance.random() < 0.5:
+                    clock.after(self._moment() + self._moment(), self.coordinator.stop)
+            case Trouble.VANISHING:
+                clock.after(self._moment(), lambda: self._to_somebody("vanishes", lambda it: it.kill("vanished")))
+            case _:
+                pass
+
+    def _moment(self) -> float:
+        """Some time while the job probably runs: nobody knows how long it will take."""
+        speeds = self.scenario.speeds
+        trip = speeds.network + speeds.server + speeds.ring + speeds.process
+        return self.chance.choice((10, 30, 100)) * trip * self.chance.random() + 2 * speeds.control
+
+    def _to_somebody(self, what: str, action: Callable[[SimProcess], None]) -> None:
+        running = [process for process in self.coordinator.processes.values() if not process.ended]
+        if running and self.coordinator.outcome is None:
+            process = self.chance.choice(running)
+            self.log(f"{process.name[:8]} {what}")
+            action(process)
+
+    def _somebody_leaves(self) -> None:
+        """Somebody joins first, where nobody would be put in the place of who leaves."""
+        if not self.scenario.job.local_workers and self.coordinator.outcome is None:
+            self.coordinator.start_worker()
+        self._to_somebody("is asked to leave", lambda process: process.leave("stopped by a signal"))
+
+    def _cut(self) -> None:
+        sessions = [*self.source.sessions, *self.destination.sessions]
+        if sessions:
+            session = self.chance.choice(sessions)
+            self.log(f"a connection to the {session.rules.name} is cut")
+            session.cut()
+
+    # -- what must be true ---------------------------------------------------------------------------------------------
+
+    def _check(self, outcome: Outcome) -> None:
+        scenario = self.scenario
+        assert outcome.verdict in scenario.verdicts, f"{outcome.verdict.name}: {outcome.error}"
+        assert bytes(self.disks.source.data) == self._content, "the source has changed"
+        size, room = len(self._content), self.disks.destination
+        assert room.data[size:] == self._before[size:], "bytes behind the end of the copy have changed"
+        if outcome.verdict is Verdict.COMPLETE:
+            assert outcome.error == ""
+        else:
+            assert outcome.error, f"{outcome.verdict.name} without a word"
+            assert "\n" not in outcome.error
+        if outcome.verdict is Verdict.COMPLETE or outcome.error.startswith("every byte was copied"):
+            self._check_copy(outcome, size)
+        else:
+            assert not outcome.durable
+        if outcome.verdict is Verdict.FAILED:
+            missing = [word for word in scenario.error_words if word not in outcome.error]
+            assert not missing, f"{missing} is not in: {outcome.error}"
+
+    def _check_copy(self, outcome: Outcome, size: int) -> None:
+        disk = self.disks.destination
+        assert outcome.size == size
+        assert outcome.counters.total == size, f"{outcome.counters} of {size} bytes"
+        _assert_same(disk.data, self._content, "the destination")
+        job, rules = self.scenario.job, self.scenario.destination
+        assert outcome.durable == (job.options.flush and (rules.can_flush or size == 0)), (
+            f"durable is {outcome.durable}"
+        )
+        if outcome.durable:
+            disk.lose_unflushed()
+            _assert_same(disk.data, self._content, "what is left of the destination after a power cut")
+
+
+def _assert_same(found: bytearray, expected: bytes, what: str) -> None:
+    if found[: len(expected)] != expected:
+        wrong = [at for at in range(len(expected)) if found[at] != expected[at]]
+        raise AssertionError(
+            f"{what} differs from the source in {len(wrong)} bytes from offset {wrong[0]} to {wrong[-1]}"
+        )
+
+
+def _where(address: EndpointAddress) -> str:
+    uri = parse_uri(address.address)
+    return uri.socket if uri.socket is not None else f"{uri.host}:{uri.port}"
+
+
+def hash_of(before: int, line: str) -> int:
+    """A running hash that is the same in every process."""
+    from zlib import crc32
+
+    return crc32(line.encode(), before)
