@@ -41,7 +41,7 @@ fuzz: .venv/installed-dev
 	$(BIN)/python tests/fuzz/fuzz_client.py --seconds $(FUZZ_SECONDS)
 
 simulate: .venv/installed-dev
-	NBDSHARD_SIMULATE_SEEDS=$(SEEDS) $(BIN)/pytest -q -s -n $(JOBS) --timeout 0 -m 'long or not long' tests/simulation
+	PYTHONPATH=tests $(BIN)/python -m simulation.run --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .
