@@ -20,7 +20,7 @@ from nbdshard.common.messages import (
 )
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Finish, Instruction, Send
-from nbdshard.coordinator.job import Job, Outcome
+from nbdshard.coordinator.job import Job, Outcome, Verdict
 from nbdshard.coordinator.scheduler import Scheduler
 
 UUID = "6f1c0b1e-0d5e-4d55-9f0e-3a2c2c9d7e11"
@@ -191,3 +191,40 @@ def without_beats(instructions: list[Instruction]) -> list[Instruction]:
 def lease(number: int, start: int, end: int, seconds: float = 10.0, *, until_end: bool = False) -> messages.Lease:
     """The message that grants [start, end)."""
     return messages.Lease(UUID, EPOCH, number, Range(start, end), seconds, until_end)
+
+
+def stops(followed: list[Instruction]) -> list[tuple[str, str]]:
+    """Who was told to stop, and why."""
+    return [
+        (item.worker, item.message.reason)
+        for item in followed
+        if isinstance(item, Send) and isinstance(item.message, messages.Stop)
+    ]
+
+
+def copying(workers: int = 1, *, local: bool = True, disk: EndpointDescription | None = None) -> Stage:
+    """A job with as many READY workers "a", "b", ... and no lease yet."""
+    disk = disk or server(8 * MIB)
+    small: dict[str, object] = {} if disk.size != 8 * MIB else {"range_size": 4 * MIB}
+    stage = Stage(job(workers=workers, connections=workers, local_workers=local, **small))
+    stage.start()
+    for name in "abcdefgh"[:workers]:
+        stage.join(name, disk, disk)
+    return stage
+
+
+def streaming() -> tuple[Stage, messages.Lease]:
+    """A stream into a file, and the one lease of it, which "a" holds."""
+    stage = Stage(job(destination_grows=True))
+    stage.start()
+    stage.join("a", server(None, is_stream=True), server(0))
+    stage.prepared()
+    (granted,) = leases_in(stage.say("a", wanted(1)))
+    return stage, granted
+
+
+def ended(stage: Stage, *workers: str) -> tuple[Verdict, str]:
+    """The verdict and the error, once the workers that are left have said Goodbye."""
+    for worker in workers:
+        stage.say(worker, goodbye())
+    return stage.outcome.verdict, stage.outcome.error

@@ -1,4 +1,4 @@
-"""Workers that are refused, fail, die, fall silent or break the protocol; and what becomes of their ranges."""
+"""Workers that are refused, fail or die; and what becomes of their ranges."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from nbdshard.common.limits import (
     WORKERS_MAX,
 )
 from nbdshard.common.messages import Counters, EndpointAddress
-from nbdshard.coordinator.instructions import Forget, Instruction, Kill, Prepare, Send, Start
+from nbdshard.coordinator.instructions import Forget, Kill, Prepare, Send, Start
 from nbdshard.coordinator.job import Verdict
 from support.schedules import (
     EPOCH,
     UUID,
     Stage,
     alive,
-    error,
+    copying,
+    ended,
     failed,
-    flushed,
-    flushes_in,
     goodbye,
     hello,
     job,
@@ -34,6 +33,7 @@ from support.schedules import (
     opened,
     progress,
     server,
+    stops,
     wanted,
     without_beats,
     written,
@@ -41,32 +41,6 @@ from support.schedules import (
 
 DISK = server(8 * MIB)
 BIG = server(GIB)
-
-
-def stops(followed: list[Instruction]) -> list[tuple[str, str]]:
-    """Who was told to stop, and why."""
-    return [
-        (item.worker, item.message.reason)
-        for item in followed
-        if isinstance(item, Send) and isinstance(item.message, messages.Stop)
-    ]
-
-
-def copying(workers: int = 1, *, local: bool = True, disk: messages.EndpointDescription = DISK) -> Stage:
-    """A job with as many READY workers "a", "b", ... and no lease yet."""
-    small = {} if disk.size == GIB else {"range_size": 4 * MIB}
-    stage = Stage(job(workers=workers, connections=workers, local_workers=local, **small))
-    stage.start()
-    for name in "abcdefgh"[:workers]:
-        stage.join(name, disk, disk)
-    return stage
-
-
-def ended(stage: Stage, *workers: str) -> tuple[Verdict, str]:
-    """The verdict and the error, once the workers that are left have said Goodbye."""
-    for worker in workers:
-        stage.say(worker, goodbye())
-    return stage.outcome.verdict, stage.outcome.error
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -362,330 +336,6 @@ def test_a_killed_worker_s_end_is_explained_by_its_silence() -> None:
         Verdict.FAILED,
         "the range of 4194304 bytes at offset 0 was lost 3 times: worker host-c/100 was not heard of for 10 s",
     )
-
-
-# -- remote workers ----------------------------------------------------------------------------------------------------
-
-
-def test_a_silent_remote_worker_loses_its_leases_and_is_told_to_stop() -> None:
-    stage = copying(2, local=False)
-    (first,) = leases_in(stage.say("a", wanted(1)))
-    stage.say("b", wanted(2))
-    followed = without_beats(stage.wait(10.0, "b"))
-    assert followed == [
-        Send("a", messages.Stop(UUID, EPOCH, "worker host-a/100 was not heard of for 10 s", now=True)),
-        Send("b", lease(3, first.range.start, first.range.end)),
-    ]
-    # Whatever it says now, it is told again; only its Goodbye counts.
-    (again,) = stage.say("a", written(first))
-    assert again == Send("a", messages.Stop(UUID, EPOCH, "its lease has expired", now=True))
-    assert stage.say("a", goodbye()) == [Forget("a")]
-
-
-def finish_without(stage: Stage, worker: str) -> None:
-    """`worker` copies everything that is left, flushes and leaves."""
-    todo = [message for message in stage.sent[worker] if isinstance(message, messages.Lease)]
-    done, followed = [], list[Instruction]()
-    while todo:
-        done.append(todo.pop(0))
-        followed = stage.say(worker, written(done[-1]), wanted(2))
-        todo += leases_in(followed)
-    for flush in flushes_in(followed):
-        stage.say(worker, flushed(flush, *done))
-    stage.say(worker, goodbye())
-
-
-def test_a_remote_lease_holder_that_is_never_heard_again_makes_the_end_unfenced() -> None:
-    stage = copying(2, local=False)
-    stage.say("a", wanted(1))
-    stage.say("b", wanted(2))
-    stage.wait(10.0, "b")
-    finish_without(stage, "b")
-    assert stage.outcomes == [], "it may yet say Goodbye"
-    stage.wait(10.0)
-    assert ended(stage) == (
-        Verdict.UNFENCED,
-        "every byte was copied, but host-a/100 was not heard to close its connections and may still write to the "
-        "destination",
-    )
-    assert (stage.outcome.unfenced, stage.outcome.durable) == (("host-a/100",), True)
-
-
-def test_a_goodbye_at_the_last_moment_is_a_good_end() -> None:
-    stage = copying(2, local=False)
-    stage.say("a", wanted(1))
-    stage.say("b", wanted(2))
-    stage.wait(10.0, "b")
-    finish_without(stage, "b")
-    stage.wait(5.0)
-    assert ended(stage, "a") == (Verdict.COMPLETE, "")
-
-
-def test_a_remote_worker_without_a_lease_is_not_waited_for() -> None:
-    stage = copying(2, local=False, disk=BIG)
-    stage.wait(10.0, "b")
-    assert stage.scheduler.status().workers == 1
-    stage.stop()
-    assert ended(stage, "b")[0] is Verdict.STOPPED
-
-
-def test_a_job_that_nobody_works_on_gives_up() -> None:
-    stage = Stage(job(local_workers=False))
-    stage.start()
-    stage.wait(300.0)
-    assert ended(stage) == (Verdict.FAILED, "no worker has joined for 300 s")
-
-
-def test_a_job_that_was_left_by_everybody_waits_for_others_and_gives_up() -> None:
-    stage = copying(local=False)
-    stage.say("a", goodbye("asked to leave"))
-    stage.wait(299.0)
-    assert stage.outcomes == []
-    stage.wait(1.0)
-    assert ended(stage) == (Verdict.FAILED, "no worker has been connected for 300 s")
-
-
-def test_a_job_that_was_left_by_everybody_goes_on_with_whoever_comes() -> None:
-    stage = copying(local=False)
-    (first,) = leases_in(stage.say("a", wanted(1)))
-    stage.say("a", goodbye("asked to leave"))
-    stage.wait(250.0)
-    stage.join("b", DISK, DISK)
-    assert leases_in(stage.say("b", wanted(1))) == [lease(2, first.range.start, first.range.end)]
-
-
-def test_a_job_without_a_completed_byte_gives_up() -> None:
-    stage = copying()
-    stage.say("a", wanted(2))
-    stage.wait(1050.0, "a")
-    assert ended(stage, "a") == (Verdict.FAILED, "no byte was completed for 1050 s")
-
-
-# -- one writer --------------------------------------------------------------------------------------------------------
-
-
-def test_the_writer_s_role_moves_only_when_it_is_known_gone() -> None:
-    stage = Stage(job(workers=2, connections=2, local_workers=False))
-    stage.start()
-    target = server(GIB, can_multi_conn=False)
-    stage.join("a", BIG, target)
-    stage.say("b", hello("b"))
-    stage.say("a", wanted(1))
-    stage.wait(60.0, "b")
-    assert stage.scheduler.status().workers == 0
-    forget, assign = stage.say("a", goodbye())
-    assert forget == Forget("a")
-    assert isinstance(assign, Send)
-    assert isinstance(assign.message, messages.Assign)
-    assert (assign.worker, assign.message.source_connections, assign.message.destination_connections) == ("b", 2, 1)
-
-
-def test_a_second_connection_to_a_server_for_one_ends_the_worker() -> None:
-    stage = Stage(job(local_workers=False))
-    stage.start()
-    followed = stage.join("a", BIG, server(GIB, can_multi_conn=False), (2, 2))
-    line = "worker host-a/100 broke the control protocol: it opened 2 connections to nbd://server, which takes one only"
-    assert stops(followed) == [("a", line)]
-
-
-# -- streams -----------------------------------------------------------------------------------------------------------
-
-
-def streaming() -> tuple[Stage, messages.Lease]:
-    stage = Stage(job(destination_grows=True))
-    stage.start()
-    stage.join("a", server(None, is_stream=True), server(0))
-    stage.prepared()
-    (granted,) = leases_in(stage.say("a", wanted(1)))
-    return stage, granted
-
-
-def test_a_stream_whose_worker_dies_fails_the_job() -> None:
-    stage, _ = streaming()
-    stage.gone("a")
-    assert ended(stage) == (
-        Verdict.FAILED,
-        "worker host-a/100 ended: killed by SIGKILL; a stream cannot be copied a second time",
-    )
-
-
-def test_a_stream_whose_connection_is_lost_fails_the_job() -> None:
-    stage, granted = streaming()
-    stage.say("a", failed(granted, "connection", "destination nbd://b: connection reset by peer"))
-    assert ended(stage, "a") == (Verdict.FAILED, "destination nbd://b: connection reset by peer")
-
-
-def test_a_stream_that_no_flush_covers_fails_the_job() -> None:
-    stage, granted = streaming()
-    (flush,) = flushes_in(stage.say("a", written(granted, end=10)))
-    stage.say("a", flushed(flush))
-    assert ended(stage, "a") == (
-        Verdict.FAILED,
-        "no flush covers the range of 9223372036854775807 bytes at offset 0; a stream cannot be copied a second time",
-    )
-
-
-def test_a_stream_may_pause_for_ever() -> None:
-    stage, _ = streaming()
-    stage.wait(4000.0, "a")
-    assert stage.outcomes == []
-
-
-# -- flushes -----------------------------------------------------------------------------------------------------------
-
-
-def all_written(stage: Stage) -> tuple[messages.Flush, list[messages.Lease]]:
-    granted = leases_in(stage.say("a", wanted(2)))
-    (flush,) = flushes_in(stage.say("a", *[written(item) for item in granted]))
-    return flush, granted
-
-
-def test_a_flush_that_fails_fails_the_copy() -> None:
-    stage = copying()
-    flush, granted = all_written(stage)
-    line = "destination nbd://b: flush failed: EIO; what was written may be lost"
-    stage.say("a", flushed(flush, *granted, durable=False, failure=error("request", line)))
-    assert ended(stage, "a") == (Verdict.FAILED, line)
-    assert stage.outcome.durable is False
-
-
-def test_a_flush_that_is_not_answered_fails_the_copy() -> None:
-    stage = copying()
-    all_written(stage)
-    stage.wait(32.0, "a")
-    assert ended(stage, "a") == (Verdict.FAILED, "worker host-a/100 did not answer a flush within 31 s")
-
-
-def test_what_a_flush_does_not_cover_is_copied_again() -> None:
-    stage = copying()
-    flush, (first, second) = all_written(stage)
-    stage.say("a", wanted(2))
-    assert leases_in(stage.say("a", flushed(flush, second))) == [lease(3, first.range.start, first.range.end)]
-    assert stage.scheduler.status().phase == "copying"
-    (again,) = flushes_in(stage.say("a", written(lease(3, first.range.start, first.range.end))))
-    stage.say("a", flushed(again, lease(3, first.range.start, first.range.end)))
-    assert ended(stage, "a") == (Verdict.COMPLETE, "")
-
-
-def test_an_answer_to_another_flush_is_ignored() -> None:
-    stage = copying()
-    flush, granted = all_written(stage)
-    stage.say("a", flushed(messages.Flush(UUID, EPOCH, flush.flush + 1), *granted))
-    assert (stage.scheduler.dropped, stage.scheduler.status().phase) == (1, "flushing")
-
-
-def test_a_worker_that_dies_while_it_flushes_has_its_ranges_copied_again() -> None:
-    stage = copying()
-    all_written(stage)
-    assert stage.gone("a") == [Forget("a"), Start(1)]
-    stage.join("b", DISK, DISK)
-    assert len(leases_in(stage.say("b", wanted(2)))) == 2
-
-
-def test_a_flush_vouches_only_for_what_that_worker_wrote() -> None:
-    stage = copying(2)
-    (first,) = leases_in(stage.say("a", wanted(1)))
-    (second,) = leases_in(stage.say("b", wanted(1)))
-    stage.say("a", written(first))
-    one, two = flushes_in(stage.say("b", written(second)))
-    assert stage.say("a", flushed(one, first, second)) == []
-    assert leases_in(stage.say("b", wanted(1), flushed(two))) == [lease(3, 4 * MIB, 8 * MIB)]
-
-
-# -- workers that break the protocol -----------------------------------------------------------------------------------
-
-
-def blamed(stage: Stage, *said: messages.FromWorker) -> str:
-    """What "a" is stopped for when it says this; the job goes on."""
-    ((worker, reason),) = stops(stage.say("a", *said))
-    assert worker == "a"
-    assert stage.scheduler.outcome is None
-    prefix = "worker host-a/100 broke the control protocol: "
-    assert reason.startswith(prefix)
-    return reason.removeprefix(prefix)
-
-
-def test_more_bytes_than_a_lease_has_are_not_believed() -> None:
-    stage = copying()
-    stage.say("a", wanted(1))
-    too_much = progress(lease(1, 0, 4 * MIB), 4 * MIB + 1)
-    assert blamed(stage, too_much) == "it reported 4194305 bytes of the 4194304 of a lease"
-
-
-def test_a_part_of_a_lease_is_not_taken_for_all_of_it() -> None:
-    stage = copying()
-    stage.say("a", wanted(1))
-    part = messages.Written(UUID, EPOCH, 1, Counters(copied=4 * MIB - 1))
-    assert blamed(stage, part) == "it reported 4194303 of 4194304 bytes of a lease as all of it"
-
-
-def test_a_lease_that_was_never_granted_is_not_taken_for_written() -> None:
-    assert blamed(copying(), written(lease(7, 0, MIB))) == "it reported lease 7, which was never granted"
-
-
-def test_a_stream_s_end_must_be_told() -> None:
-    stage, granted = streaming()
-    assert blamed(stage, written(granted)) == "it did not tell where the stream ended"
-
-
-def test_connections_nobody_gave_are_not_taken() -> None:
-    stage = Stage(job(local_workers=False))
-    stage.start()
-    stage.say("x", hello("x"))
-    stage.say("a", hello("a"))
-    assert blamed(stage, opened(DISK, DISK)) == "it opened 1 and 1 connections"
-
-
-def test_a_worker_with_a_connection_to_one_side_only_is_not_ready() -> None:
-    stage = Stage(job())
-    stage.start()
-    stage.say("a", hello("a"))
-    assert blamed(stage, opened(DISK, DISK, (1, 0))) == "it opened 1 and 0 connections"
-
-
-def test_a_failure_to_open_what_was_not_given_is_not_taken() -> None:
-    stage = Stage(job(local_workers=False))
-    stage.start()
-    stage.say("x", hello("x"))
-    stage.say("a", hello("a"))
-    assert blamed(stage, open_failed("no")) == "it was given no connections, and failed to open some"
-
-
-def test_reports_before_opening_are_not_taken() -> None:
-    stage = Stage(job())
-    stage.start()
-    stage.say("a", hello("a"))
-    assert blamed(stage, written(lease(1, 0, MIB))) == "it sent Written while JOINING"
-
-
-def test_a_second_hello_as_somebody_else_is_not_taken() -> None:
-    assert blamed(copying(), hello("a", pid=999)) == "it said Hello a second time, as somebody else"
-
-
-def test_a_worker_that_broke_the_protocol_is_replaced_when_it_has_left() -> None:
-    stage = copying()
-    stage.say("a", wanted(2))
-    blamed(stage, hello("a", pid=999))
-    assert stage.say("a", goodbye()) == [Forget("a"), Start(1)]
-
-
-def test_a_worker_that_does_not_leave_is_killed() -> None:
-    stage = copying()
-    blamed(stage, hello("a", pid=999))
-    assert without_beats(stage.wait(10.0, "a")) == [Kill("a")]
-    assert stage.gone("a") == [Forget("a"), Start(1)]
-
-
-def test_a_remote_worker_that_does_not_leave_loses_its_ranges_and_is_remembered() -> None:
-    stage = copying(2, local=False)
-    stage.say("a", wanted(2))
-    stage.say("b", wanted(2))
-    stage.say("a", hello("a", pid=999))
-    assert len(leases_in(stage.wait(10.0, "a", "b"))) == 2
-    stage.stop()
-    stage.say("b", goodbye())
-    stage.wait(10.0)
-    assert ended(stage)[0] is Verdict.UNFENCED
 
 
 # -- what is merely late -----------------------------------------------------------------------------------------------
