@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from errno import EINVAL, ENOMEM, ENOSYS, EPERM, errorcode
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.ring.interface import Ring
 
 KERNEL_MIN = (6, 0)  # IORING_SETUP_SINGLE_ISSUER, and cancellation as we need it
 
-# errno of io_uring_setup(2) -> what forbids it, for a line that begins "io_uring is refused: NAME".
-REASONS = {
-    EPERM: "a seccomp profile or kernel.io_uring_disabled forbids it",
-    ENOSYS: "the kernel is built without it, or a seccomp profile hides it",
-    ENOMEM: "not enough memory for its queues, see ulimit -l and ulimit -v",
-    EINVAL: "the kernel is too old for the flags it is opened with",
-}
+OPCODES = (
+    "IORING_OP_READV",
+    "IORING_OP_WRITEV",
+    "IORING_OP_FSYNC",
+    "IORING_OP_POLL_ADD",
+    "IORING_OP_ASYNC_CANCEL",
+)
 
 
 class Unusable(Exception):
@@ -44,24 +44,26 @@ def open_ring(wish: str = "auto") -> tuple[Ring, str]:
     return ring, "ring: io_uring (as asked for)" if wish == "io_uring" else "ring: io_uring"
 
 
-def open_io_uring(host: os.uname_result | None = None) -> Ring:
-    """An io_uring ring, or Unusable. `host` is os.uname()'s answer, as far as it decides."""
+def open_io_uring(host: os.uname_result | None = None, opcodes: tuple[str, ...] = OPCODES) -> Ring:
+    """An io_uring ring whose kernel has all of `opcodes`, or Unusable. `host`: what os.uname() says of this one."""
     host = host or os.uname()
     if kernel_version(host.release) < KERNEL_MIN:
         raise Unusable(f"io_uring of Linux {host.release} is too old, {'.'.join(map(str, KERNEL_MIN))} is needed")
     try:
         from nbdshard.common.ring.uring import UringRing
-    except ImportError as error:
+    except ModuleNotFoundError:
         if host.machine != "x86_64":
             raise Unusable(f"the Python module liburing is not built for {host.machine}") from None
+        raise Unusable("the Python module liburing is not installed") from None
+    except ImportError as error:
         raise Unusable(f"the Python module liburing cannot be imported: {error}") from None
     try:
         ring = UringRing()
     except OSError as error:
         number = error.errno or 0
-        reason = REASONS.get(number, os.strerror(number))
-        raise Unusable(f"io_uring is refused: {errorcode.get(number, number)}; {reason}") from None
-    missing = ring.missing_opcodes()
+        why = explain(number, _first_line("/proc/sys/kernel/io_uring_disabled"), _is_filtered())
+        raise Unusable(f"io_uring is refused: {errno.errorcode.get(number, number)}; {why}") from None
+    missing = ring.missing_opcodes(opcodes)
     if missing:
         ring.close()
         raise Unusable(f"io_uring of Linux {host.release} lacks {', '.join(missing)}")
@@ -72,3 +74,40 @@ def kernel_version(release: str) -> tuple[int, int]:
     """(6, 18) of "6.18.44-generic"; (0, 0) if it does not begin like that."""
     match = re.match(r"(\d+)\.(\d+)", release)
     return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def explain(number: int, disabled: str, filtered: bool) -> str:
+    """What makes io_uring_setup(2) fail with errno `number`.
+
+    `disabled` is the value of kernel.io_uring_disabled ("" if there is none), `filtered`: this process runs under a
+    seccomp filter.
+    """
+    match number:
+        case errno.EPERM if disabled not in ("", "0"):
+            return f"kernel.io_uring_disabled is {disabled}"
+        case errno.EPERM:
+            return "a seccomp profile forbids it" if filtered else "a security module forbids it"
+        case errno.ENOSYS:
+            return "a seccomp profile hides it" if filtered else "the kernel is built without it"
+        case errno.ENOMEM:
+            return "not enough memory for its queues, see ulimit -l and ulimit -v"
+        case errno.EINVAL:
+            return "the kernel does not know the flags it is opened with"
+    return os.strerror(number).lower()
+
+
+def _is_filtered() -> bool:
+    """Whether a seccomp filter is on this process (proc(5), "Seccomp": 2)."""
+    try:
+        with open("/proc/self/status") as status:
+            return any(line.split() == ["Seccomp:", "2"] for line in status)
+    except OSError:
+        return False
+
+
+def _first_line(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.readline().strip()
+    except OSError:
+        return ""

@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 import select
 import sys
+from collections.abc import Iterable
 from errno import EAGAIN, EBUSY, ECANCELED, EINTR
 from typing import Any
 
@@ -35,13 +36,6 @@ from nbdshard.common.ring.interface import Operation
 ENTRIES = RING_OPERATIONS_MAX // 2  # of the submission queue; the completion queue has twice as many
 FLAGS = (
     L.IORING_SETUP_SINGLE_ISSUER | L.IORING_SETUP_COOP_TASKRUN | L.IORING_SETUP_TASKRUN_FLAG | L.IORING_SETUP_SUBMIT_ALL
-)
-OPCODES = (
-    L.io_uring_op.IORING_OP_READV,
-    L.io_uring_op.IORING_OP_WRITEV,
-    L.io_uring_op.IORING_OP_FSYNC,
-    L.io_uring_op.IORING_OP_POLL_ADD,
-    L.io_uring_op.IORING_OP_ASYNC_CANCEL,
 )
 CURRENT_POSITION = (1 << 64) - 1  # the offset -1: where the file is, for streams that have a position
 RETRY = 1 << 62  # set in the user_data of a poll that stands in for an operation that was told EAGAIN
@@ -92,6 +86,9 @@ class UringRing(RingBase):
     """
 
     name = "io_uring"
+    socket_flags = (
+        0  # RWF_*; with RWF_NOWAIT every kernel says EAGAIN as only old ones do by themselves (a test's double)
+    )
 
     def __init__(self) -> None:
         """Raises OSError with the errno of io_uring_setup(2) or mmap(2)."""
@@ -109,10 +106,11 @@ class UringRing(RingBase):
         self._cancels: list[int] = []  # user_data to cancel
         self._unwanted: set[int] = set()  # tickets that a cancellation was asked for
 
-    def missing_opcodes(self) -> list[str]:
-        """Names of the opcodes we need and the kernel does not have."""
+    def missing_opcodes(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` ("IORING_OP_READV") that the kernel does not have."""
         probe = L.io_uring_get_probe_ring(self._ring)
-        return [code.name for code in OPCODES if not L.io_uring_opcode_supported(probe, code)]
+        codes = L.io_uring_op.__members__
+        return [name for name in names if not L.io_uring_opcode_supported(probe, codes[name])]
 
     # -- one turn of the loop
 
@@ -182,26 +180,27 @@ class UringRing(RingBase):
             self._started = ticket
         return True
 
-    def _prepare(self, sqe: object, user_data: int, operation: Operation, pins: Pins) -> None:
+    def _prepare(self, sqe: Any, user_data: int, operation: Operation, pins: Pins) -> None:
         kind = operation.kind
-        number = operation.descriptor.number  # type: ignore[union-attr]  # `submit` has checked it
-        if pins:
-            receiving = kind is RECEIVE
-            if user_data & RETRY:
-                L.io_uring_prep_poll_add(sqe, number, select.POLLIN if receiving else select.POLLOUT)
+        descriptor = operation.descriptor
+        assert descriptor is not None  # `submit` has checked it
+        number = descriptor.number
+        if user_data & RETRY:
+            L.io_uring_prep_poll_add(sqe, number, select.POLLIN if kind is RECEIVE else select.POLLOUT)
+        elif pins:
+            iovec = iovec_of(pins)
+            self._iovecs.append(iovec)
+            offset = CURRENT_POSITION if kind is RECEIVE or kind is SEND else operation.offset
+            flags = self.socket_flags if descriptor.is_socket else 0
+            if kind is RECEIVE or kind is READ:
+                L.io_uring_prep_readv(sqe, number, iovec, offset, flags)
             else:
-                iovec = iovec_of(pins)
-                self._iovecs.append(iovec)
-                offset = CURRENT_POSITION if receiving or kind is SEND else operation.offset
-                if receiving or kind is READ:
-                    L.io_uring_prep_readv(sqe, number, iovec, offset)
-                else:
-                    L.io_uring_prep_writev(sqe, number, iovec, offset)
+                L.io_uring_prep_writev(sqe, number, iovec, offset, flags)
         elif kind is POLL:
             L.io_uring_prep_poll_add(sqe, number, operation.mask)
         else:
             L.io_uring_prep_fsync(sqe, number, L.IORING_FSYNC_DATASYNC)
-        sqe.user_data = user_data  # type: ignore[attr-defined]
+        sqe.user_data = user_data
 
     def _entry(self) -> Any:
         """An empty submission entry, or None: the queue is full and the kernel takes nothing just now."""
@@ -253,8 +252,8 @@ class UringRing(RingBase):
     def _reap_unusual(self, user_data: int, result: int) -> None:
         """A completion that is not an operation's end: EAGAIN, or that of the poll in its place.
 
-        io_uring waits by itself for what is not ready, except on descriptors with O_NONBLOCK whose driver knows
-        no attempt without waiting (terminals).
+        io_uring waits by itself for what is not ready, but older kernels do not if the descriptor has O_NONBLOCK and
+        its driver knows no attempt without waiting (terminals).
         """
         ticket = user_data & ~RETRY
         held = self._held.get(ticket)

@@ -8,8 +8,20 @@ import time
 from collections.abc import Callable
 
 from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
+from nbdshard.common.ring.choose import Unusable, open_io_uring
 
 SECONDS_MAX = 20.0  # no test needs a second of it; a machine under load may
+
+
+def _io_uring_refusal() -> str:
+    try:
+        open_io_uring().close()
+    except Unusable as reason:
+        return str(reason)
+    return ""
+
+
+IO_URING_REFUSAL = _io_uring_refusal()  # why io_uring cannot be tested here; "" if it can
 
 
 class Loop:

@@ -7,20 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdshard.common.ring import open_ring
-from nbdshard.common.ring.choose import Unusable, open_io_uring
-from support.loops import Loop
-
-
-def _io_uring_refusal() -> str:
-    try:
-        open_io_uring().close()
-    except Unusable as reason:
-        return str(reason)
-    return ""
-
-
-REFUSAL = _io_uring_refusal()
+from nbdshard.common.ring import Ring, open_ring
+from support.loops import IO_URING_REFUSAL, Loop
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +18,24 @@ def _no_thread_is_left() -> Iterator[None]:
     assert threading.active_count() <= threads
 
 
+def _open(name: str) -> Ring:
+    if name == "impatient":
+        from support.impatient import ImpatientRing
+
+        return ImpatientRing()
+    ring, _ = open_ring(name)
+    assert ring.name == name
+    return ring
+
+
+IF_ALLOWED = pytest.mark.skipif(bool(IO_URING_REFUSAL), reason=IO_URING_REFUSAL)
+
+
 @pytest.fixture(
-    params=[
-        pytest.param("io_uring", marks=pytest.mark.skipif(bool(REFUSAL), reason=REFUSAL or "io_uring works")),
-        "epoll",
-    ]
+    params=[pytest.param("io_uring", marks=IF_ALLOWED), pytest.param("impatient", marks=IF_ALLOWED), "epoll"]
 )
 def loop(request: pytest.FixtureRequest) -> Iterator[Loop]:
-    ring, _ = open_ring(request.param)
-    assert ring.name == request.param
+    """`impatient` is io_uring where the ring itself has to wait for sockets."""
+    ring = _open(request.param)
     yield Loop(ring)
     ring.close()

@@ -134,3 +134,27 @@ def test_close_ends_a_receive_that_waits_for_a_terminal(loop: Loop, terminal: tu
     loop.idle()
     loop.submit(ending)
     assert loop.finish(operation, ending) == [-errno.ECANCELED, 0]
+
+
+def test_two_receives_woken_by_the_same_bytes_get_them_once_and_the_other_waits_on(
+    loop: Loop, terminal: tuple[Descriptor, int]
+) -> None:
+    """Where the file knows no attempt without waiting, the kernel tells the one that came too late EAGAIN."""
+    ours, person = terminal
+    if os.get_blocking(ours.number):
+        os.set_blocking(ours.number, False)  # a blocking one may stop whoever comes too late: see epoll's text
+    copy = loop.ring.attach(os.dup(ours.number), is_socket=False)
+    first, second = receive(ours, bytearray(10)), receive(copy, bytearray(10))
+    loop.submit(first, second)
+    loop.idle()
+    for _ in range(5):
+        os.write(person, b"x")
+        loop.until(lambda: len(loop.pending) == 1)
+        loop.idle()
+        (left,) = loop.pending
+        got = second if left is first else first
+        assert got.result == 1
+        loop.submit(got)
+    loop.ring.cancel(first)
+    loop.ring.cancel(second)
+    assert loop.finish(first, second) == [-errno.ECANCELED] * 2
