@@ -39,7 +39,7 @@ def _job(setting: Setting) -> Job:
         uuid=os.urandom(16).hex(),
         epoch=1,
         source=ends.source,
-        destination=ends.destination,
+        destinations=(ends.destination,),
         options=setting.options,
         connections=1 if ends.has_stream else setting.args.connections,  # a stream has one reader or writer
         workers=1 if ends.has_stream else setting.crew.count,

@@ -25,6 +25,8 @@ Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=86_400.0)]
 Side: TypeAlias = Literal["source", "destination"]
+# A job has a list of destinations; this version takes exactly one.
+JustOne = msgspec.Meta(min_length=1, max_length=1)
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -140,9 +142,9 @@ class Opened(JobMessage, frozen=True):
     """At least one connection to either side is up. Sent again when the number of connections changes."""
 
     source: EndpointDescription
-    destination: EndpointDescription
+    destinations: Annotated[list[EndpointDescription], JustOne]
     source_connections: Count
-    destination_connections: Count
+    destination_connections: Count  # to each destination
 
 
 class OpenFailed(JobMessage, frozen=True):
@@ -211,14 +213,14 @@ class Assign(JobMessage, frozen=True):
     """The job, and this worker's share of its connections. 0 connections: stand by until the next `Assign`."""
 
     source: EndpointAddress
-    destination: EndpointAddress
+    destinations: Annotated[list[EndpointAddress], JustOne]
     options: JobOptions
     source_connections: Count
-    destination_connections: Count
+    destination_connections: Count  # to each destination
     heartbeat_seconds: Seconds
     lease_seconds: Seconds
     expected_source: EndpointDescription | None = None  # what an earlier worker found: refuse if yours differs
-    expected_destination: EndpointDescription | None = None
+    expected_destinations: Annotated[list[EndpointDescription], JustOne] | None = None
 
 
 class Refused(Message, frozen=True):

@@ -33,7 +33,8 @@ def refusal(job: Job, hello: Hello) -> str | None:
         )
     if hello.machine == job.machine:
         return None
-    for side, address in (("source", job.source), ("destination", job.destination)):
+    ends = [("source", job.source), *(("destination", destination) for destination in job.destinations)]
+    for side, address in ends:
         if not _means_the_same_everywhere(address):
             return (
                 f"a worker on another machine cannot take part: the {side} {address.address} "

@@ -233,14 +233,14 @@ class Crew:
             job.uuid,
             job.epoch,
             source=job.source,
-            destination=job.destination,
+            destinations=list(job.destinations),
             options=job.options,
             source_connections=worker.source_share,
             destination_connections=worker.destination_share,
             heartbeat_seconds=job.heartbeat_seconds,
             lease_seconds=job.lease_seconds,
             expected_source=source,
-            expected_destination=destination,
+            expected_destinations=None if destination is None else [destination],
         )
         self._outbox.send(worker, message)
 

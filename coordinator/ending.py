@@ -79,5 +79,5 @@ def make_outcome(
         rings=frozenset(crew.rings),
         unfenced=unfenced,
         source_peer=ends[0].peer if ends is not None else job.source.address,
-        destination_peer=ends[1].peer if ends is not None else job.destination.address,
+        destination_peer=ends[1].peer if ends is not None else job.destinations[0].address,
     )

@@ -16,7 +16,7 @@ class Job:
     uuid: str
     epoch: int  # raised at each start of the coordinator: what an earlier one was told does not count
     source: EndpointAddress
-    destination: EndpointAddress
+    destinations: tuple[EndpointAddress, ...]  # exactly one in this version
     options: JobOptions
     connections: int = CONNECTIONS_DEFAULT
     workers: int = 1  # worker processes wanted

@@ -255,7 +255,7 @@ class Scheduler(Membership):
         self._trouble(worker, trouble)
 
     def _opened(self, worker: Worker, message: Opened) -> None:
-        source, destination = message.source, message.destination
+        source, (destination,) = message.source, message.destinations
         numbers = (message.source_connections, message.destination_connections)
         if not worker.assigned or 0 in numbers:
             self._misbehaved(worker, f"it opened {numbers[0]} and {numbers[1]} connections")

@@ -72,7 +72,7 @@ class Crew:
 
     def _open(self, side: Side) -> None:
         assign = self._assign
-        address = assign.source if side == "source" else assign.destination
+        address = assign.source if side == "source" else assign.destinations[0]
         connection = make_connection(
             self._ring, address, side, assign.options, self._on_ready, self._on_lost, self._connector
         )

@@ -293,11 +293,13 @@ class Worker:
 
     def _check_agreement(self, assign: Assign, source: OpenConnection, destination: OpenConnection) -> None:
         """Refuse to work on something else than the job's other workers do."""
-        grows = assign.destination.kind == "file"  # the coordinator gives it its size after the first worker opened it
-        pairs = ((source, assign.expected_source, False), (destination, assign.expected_destination, grows))
-        for connection, expected, any_size in pairs:
+        # The coordinator gives a file its size after the first worker opened it.
+        grows = assign.destinations[0].kind == "file"
+        expected = assign.expected_destinations[0] if assign.expected_destinations is not None else None
+        pairs = ((source, assign.expected_source, False), (destination, expected, grows))
+        for connection, wanted, any_size in pairs:
             found = connection.description
-            if expected is not None and not found.agrees_with(expected, any_size=any_size):
+            if wanted is not None and not found.agrees_with(wanted, any_size=any_size):
                 raise UserError(
                     "differs from what the job's other workers found (size, flags or block sizes)", found.peer
                 )
@@ -308,7 +310,7 @@ class Worker:
             assign.job,
             assign.epoch,
             source.description,
-            destination.description,
+            [destination.description],
             crew.count("source"),
             crew.count("destination"),
         )

@@ -89,7 +89,7 @@ class World:
             address = EndpointAddress(kind="nbd", address=source)
             fields: dict[str, object] = {"uuid": "job", "epoch": 1, "machine": machine_id(), "workers": 2, **job}
             return run_job(
-                Job(source=address, destination=destination, options=OPTIONS, **fields),  # type: ignore[arg-type]
+                Job(source=address, destinations=(destination,), options=OPTIONS, **fields),  # type: ignore[arg-type]
                 shell,
                 self.make_scheduler,
             )

@@ -199,7 +199,7 @@ class _Maker:
             uuid=f"job {self.seed}",
             epoch=chance.randint(1, 3),
             source=self._address("source"),
-            destination=self._address("destination"),
+            destinations=(self._address("destination"),),
             options=options,
             connections=chance.randint(1, 8),
             workers=workers,

@@ -63,7 +63,7 @@ class Simulation:
         weather = Weather(self._pace(speeds.network), scenario.capacity, scenario.split_share)
         self.network = SimNetwork(self.clock, self.chance, weather)
         self.source = self._serve(scenario.source, job.source)
-        self.destination = self._serve(scenario.destination, job.destination)
+        self.destination = self._serve(scenario.destination, job.destinations[0])
         self._paces = (self._pace(speeds.ring), self._pace(speeds.process))
         self._pids = 100
         self._before = bytes(disks.destination.data)

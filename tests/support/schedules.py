@@ -33,7 +33,7 @@ SERVER = EndpointDescription(peer="nbd://server", size=None, can_multi_conn=True
 
 def job(**changes: object) -> Job:
     """A job over TCP servers, 4 connections a side, changed as told."""
-    whole = Job(UUID, EPOCH, SOURCE, DESTINATION, OPTIONS, connections=4, workers=1, machine="here")
+    whole = Job(UUID, EPOCH, SOURCE, (DESTINATION,), OPTIONS, connections=4, workers=1, machine="here")
     return replace(whole, **changes)  # type: ignore[arg-type]
 
 
@@ -50,7 +50,7 @@ def hello(name: str, **changes: object) -> Hello:
 def opened(
     source: EndpointDescription, destination: EndpointDescription, connections: tuple[int, int] = (1, 1)
 ) -> messages.Opened:
-    return messages.Opened(UUID, EPOCH, source, destination, *connections)
+    return messages.Opened(UUID, EPOCH, source, [destination], *connections)
 
 
 def wanted(leases: int = 1) -> messages.Wanted:

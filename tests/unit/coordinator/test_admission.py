@@ -17,7 +17,7 @@ def test_a_worker_of_another_version_is_refused_and_both_are_named() -> None:
 
 def test_a_worker_on_this_machine_takes_any_address() -> None:
     here = EndpointAddress("file", "/tmp/disk")
-    assert refusal(job(source=here, destination=EndpointAddress("stream", "1")), hello("w")) is None
+    assert refusal(job(source=here, destinations=(EndpointAddress("stream", "1"),)), hello("w")) is None
 
 
 def test_a_worker_elsewhere_takes_servers_at_tcp_addresses() -> None:
@@ -25,7 +25,7 @@ def test_a_worker_elsewhere_takes_servers_at_tcp_addresses() -> None:
 
 
 def test_a_worker_elsewhere_takes_null() -> None:
-    assert refusal(job(destination=EndpointAddress("null", "null:")), hello("w", machine="there")) is None
+    assert refusal(job(destinations=(EndpointAddress("null", "null:"),)), hello("w", machine="there")) is None
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,10 @@ def test_a_worker_elsewhere_takes_null() -> None:
 )
 def test_a_worker_elsewhere_is_refused_what_means_another_disk_there(address: EndpointAddress) -> None:
     ending = "is not an NBD server at a TCP address other than loopback"
-    assert refusal(job(source=address, destination=DESTINATION), hello("w", machine="there")) == (
+    assert refusal(job(source=address, destinations=(DESTINATION,)), hello("w", machine="there")) == (
         f"a worker on another machine cannot take part: the source {address.address} {ending}"
     )
-    assert refusal(job(source=SOURCE, destination=address), hello("w", machine="there")) == (
+    assert refusal(job(source=SOURCE, destinations=(address,)), hello("w", machine="there")) == (
         f"a worker on another machine cannot take part: the destination {address.address} {ending}"
     )
 

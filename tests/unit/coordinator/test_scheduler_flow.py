@@ -44,7 +44,12 @@ def assign(
     connections: tuple[int, int],
     expected: tuple[EndpointDescription | None, EndpointDescription | None] = (None, None),
 ) -> Send:
-    return Send(worker, messages.Assign(UUID, EPOCH, SOURCE, DESTINATION, OPTIONS, *connections, 2.0, 10.0, *expected))
+    source, destination = expected
+    destinations = None if destination is None else [destination]
+    return Send(
+        worker,
+        messages.Assign(UUID, EPOCH, SOURCE, [DESTINATION], OPTIONS, *connections, 2.0, 10.0, source, destinations),
+    )
 
 
 def stop(worker: str, reason: str, *, now: bool = False) -> Send:
