@@ -1,7 +1,7 @@
 """The crew: who is there, who has how many of the job's connections, and when to look at whom. Pure.
 
-Connections are a budget per side. Until the ends are known one worker, the scout, gets its share of what was asked
-for and all others stand by with none. The plan then says how many workers are useful (`active_max`) and what the
+Connections are a budget per side. Until the ends are known one worker, the scout, gets one connection to either side:
+a server may take one only, and a small copy needs no more. All others stand by with none. The plan then says how many workers are useful (`active_max`) and what the
 budget really is; those who stand by are given shares as long as there is some, and again when a worker has left.
 Where the destination takes one writer only, it has the whole budget, and its role moves when it is known gone.
 """
@@ -60,10 +60,8 @@ class Crew:
         self.live_count = 0  # JOINING or READY
         self.ready_count = 0
         self.flushing_count = 0
-        wanted = max(1, min(job.workers, job.connections))
-        scout_share = -(-max(1, job.connections) // wanted)
-        self._source_budget = self._source_total = scout_share
-        self._destination_budget = self._destination_total = scout_share
+        self._source_budget = self._source_total = 1
+        self._destination_budget = self._destination_total = 1
         self._expected: tuple[EndpointDescription, EndpointDescription] | None = None
         self.source_connections = self.destination_connections = 0  # open now
         self.source_connections_most = self.destination_connections_most = 0
@@ -169,12 +167,10 @@ class Crew:
     # -- connections ---------------------------------------------------------------------------------------------------
 
     def adopt(self, plan: Plan, scout: Worker, source: EndpointDescription, destination: EndpointDescription) -> None:
-        """The ends are known: from now on the plan's budget holds. What the scout was given too much, it never had."""
+        """The ends are known: from now on the plan's budget holds."""
         self.plan = plan
         self.active_max = plan.worker_count
         self._expected = (source, destination)
-        scout.source_share = min(scout.source_share, plan.source_limit)
-        scout.destination_share = min(scout.destination_share, plan.destination_limit)
         self._source_total = plan.source_limit
         self._source_budget = plan.source_limit - scout.source_share
         self._destination_total = plan.destination_limit

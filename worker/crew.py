@@ -64,10 +64,8 @@ class Crew:
             "destination": self._assign.destination_connections,
         }
         for side in _SIDES:
-            members = [member for member in self._members if member.side == side]
-            # Allotted before anyone knew the server: several connections to it only if it says that it can.
-            can_multi_conn = any(member.ready and member.connection.description.can_multi_conn for member in members)
-            for _ in range((wanted[side] if can_multi_conn else 1) - len(members)):
+            have = sum(1 for member in self._members if member.side == side)
+            for _ in range(wanted[side] - have):
                 self._open(side)
 
     def _open(self, side: Side) -> None:
