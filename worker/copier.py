@@ -22,7 +22,6 @@ from nbdshard.common.limits import (
     LEASES_PER_WORKER,
     RETRY_DELAY_SECONDS,
     ZERO_BYTES_MAX,
-    ZERO_RUNS_MAX,
 )
 from nbdshard.common.messages import ErrorReport, Failed, FromWorker, Lease, Progress, Side, Wanted, Written
 from nbdshard.common.ranges import Range
@@ -30,12 +29,10 @@ from nbdshard.worker.flushes import Flushes
 from nbdshard.worker.lease import LeaseWork
 from nbdshard.worker.operation import BufferPool, Operation, Part
 from nbdshard.worker.ports import Connection, Extents
-from nbdshard.worker.shape import CopyShape, ZeroPolicy
+from nbdshard.worker.shape import CopyShape
 from nbdshard.worker.sides import Source, Target
-from nbdshard.worker.states import OperationEvent, OperationState
-from nbdshard.worker.zeroes import find_runs
-
-_ZERO_REFUSALS = frozenset({"ENOTSUP", "EINVAL", "EOVERFLOW"})  # the server cannot zero this: write zeroes instead
+from nbdshard.worker.states import OperationEvent
+from nbdshard.worker.writer import Writer
 
 
 class Copier:
@@ -48,12 +45,11 @@ class Copier:
         self.now = now
         self.outbox: list[FromWorker] = []
         self.sources: list[Source] = []
-        self.targets: list[Target] = []
         self.leases: dict[int, LeaseWork] = {}
         self.draining = False
         self.flushes = Flushes(self)
         self._buffers = BufferPool(shape.request_size)
-        self._zeroes = memoryview(bytes(shape.request_size)) if shape.zero_policy is ZeroPolicy.FILL else None
+        self._writer = Writer(shape, self)
         self._delayed: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._wish = 0  # leases the coordinator knows we want
@@ -97,13 +93,13 @@ class Copier:
     def revoke(self, lease_id: int) -> None:
         """Give a lease up; reported as failed once nothing of it is on the wire."""
         if lease := self.leases.get(lease_id):
-            self._abandon(lease, ErrorReport(kind="connection", text="the lease was revoked"))
+            self.abandon(lease, ErrorReport(kind="connection", text="the lease was revoked"))
 
     def drain(self) -> None:
         """Begin nothing more; `idle` tells when what was begun is finished."""
         self.draining = True
         for lease in list(self.leases.values()):
-            self._abandon(lease, None)
+            self.abandon(lease, None)
 
     def abort(self, error: ErrorReport) -> None:
         """The connections are gone: every lease has failed. Nothing is under way any more."""
@@ -111,6 +107,11 @@ class Copier:
         for lease in self.leases.values():
             self.outbox.append(Failed(self.job, self.epoch, lease.lease, error))
         self.leases.clear()
+
+    @property
+    def targets(self) -> list[Target]:
+        """The connections to the destination."""
+        return self._writer.targets
 
     @property
     def idle(self) -> bool:
@@ -134,8 +135,7 @@ class Copier:
         self.now = now
         while self._delayed and self._delayed[0][0] <= now:
             heapq.heappop(self._delayed)[2]()
-        for target in self.targets:
-            self._pump_target(target)
+        self._writer.pump()
         if not self.draining and self.sources and self.targets:
             self._ask_extents()
             self._begin_reads()
@@ -183,7 +183,7 @@ class Copier:
                 if not piece.zero:
                     self._begin_read(source, lease, piece.where)
                     return True
-                self._note_zeroes(lease, piece.where)
+                self._writer.note_zeroes(lease, piece.where)
                 if self.shape.synchronous and self._operations:
                     return True
             if lease.wants_probe and not lease.abandoned:
@@ -192,11 +192,9 @@ class Copier:
         return False
 
     def _begin_read(self, source: Source, lease: LeaseWork, where: Range) -> None:
-        operation = Operation(lease, where)
+        operation = self.begin(lease, where)
         operation.buffer = self._buffers.take()
-        lease.outstanding += 1
         lease.reads += 1
-        self._operations += 1
         source.begin(operation)
         operation.advance(OperationEvent.BEGIN_READ)
         source.read(operation)
@@ -214,223 +212,66 @@ class Copier:
     def read_done(self, operation: Operation, error: RequestError | None, count: int) -> None:
         """A read ended. Its payload is whole and held, or there was an error."""
         lease = operation.lease
-        if self._given_up(lease):
-            self._drop(operation)
+        if self.given_up(lease):
+            self.drop(operation)
         elif error is not None:
             self._read_failed(operation, error)
         elif lease.until_end:
             self._stream_read(operation, count)
         else:
             operation.advance(OperationEvent.READ_DONE)
-            self._write(operation)
+            self._writer.write(operation)
 
     def _read_failed(self, operation: Operation, error: RequestError) -> None:
         source = self.sources[operation.source]
         operation.attempts += 1
         if operation.attempts >= ATTEMPTS_PER_REQUEST:
-            self._fail(operation.lease, "source", "read", source.connection, operation.where, error)
-            self._drop(operation)
+            self.fail(operation.lease, "source", "read", source.connection, operation.where, error)
+            self.drop(operation)
             return
         operation.advance(OperationEvent.READ_FAILED)
 
         def again() -> None:
-            if self._given_up(operation.lease):
-                self._drop(operation)
+            if self.given_up(operation.lease):
+                self.drop(operation)
             else:
                 source.read(operation)
 
-        self._later(operation.attempts, again)
+        self.later(operation.attempts, again)
 
     def _stream_read(self, operation: Operation, count: int) -> None:
         """A stream's read: a short one is its end, and the lease ends there."""
         lease, where = operation.lease, operation.where
         if count > 0 and where.start >= lease.where.end:
             self._fail_too_long(lease)
-            self._drop(operation)
+            self.drop(operation)
             return
         if count < where.length:
             lease.end = where.start + count
             lease.segments.clear()
             lease.known_until = lease.where.end
         if count == 0:
-            self._drop(operation)
+            self.drop(operation)
             return
         operation.where = Range.of(where.start, count)
         operation.advance(OperationEvent.READ_DONE)
-        self._write(operation)
-
-    # -- writing -------------------------------------------------------------------------------------------------------
-
-    def _write(self, operation: Operation) -> None:
-        """WRITING begins: find the zeroes in the payload, and queue a WRITE for every stretch of the rest."""
-        if self.shape.needs_merge(operation.where):
-            self._merge(operation)
-            return
-        buffer, where, unit = operation.buffer, operation.where, self.shape.sparse_unit
-        assert buffer is not None
-        view = memoryview(buffer)
-        data = [(0, where.length)]
-        if unit:
-            data = []
-            for start, end, zero in find_runs(buffer, where.length, unit, where.start % unit):
-                if zero:
-                    self._note_zeroes(operation.lease, Range(where.start + start, where.start + end))
-                else:
-                    data.append((start, end))
-        parts = [
-            Part(operation, Range(where.start + start, where.start + end), view[start:end], is_zero=False)
-            for start, end in data
-        ]
-        if not parts:
-            self._drop(operation)
-            return
-        operation.parts_left = operation.parts_unsent = len(parts)
-        target = self._target_of(operation)
-        for part in parts:
-            self._queue(target, part)
-
-    def _merge(self, operation: Operation) -> None:
-        """The source ends inside a block of the destination: read that block, put our bytes over its beginning."""
-        unit, end = self.shape.merge_unit, operation.where.end
-        assert operation.buffer is not None
-        operation.advance(OperationEvent.MERGE)
-        block = Range.of(end - end % unit, unit)
-        part = Part(operation, block, memoryview(bytearray(unit)), is_zero=False)
-        part.is_merge = True
-        operation.parts_left = 1
-        self._queue(self._target_of(operation), part)
-
-    def _merged(self, operation: Operation, part: Part) -> None:
-        where, kept = operation.where, part.where.end - operation.where.end
-        buffer, old = operation.buffer, part.payload
-        assert buffer is not None and old is not None
-        buffer[where.length : where.length + kept] = old[len(old) - kept :]
-        whole = Range(where.start, part.where.end)
-        operation.advance(OperationEvent.READ_DONE)
-        operation.parts_left = operation.parts_unsent = 1
-        view = memoryview(buffer)[: whole.length]
-        self._queue(self._target_of(operation), Part(operation, whole, view, is_zero=False))
-
-    def _target_of(self, operation: Operation) -> Target:
-        return self.targets[max(operation.source, 0) % len(self.targets)]
-
-    def _queue(self, target: Target, part: Part) -> None:
-        if target.waiting or not target.has_room(part):
-            target.waiting.append(part)
-        else:
-            self._submit(target, part)
-
-    def _pump_target(self, target: Target) -> None:
-        while target.waiting and target.has_room(target.waiting[0]):
-            self._submit(target, target.waiting.popleft())
-
-    def _submit(self, target: Target, part: Part) -> None:
-        lease = part.operation.lease
-        if self.now >= lease.expires and not lease.abandoned:
-            self._abandon(lease, ErrorReport(kind="connection", text="the lease expired"))
-        if self._given_up(lease):
-            self._part_over(part)
-        else:
-            target.submit(part, allocated=self.shape.allocated)
-
-    def part_done(self, target: Target, part: Part, error: RequestError | None) -> None:
-        """A write, a zeroing or a merge's read was answered."""
-        operation = part.operation
-        lease = operation.lease
-        if error is not None and not self._given_up(lease):
-            self._part_failed(target, part, error)
-            return
-        if error is None and part.is_merge and not self._given_up(lease):
-            self._merged(operation, part)
-            return
-        if error is None and not part.is_merge:
-            self._credit(part)
-        self._part_over(part)
-
-    def _credit(self, part: Part) -> None:
-        lease = part.operation.lease
-        if part.is_zero:
-            lease.zeroed += part.where.length
-        else:
-            lease.copied += min(part.where.end, part.operation.where.end) - part.where.start
-
-    def _part_failed(self, target: Target, part: Part, error: RequestError) -> None:
-        operation = part.operation
-        part.attempts += 1
-        if part.payload is None and error.errno_name in _ZERO_REFUSALS:
-            operation.advance(OperationEvent.WRITE_FAILED)
-            self._fill_instead(target, part)
-            return
-        if part.attempts >= ATTEMPTS_PER_REQUEST:
-            doing = "read" if part.is_merge else "write" if part.payload is not None else "zero"
-            self._fail(operation.lease, "destination", doing, target.connection, part.where, error)
-            self._part_over(part)
-            return
-        if part.is_merge:
-            operation.advance(OperationEvent.READ_FAILED)
-        else:
-            operation.advance(OperationEvent.WRITE_FAILED if part.payload else OperationEvent.ZERO_FAILED)
-            operation.parts_unsent += 1
-        self._later(part.attempts, lambda: self._queue(target, part))
-
-    def _part_over(self, part: Part) -> None:
-        operation = part.operation
-        operation.parts_left -= 1
-        if operation.parts_left == 0:
-            if operation.state is OperationState.CONFIRMING:
-                operation.advance(OperationEvent.CONFIRMED)
-                self._release(operation)
-            else:
-                self._drop(operation)
-
-    # -- zeroes --------------------------------------------------------------------------------------------------------
-
-    def _note_zeroes(self, lease: LeaseWork, where: Range) -> None:
-        """`where` is zero at the source. Held back, so that neighbours join; in order and at once for streams."""
-        if self.shape.zero_policy is ZeroPolicy.SKIP:
-            lease.skipped += where.length
-            return
-        lease.zeroes.add(where)
-        if self.shape.synchronous or len(lease.zeroes) > ZERO_RUNS_MAX:
-            self._issue_zeroes(lease, lease.zeroes.pop_first())
-
-    def _issue_zeroes(self, lease: LeaseWork, where: Range) -> None:
-        operation = Operation(lease, where)
-        operation.advance(OperationEvent.BEGIN_ZERO)
-        lease.outstanding += 1
-        self._operations += 1
-        if self._zeroes is None:
-            parts = [Part(operation, piece, None, is_zero=True) for piece in where.split(ZERO_BYTES_MAX)]
-        else:
-            parts = self._fill_parts(operation, where)
-        operation.parts_left = operation.parts_unsent = len(parts)
-        target = self.targets[where.start // self.shape.request_size % len(self.targets)]
-        for part in parts:
-            self._queue(target, part)
-
-    def _fill_parts(self, operation: Operation, where: Range) -> list[Part]:
-        if self._zeroes is None:
-            self._zeroes = memoryview(bytes(self.shape.request_size))
-        zeroes = self._zeroes
-        pieces = where.split(self.shape.request_size)
-        return [Part(operation, piece, zeroes[: piece.length], is_zero=True) for piece in pieces]
-
-    def _fill_instead(self, target: Target, part: Part) -> None:
-        """The server refused to zero `part`: write zeroes as data in its place."""
-        operation = part.operation
-        parts = self._fill_parts(operation, part.where)
-        operation.parts_left += len(parts) - 1
-        operation.parts_unsent += len(parts)
-        for piece in parts:
-            self._queue(target, piece)
+        self._writer.write(operation)
 
     # -- the end of operations and leases ------------------------------------------------------------------------------
 
-    def _drop(self, operation: Operation) -> None:
-        operation.advance(OperationEvent.DROPPED)
-        self._release(operation)
+    def begin(self, lease: LeaseWork, where: Range) -> Operation:
+        """A new operation of `lease`, EMPTY still."""
+        lease.outstanding += 1
+        self._operations += 1
+        return Operation(lease, where)
 
-    def _release(self, operation: Operation) -> None:
+    def drop(self, operation: Operation) -> None:
+        """End an operation whose bytes are not written by itself: they joined the zeroes, or were given up."""
+        operation.advance(OperationEvent.DROPPED)
+        self.release(operation)
+
+    def release(self, operation: Operation) -> None:
+        """An operation is EMPTY: free its row and its buffer."""
         if operation.source >= 0:
             self.sources[operation.source].end(operation)
             operation.lease.reads -= 1
@@ -450,18 +291,19 @@ class Copier:
             if lease.outstanding == 0 and not lease.zeroes:
                 self._written(lease)
             elif lease.reads == 0:
-                while lease.zeroes:
-                    self._issue_zeroes(lease, lease.zeroes.pop_first())
+                self._writer.issue_held_zeroes(lease)
 
     def _written(self, lease: LeaseWork) -> None:
         del self.leases[lease.lease]
         self.flushes.written(lease.lease)
         self.outbox.append(Written(self.job, self.epoch, lease.lease, lease.counters, lease.end))
 
-    def _given_up(self, lease: LeaseWork) -> bool:
+    def given_up(self, lease: LeaseWork) -> bool:
+        """Whether nothing more is to be begun for `lease`."""
         return lease.abandoned or self.draining
 
-    def _abandon(self, lease: LeaseWork, error: ErrorReport | None) -> None:
+    def abandon(self, lease: LeaseWork, error: ErrorReport | None) -> None:
+        """Begin nothing more for `lease`; reported as failed with `error`, if any, once nothing is under way."""
         if not lease.abandoned:
             lease.abandoned = True
             lease.error = error
@@ -471,7 +313,7 @@ class Copier:
         if lease.outstanding == 0 and self.leases.pop(lease.lease, None) is not None and lease.error is not None:
             self.outbox.append(Failed(self.job, self.epoch, lease.lease, lease.error))
 
-    def _fail(
+    def fail(
         self,
         lease: LeaseWork,
         side: Side,
@@ -480,23 +322,28 @@ class Copier:
         where: Range,
         error: RequestError,
     ) -> None:
+        """A request failed for the last time, and its lease with it."""
         peer = connection.description.peer
         text = (
             f"{side} {peer}: {doing} of {where.length} bytes at offset {where.start} failed "
             f"{ATTEMPTS_PER_REQUEST} times: {error}"
         )
         report = ErrorReport("request", text, side, peer, where.start, where.length, error.errno_name)
-        self._abandon(lease, report)
+        self.abandon(lease, report)
 
     def _fail_too_long(self, lease: LeaseWork) -> None:
         peer = self.targets[0].connection.description.peer
         text = f"destination {peer}: smaller than the source, which goes on after {lease.where.end} bytes"
-        self._abandon(lease, ErrorReport("user", text, "destination", peer))
+        self.abandon(lease, ErrorReport("user", text, "destination", peer))
 
-    def _later(self, attempts: int, action: Callable[[], None]) -> None:
+    def later(self, attempts: int, action: Callable[[], None]) -> None:
         """Try again after a pause that doubles with each attempt."""
         when = self.now + RETRY_DELAY_SECONDS * (1 << (attempts - 1))
         heapq.heappush(self._delayed, (when, next(self._order), action))
+
+    def part_done(self, target: Target, part: Part, error: RequestError | None) -> None:
+        """Passed on to the writer."""
+        self._writer.part_done(target, part, error)
 
     def flush_done(self, target: Target, error: RequestError | None) -> None:
         """Passed on to the flush under way."""

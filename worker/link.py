@@ -99,6 +99,7 @@ class NbdLink:
         self._connector = connector
         self._addresses: list[Address] = []
         self._descriptor: Descriptor | None = None
+        self._closing = 0  # descriptors of addresses that could not be reached, until the ring has let go of them
         self._deadline = 0.0  # of the present state, up to READY; in LEAVING, of the soft disconnect
         self._connecter: Connecter | None = None
         self._client: Client | None = None
@@ -158,13 +159,17 @@ class NbdLink:
             return
         error = -operation.result if operation.result < 0 else self._connector.error(descriptor.number)
         if error:
-            self._ring.submit(Operation(Kind.CLOSE, descriptor))
+            self._closing += 1
+            self._ring.submit(Operation(Kind.CLOSE, descriptor, owner=self._attempt_closed))
             self._descriptor = None
             self._connect_failed(error)
             return
         self.state = LinkState.NEGOTIATING
         self._deadline = self._now + self._timeouts.handshake
         self._connecter = Connecter(Wishes(self._uri.export_name), self.peer)
+
+    def _attempt_closed(self, _: Operation) -> None:
+        self._closing -= 1
 
     def _connect_failed(self, error: int) -> None:
         if self._addresses:
@@ -226,7 +231,7 @@ class NbdLink:
 
     @property
     def closed(self) -> bool:
-        return self.state is LinkState.CLOSED and self._descriptor is None
+        return self.state is LinkState.CLOSED and self._descriptor is None and not self._closing
 
     @property
     def quiet(self) -> bool:

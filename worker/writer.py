@@ -1,0 +1,216 @@
+"""The copier's second half: payload and zeroes on their way to the destination. Pure; the first half is copier.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from nbdshard.common.errors import RequestError
+from nbdshard.common.limits import ATTEMPTS_PER_REQUEST, ZERO_BYTES_MAX, ZERO_RUNS_MAX
+from nbdshard.common.messages import ErrorReport, Side
+from nbdshard.common.ranges import Range
+from nbdshard.worker.lease import LeaseWork
+from nbdshard.worker.operation import Operation, Part
+from nbdshard.worker.ports import Connection
+from nbdshard.worker.shape import CopyShape, ZeroPolicy
+from nbdshard.worker.sides import Target
+from nbdshard.worker.states import OperationEvent, OperationState
+from nbdshard.worker.zeroes import find_runs
+
+_ZERO_REFUSALS = frozenset({"ENOTSUP", "EINVAL", "EOVERFLOW"})  # the server cannot zero this: write zeroes instead
+
+
+class Owner(Protocol):
+    """What the writer needs of the copier, which owns leases, operations and the clock."""
+
+    now: float
+
+    def begin(self, lease: LeaseWork, where: Range) -> Operation: ...
+    def release(self, operation: Operation) -> None: ...
+    def drop(self, operation: Operation) -> None: ...
+    def given_up(self, lease: LeaseWork) -> bool: ...
+    def abandon(self, lease: LeaseWork, error: ErrorReport | None) -> None: ...
+    def later(self, attempts: int, action: Callable[[], None]) -> None: ...
+    def fail(
+        self, lease: LeaseWork, side: Side, doing: str, connection: Connection, where: Range, error: RequestError
+    ) -> None: ...
+
+
+class Writer:
+    """Takes operations from WRITING or ZEROING to EMPTY."""
+
+    def __init__(self, shape: CopyShape, owner: Owner) -> None:
+        self.shape = shape
+        self.targets: list[Target] = []
+        self._owner = owner
+        self._zeroes = memoryview(bytes(shape.request_size)) if shape.zero_policy is ZeroPolicy.FILL else None
+
+    def pump(self) -> None:
+        """Send what waited for room."""
+        for target in self.targets:
+            while target.waiting and target.has_room(target.waiting[0]):
+                self._submit(target, target.waiting.popleft())
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def write(self, operation: Operation) -> None:
+        """WRITING begins: find the zeroes in the payload, and queue a WRITE for every stretch of the rest."""
+        if self.shape.needs_merge(operation.where):
+            self._merge(operation)
+            return
+        buffer, where, unit = operation.buffer, operation.where, self.shape.sparse_unit
+        assert buffer is not None
+        view = memoryview(buffer)
+        data = [(0, where.length)]
+        if unit:
+            data = []
+            for start, end, zero in find_runs(buffer, where.length, unit, where.start % unit):
+                if zero:
+                    self.note_zeroes(operation.lease, Range(where.start + start, where.start + end))
+                else:
+                    data.append((start, end))
+        parts = [
+            Part(operation, Range(where.start + start, where.start + end), view[start:end], is_zero=False)
+            for start, end in data
+        ]
+        if not parts:
+            self._owner.drop(operation)
+            return
+        operation.parts_left = operation.parts_unsent = len(parts)
+        target = self._target_of(operation)
+        for part in parts:
+            self._queue(target, part)
+
+    def _merge(self, operation: Operation) -> None:
+        """The source ends inside a block of the destination: read that block, put our bytes over its beginning."""
+        unit, end = self.shape.merge_unit, operation.where.end
+        assert operation.buffer is not None
+        operation.advance(OperationEvent.MERGE)
+        block = Range.of(end - end % unit, unit)
+        part = Part(operation, block, memoryview(bytearray(unit)), is_zero=False)
+        part.is_merge = True
+        operation.parts_left = 1
+        self._queue(self._target_of(operation), part)
+
+    def _merged(self, operation: Operation, part: Part) -> None:
+        where, kept = operation.where, part.where.end - operation.where.end
+        buffer, old = operation.buffer, part.payload
+        assert buffer is not None and old is not None
+        buffer[where.length : where.length + kept] = old[len(old) - kept :]
+        whole = Range(where.start, part.where.end)
+        operation.advance(OperationEvent.READ_DONE)
+        operation.parts_left = operation.parts_unsent = 1
+        view = memoryview(buffer)[: whole.length]
+        self._queue(self._target_of(operation), Part(operation, whole, view, is_zero=False))
+
+    def _target_of(self, operation: Operation) -> Target:
+        return self.targets[max(operation.source, 0) % len(self.targets)]
+
+    def _queue(self, target: Target, part: Part) -> None:
+        if target.waiting or not target.has_room(part):
+            target.waiting.append(part)
+        else:
+            self._submit(target, part)
+
+    def _submit(self, target: Target, part: Part) -> None:
+        lease = part.operation.lease
+        if self._owner.now >= lease.expires and not lease.abandoned:
+            self._owner.abandon(lease, ErrorReport(kind="connection", text="the lease expired"))
+        if self._owner.given_up(lease):
+            self._part_over(part)
+        else:
+            target.submit(part, allocated=self.shape.allocated)
+
+    def part_done(self, target: Target, part: Part, error: RequestError | None) -> None:
+        """A write, a zeroing or a merge's read was answered."""
+        operation = part.operation
+        lease = operation.lease
+        if error is not None and not self._owner.given_up(lease):
+            self._part_failed(target, part, error)
+            return
+        if error is None and part.is_merge and not self._owner.given_up(lease):
+            self._merged(operation, part)
+            return
+        if error is None and not part.is_merge:
+            self._credit(part)
+        self._part_over(part)
+
+    def _credit(self, part: Part) -> None:
+        lease = part.operation.lease
+        if part.is_zero:
+            lease.zeroed += part.where.length
+        else:
+            lease.copied += min(part.where.end, part.operation.where.end) - part.where.start
+
+    def _part_failed(self, target: Target, part: Part, error: RequestError) -> None:
+        operation = part.operation
+        part.attempts += 1
+        if part.payload is None and error.errno_name in _ZERO_REFUSALS:
+            operation.advance(OperationEvent.WRITE_FAILED)
+            self._fill_instead(target, part)
+            return
+        if part.attempts >= ATTEMPTS_PER_REQUEST:
+            doing = "read" if part.is_merge else "write" if part.payload is not None else "zero"
+            self._owner.fail(operation.lease, "destination", doing, target.connection, part.where, error)
+            self._part_over(part)
+            return
+        if part.is_merge:
+            operation.advance(OperationEvent.READ_FAILED)
+        else:
+            operation.advance(OperationEvent.WRITE_FAILED if part.payload else OperationEvent.ZERO_FAILED)
+            operation.parts_unsent += 1
+        self._owner.later(part.attempts, lambda: self._queue(target, part))
+
+    def _part_over(self, part: Part) -> None:
+        operation = part.operation
+        operation.parts_left -= 1
+        if operation.parts_left == 0:
+            if operation.state is OperationState.CONFIRMING:
+                operation.advance(OperationEvent.CONFIRMED)
+                self._owner.release(operation)
+            else:
+                self._owner.drop(operation)
+
+    # -- zeroes --------------------------------------------------------------------------------------------------------
+
+    def note_zeroes(self, lease: LeaseWork, where: Range) -> None:
+        """`where` is zero at the source. Held back, so that neighbours join; in order and at once for streams."""
+        if self.shape.zero_policy is ZeroPolicy.SKIP:
+            lease.skipped += where.length
+            return
+        lease.zeroes.add(where)
+        if self.shape.synchronous or len(lease.zeroes) > ZERO_RUNS_MAX:
+            self._issue_zeroes(lease, lease.zeroes.pop_first())
+
+    def issue_held_zeroes(self, lease: LeaseWork) -> None:
+        """No more neighbours can come: every run of zeroes held back for `lease` is sent."""
+        while lease.zeroes:
+            self._issue_zeroes(lease, lease.zeroes.pop_first())
+
+    def _issue_zeroes(self, lease: LeaseWork, where: Range) -> None:
+        operation = self._owner.begin(lease, where)
+        operation.advance(OperationEvent.BEGIN_ZERO)
+        if self._zeroes is None:
+            parts = [Part(operation, piece, None, is_zero=True) for piece in where.split(ZERO_BYTES_MAX)]
+        else:
+            parts = self._fill_parts(operation, where)
+        operation.parts_left = operation.parts_unsent = len(parts)
+        target = self.targets[where.start // self.shape.request_size % len(self.targets)]
+        for part in parts:
+            self._queue(target, part)
+
+    def _fill_parts(self, operation: Operation, where: Range) -> list[Part]:
+        if self._zeroes is None:
+            self._zeroes = memoryview(bytes(self.shape.request_size))
+        zeroes = self._zeroes
+        pieces = where.split(self.shape.request_size)
+        return [Part(operation, piece, zeroes[: piece.length], is_zero=True) for piece in pieces]
+
+    def _fill_instead(self, target: Target, part: Part) -> None:
+        """The server refused to zero `part`: write zeroes as data in its place."""
+        operation = part.operation
+        parts = self._fill_parts(operation, part.where)
+        operation.parts_left += len(parts) - 1
+        operation.parts_unsent += len(parts)
+        for piece in parts:
+            self._queue(target, piece)
