@@ -32,6 +32,7 @@ class SimCoordinator:
         log: Callable[[str], None],
     ) -> None:
         self.outcome: Outcome | None = None
+        self.stopped_at: float | None = None  # when the user first asked for it
         self.processes: dict[str, SimProcess] = {}
         self.scheduler = Scheduler(job, clock.now)
         self.started = 0
@@ -53,6 +54,7 @@ class SimCoordinator:
         """Ctrl-C."""
         if self.outcome is None:
             self._log("stop by the user")
+            self.stopped_at = self._clock.now if self.stopped_at is None else self.stopped_at
             self._act(self.scheduler.stop("stopped by SIGINT", self._clock.now))
 
     def start_worker(self) -> None:

@@ -204,8 +204,8 @@ class Socket:
 class Listener(Protocol):
     """A server's listening socket."""
 
-    def admits(self) -> bool:
-        """Whether a connection is taken at all; otherwise it is refused."""
+    def admits(self) -> bool | None:
+        """Whether a connection is taken; otherwise it is refused, or (None) never answered."""
 
     def accepted(self, socket: Socket) -> None:
         """A client has connected; `socket` is the server's end."""
@@ -239,8 +239,10 @@ class SimNetwork:
 
     def _arrive(self, address: str, socket: Socket) -> None:
         listener = self._listeners.get(address)
-        if listener is None or not listener.admits():
-            socket.refuse(ECONNREFUSED)
+        answer = listener is not None and listener.admits()
+        if listener is None or not answer:
+            if answer is not None:
+                socket.refuse(ECONNREFUSED)
             return
         there = Socket(self._clock, self._weather.pace)
         to_server = Pipe(self._clock, self._chance, self._weather)

@@ -53,6 +53,9 @@ _WEIGHTS = {
 }
 
 
+_WITH_ERRORS = (Trouble.DEATHS, Trouble.LEAVES, Trouble.CUT, Trouble.STOP, Trouble.VANISHING)
+
+
 @dataclass(frozen=True, slots=True)
 class Speeds:
     """Usual seconds of each kind of wait; the worst are some ten times as long."""
@@ -102,7 +105,7 @@ class _Maker:
 
     def make(self) -> tuple[Scenario, Disks]:
         chance = self.chance
-        request_size = chance.choice((4, 4, 8, 16, 64)) * KIB
+        request_size = chance.choice((4, 8, 8, 16, 64)) * KIB
         source = self._rules("source", request_size)
         destination = self._rules("destination", request_size)
         size = self._size(source, request_size)
@@ -142,13 +145,20 @@ class _Maker:
             knows_go=knows_go,
             structured=structured,
             extended=structured and knows_go and chance.random() < 0.3,
-            multi_conn=chance.random() < 0.75,
+            multi_conn=chance.random() < 0.85,
             can_flush=chance.random() < 0.9,
             can_zero=chance.random() < 0.85,
             extents=chance.choice(list(Extents)),
-            error_share=chance.choice((0.01, 0.05, 0.2)) if self.trouble is Trouble.ERRORS else 0.0,
+            error_share=self._error_share(),
             refuses_zeroes=chance.random() < 0.05,
         )
+
+    def _error_share(self) -> float:
+        if self.trouble is Trouble.ERRORS:
+            return self.chance.choice((0.01, 0.05, 0.2))
+        if self.trouble in _WITH_ERRORS and self.chance.random() < 0.3:
+            return 0.03
+        return 0.0
 
     def _limits(self, rules: ServerRules, options: JobOptions) -> ServerRules:
         """What this job may ask of the server."""
@@ -191,7 +201,7 @@ class _Maker:
     def _job(self, options: JobOptions) -> Job:
         chance = self.chance
         lease, heartbeat = chance.choice(((LEASE_SECONDS, HEARTBEAT_SECONDS), (1.5, 0.3)))
-        workers = chance.randint(1, 4)
+        workers = chance.choice((1, 2, 3, 4, 4))
         is_local = self.trouble is not Trouble.VANISHING
         if self.trouble in (Trouble.LEAVES, Trouble.NOTHING):
             is_local = chance.random() < 0.6
@@ -201,9 +211,9 @@ class _Maker:
             source=self._address("source"),
             destinations=(self._address("destination"),),
             options=options,
-            connections=chance.randint(1, 8),
+            connections=chance.choice((1, 2, 4, 6, 8)),
             workers=workers,
-            range_size=chance.choice((64 * KIB, 64 * KIB, 128 * KIB, None)),
+            range_size=chance.choice((64 * KIB, 64 * KIB, 64 * KIB, 128 * KIB, None)),
             local_workers=is_local,
             machine="machine",
             lease_seconds=lease,
@@ -280,9 +290,11 @@ class _Maker:
                     self.error_words = ("destination", "flush failed", "EIO")
                 return source, replace(destination, flush_fails=True)
             case Trouble.STOP:
-                self.verdicts = {Verdict.COMPLETE, Verdict.STOPPED}
+                self.verdicts = {Verdict.COMPLETE, Verdict.STOPPED, Verdict.FAILED}
+                self.error_words = ("connection lost",)
             case Trouble.VANISHING:
                 self.verdicts = {Verdict.COMPLETE, Verdict.UNFENCED, Verdict.FAILED}
+                return replace(source, is_contested=True), replace(destination, is_contested=True)
             case Trouble.IMPOSSIBLE:
                 return self._impossible(source, destination, disks)
             case _:

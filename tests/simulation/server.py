@@ -31,7 +31,9 @@ class SimServer:
     def size(self) -> int:
         return len(self.disk.data)
 
-    def admits(self) -> bool:
+    def admits(self) -> bool | None:
+        if not self._has_room() and self.rules.when_full is Full.IGNORE:
+            return None
         return self._has_room() or self.rules.when_full is not Full.REFUSE
 
     def accepted(self, socket: Socket) -> None:
@@ -46,6 +48,8 @@ class SimServer:
 
     def approached(self, count: int) -> None:
         """The whole job keeps to one connection where the server does not say that it takes several."""
+        if self.rules.is_contested and self.rules.name == "source":
+            return  # only the writer's role waits until its last holder is known gone
         assert self.rules.multi_conn or count <= 1, f"{count} connections to the {self.rules.name}, which takes one"
 
     def _has_room(self) -> bool:
@@ -70,11 +74,11 @@ class SimServer:
         """Something takes its time."""
         self._clock.after(self._pace.seconds(), action)
 
-    def check_overlap(self, request: Request, story: str) -> None:
+    def check_overlap(self, of: Session, request: Request, story: str) -> None:
         """Two writes to the same bytes at a time leave nobody knows what."""
         start, end = request.offset, request.offset + request.length
         for session in self.sessions:
-            if session.is_deserted:
+            if session.is_deserted or (self.rules.is_contested and session is not of):
                 continue  # a dead client's writes may still be carried out, and say the same
             for other in session.running:
                 if other.command in (CMD_WRITE, CMD_WRITE_ZEROES):

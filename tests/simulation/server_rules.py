@@ -26,6 +26,7 @@ class Full(Enum):
     REFUSE = auto()  # ECONNREFUSED
     CLOSE = auto()  # accepts, and closes at once
     HANG = auto()  # accepts, and says nothing
+    IGNORE = auto()  # the connect never ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class ServerRules:
     bad_byte: int | None = None  # reading or writing it always fails
     flush_fails: bool = False
     silent_after: int | None = None  # requests; then nothing is answered any more
+    is_contested: bool = False  # a worker that was given up may still be connected, and write what others write too
     # Of the client: what it may have under way on one connection.
     requests_max: int = 1000
     payload_max: int = 1 << 30

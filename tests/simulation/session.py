@@ -273,7 +273,7 @@ class Session:
         assert command in (CMD_READ, CMD_BLOCK_STATUS) or not rules.read_only, story
         assert bool(request.flags & FLAG_PAYLOAD_LEN) == (self.extended and command == CMD_WRITE), story
         if command in (CMD_WRITE, CMD_WRITE_ZEROES):
-            self.server.check_overlap(request, story)
+            self.server.check_overlap(self, request, story)
 
     def _check_load(self, rules: ServerRules) -> None:
         assert len(self.running) <= rules.requests_max, f"{rules.name}: {len(self.running)} requests under way"

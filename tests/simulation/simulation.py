@@ -17,7 +17,9 @@ from simulation.scenario import Disks, Scenario, Trouble, make_scenario
 from simulation.server import SimServer
 from simulation.server_rules import ServerRules
 
-JOB_SECONDS_MAX = 3000.0  # virtual: above every time-out of the scheduler
+JOB_SECONDS_MAX = 60.0  # virtual, to the end of a job; some troubles are found out by long time-outs only
+JOB_SECONDS_MAX_OF = {Trouble.SILENT: 150.0, Trouble.VANISHING: 700.0}
+STOP_SECONDS_MAX = 5.0  # from the user's wish to the end
 AFTER_SECONDS_MAX = 60.0  # for the workers to leave when the job is over
 EVENTS_MAX = 2_000_000
 LEAVES_MAX = 2  # of workers: three in a row that opened nothing are taken for workers that cannot be started
@@ -104,7 +106,8 @@ class Simulation:
         if not self.scenario.job.local_workers:
             for _ in range(self.scenario.job.workers):
                 self.clock.after(self.chance.random() * 0.01, coordinator.start_worker)
-        over = self.clock.run_until(self._is_over, JOB_SECONDS_MAX, EVENTS_MAX)
+        seconds_max = JOB_SECONDS_MAX_OF.get(self.scenario.trouble, JOB_SECONDS_MAX)
+        over = self.clock.run_until(self._is_over, seconds_max, EVENTS_MAX)
         assert over, (
             f"the job hangs: {self.clock.now:.1f} s, {self.clock.events} events, {coordinator.scheduler.status()}"
         )
@@ -112,7 +115,7 @@ class Simulation:
         self._let_everybody_leave()
         outcome = coordinator.outcome
         assert outcome is not None
-        self._check(outcome)
+        self._check(outcome, seconds)
         return Report(self.scenario, outcome, seconds, self.clock.events, self.trace)
 
     def _is_over(self) -> bool:
@@ -154,8 +157,14 @@ class Simulation:
                 clock.after(self._moment(), self.coordinator.stop)
                 if chance.random() < 0.5:
                     clock.after(self._moment() + self._moment(), self.coordinator.stop)
+                if chance.random() < 0.3:
+                    clock.after(self._moment(), self._cut)
             case Trouble.VANISHING:
-                clock.after(self._moment(), lambda: self._to_somebody("vanishes", lambda it: it.kill("vanished")))
+                if chance.random() < 0.5:
+                    clock.after(self._moment(), lambda: self._to_somebody("vanishes", lambda it: it.kill("vanished")))
+                else:
+                    absence = self.scenario.job.lease_seconds * chance.uniform(1, 4)
+                    clock.after(self._moment(), lambda: self._to_somebody("stalls", lambda it: it.stall(absence)))
             case _:
                 pass
 
@@ -187,12 +196,16 @@ class Simulation:
 
     # -- what must be true ---------------------------------------------------------------------------------------------
 
-    def _check(self, outcome: Outcome) -> None:
+    def _check(self, outcome: Outcome, seconds: float) -> None:
         scenario = self.scenario
         assert outcome.verdict in scenario.verdicts, f"{outcome.verdict.name}: {outcome.error}"
         assert bytes(self.disks.source.data) == self._content, "the source has changed"
         size, room = len(self._content), self.disks.destination
         assert room.data[size:] == self._before[size:], "bytes behind the end of the copy have changed"
+        assert outcome.counters.total <= size
+        if self.coordinator.stopped_at is not None:
+            took = seconds - self.coordinator.stopped_at
+            assert took <= STOP_SECONDS_MAX, f"stopping took {took:.1f} s"
         if outcome.verdict is Verdict.COMPLETE:
             assert outcome.error == ""
         else:
