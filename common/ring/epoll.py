@@ -64,8 +64,8 @@ class EpollRing(RingBase):
     name = "epoll"
 
     def __init__(self) -> None:
-        super().__init__()
         self._epoll = select.epoll()
+        super().__init__()
         self._epoll.register(self._waker.number, select.EPOLLIN)
         self._watches: dict[int, Watch] = {}
         self._started = 0  # the last ticket that left the queue

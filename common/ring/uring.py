@@ -91,14 +91,18 @@ class UringRing(RingBase):
     )
 
     def __init__(self) -> None:
-        """Raises OSError with the errno of io_uring_setup(2) or mmap(2)."""
+        """Raises OSError with the errno of io_uring_setup(2), mmap(2), epoll_create(2) or pipe(2)."""
         self._ring = L.Ring()
         L.io_uring_queue_init(ENTRIES, self._ring, FLAGS)
-        super().__init__()
-        self._cqe = L.Cqe()
-        self._epoll = select.epoll()
+        try:
+            self._epoll = select.epoll()
+            super().__init__()
+        except OSError:  # no more descriptors
+            L.io_uring_queue_exit(self._ring)
+            raise
         self._epoll.register(self._ring.ring_fd, select.EPOLLIN)
         self._epoll.register(self._waker.number, select.EPOLLIN)
+        self._cqe = L.Cqe()
         self._iovecs: list[object] = []  # until submitted: then the kernel has its own copy (FEAT_SUBMIT_STABLE)
         self._prepared = 0  # entries in the submission queue
         self._started = 0  # the last ticket that left the queue

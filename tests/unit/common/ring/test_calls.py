@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 
-from nbdshard.common.limits import RING_THREADS_MAX
+import pytest
+
+from nbdshard.common.limits import RING_CLOSE_SECONDS, RING_THREADS_MAX
 from support.loops import SECONDS_MAX, Loop, call, close, receive, send, sync
+from support.waiting import wait_for
 
 
 def test_a_call_completes_with_its_value(loop: Loop) -> None:
@@ -139,3 +143,15 @@ def test_closing_the_ring_waits_for_a_call_that_runs(loop: Loop) -> None:
     loop.until(begun.is_set)
     loop.ring.close()
     assert ended.is_set()
+
+
+@pytest.mark.long
+def test_closing_the_ring_does_not_wait_for_ever_for_a_call_that_never_ends(loop: Loop) -> None:
+    gate, threads = threading.Event(), threading.active_count()
+    loop.submit(call(gate.wait))
+    loop.turn(0.01)
+    started = time.monotonic()
+    loop.ring.close()
+    assert RING_CLOSE_SECONDS <= time.monotonic() - started < RING_CLOSE_SECONDS + 5
+    gate.set()
+    wait_for("its thread to end", lambda: threading.active_count() == threads)

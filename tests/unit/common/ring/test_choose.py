@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import support.refused
 from nbdshard.common.errors import UserError
 from nbdshard.common.ring import open_ring
 from nbdshard.common.ring.choose import OPCODES, Unusable, explain, kernel_version, open_io_uring
+from support import processes
 from support.loops import IO_URING_REFUSAL
 
 NEEDS_IO_URING = pytest.mark.skipif(bool(IO_URING_REFUSAL), reason=IO_URING_REFUSAL)
@@ -105,6 +107,32 @@ def test_a_kernel_that_lacks_an_opcode_is_told_with_its_name() -> None:
 )
 def test_the_reason_names_what_to_change(number: int, disabled: str, filtered: bool, reason: str) -> None:
     assert explain(number, disabled, filtered) == reason
+
+
+@pytest.mark.parametrize("wish", [pytest.param("io_uring", marks=NEEDS_IO_URING), "epoll"])
+def test_a_ring_that_runs_out_of_descriptors_gives_back_those_it_has(wish: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fillers = [os.open(os.devnull, os.O_RDONLY)]
+    while fillers[-1] < max(processes.descriptors()):  # leave no free number below the limit
+        fillers.append(os.open(os.devnull, os.O_RDONLY))
+    before = processes.descriptors().keys()
+    errors = []
+    for spare in range(6):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1 + spare, limits[1]))
+        try:
+            ring, _ = open_ring(wish)
+        except (OSError, UserError) as error:
+            errors.append(str(error).lower())
+        else:
+            ring.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    after = processes.descriptors().keys()
+    for number in fillers:
+        os.close(number)
+    assert 2 <= len(errors) < 6
+    assert all("too many open files" in error for error in errors)
+    assert after == before
 
 
 def test_releases_are_compared_as_numbers() -> None:

@@ -248,6 +248,26 @@ def test_an_operation_used_again_is_not_ended_by_the_cancellation_of_its_earlier
     theirs.close()
 
 
+def test_a_cancellation_is_kept_even_if_the_operation_is_just_about_to_try_again(loop: Loop) -> None:
+    """Two descriptors of one socket are woken by one byte; the one that comes too late must not wait again."""
+    ours, theirs = loop.connection()
+    copy = loop.ring.attach(os.dup(ours.number), is_socket=True)
+    pair = [receive(ours, bytearray(1)), receive(copy, bytearray(1))]
+    for turn in range(20):
+        loop.submit(*(operation for operation in pair if not operation.pending))
+        loop.idle()
+        cancelled, other = pair[turn % 2], pair[1 - turn % 2]
+        theirs.sendall(b"x")
+        loop.ring.cancel(cancelled)
+        loop.finish(cancelled)
+        if cancelled.result == 1:
+            assert other.pending
+        else:
+            assert cancelled.result == -errno.ECANCELED
+            assert loop.finish(other) == [1]
+    theirs.close()
+
+
 def test_cancelling_what_is_not_pending_does_nothing(loop: Loop) -> None:
     ours, theirs = loop.connection()
     operation = receive(ours, bytearray(1))
