@@ -27,6 +27,7 @@ class Trouble(Enum):
     LEAVES = auto()  # worker processes are asked to leave, others may join
     STALL = auto()  # a worker process is not let run for longer than its leases last
     FULL = auto()  # a server admits fewer connections than it offers
+    DEAD = auto()  # a server takes no connection at all
     CUT = auto()  # connections are cut
     SILENT = auto()  # a server stops answering
     BAD_BYTE = auto()  # one byte can never be read, or never be written
@@ -43,6 +44,7 @@ _WEIGHTS = {
     Trouble.LEAVES: 10,
     Trouble.STALL: 5,
     Trouble.FULL: 6,
+    Trouble.DEAD: 3,
     Trouble.CUT: 8,
     Trouble.SILENT: 4,
     Trouble.BAD_BYTE: 4,
@@ -54,6 +56,14 @@ _WEIGHTS = {
 
 
 _WITH_ERRORS = (Trouble.DEATHS, Trouble.LEAVES, Trouble.CUT, Trouble.STOP, Trouble.VANISHING)
+
+
+_DEAD_WORDS = {
+    Full.REFUSE: ("connecting", "refused"),
+    Full.CLOSE: ("connection lost", "greeting"),
+    Full.HANG: ("timed out", "negotiating"),
+    Full.IGNORE: ("timed out", "connecting"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +146,11 @@ class _Maker:
         knows_go = chance.random() < 0.9
         minimum = chance.choice((1, 1, 1, 512, 4096)) if knows_go else 1
         structured = chance.random() < 0.85
-        maximum = chance.choice((request_size, 64 * KIB, 64 * KIB, 1 << 25))
+        maximum = chance.choice((max(4 * KIB, request_size // 2), request_size, 12 * KIB, 64 * KIB, 64 * KIB, 1 << 25))
         return ServerRules(
             name,
             block_minimum=minimum,
-            block_preferred=min(maximum, max(minimum, chance.choice((512, 4096, 4096, 65536)))),
+            block_preferred=max(minimum, chance.choice([size for size in (512, 4096, 4096, 65536) if size <= maximum])),
             block_maximum=maximum,
             knows_go=knows_go,
             structured=structured,
@@ -274,6 +284,11 @@ class _Maker:
                     "multi_conn": True,
                 }
                 return self._either(source, destination, limit)
+            case Trouble.DEAD:
+                self.verdicts = {Verdict.FAILED}
+                full = self.chance.choice(list(Full))
+                self.error_words = _DEAD_WORDS[full]
+                return self._either(source, destination, {"connections_max": 0, "when_full": full})
             case Trouble.STALL:  # its own time-outs may have passed when it runs again
                 self.verdicts = {Verdict.COMPLETE, Verdict.FAILED}
                 self.error_words = ("timed out",)

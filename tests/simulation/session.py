@@ -78,6 +78,7 @@ class Session:
         self.server = server
         self.structured = self.extended = self.has_context = False
         self.closed = False
+        self.has_written = False
         self.running: list[Request] = []  # received and not yet answered whole
         self._socket = socket
         self._chance = chance
@@ -273,6 +274,7 @@ class Session:
         assert command in (CMD_READ, CMD_BLOCK_STATUS) or not rules.read_only, story
         assert bool(request.flags & FLAG_PAYLOAD_LEN) == (self.extended and command == CMD_WRITE), story
         if command in (CMD_WRITE, CMD_WRITE_ZEROES):
+            self.server.check_writer(self)
             self.server.check_overlap(self, request, story)
 
     def _check_load(self, rules: ServerRules) -> None:
