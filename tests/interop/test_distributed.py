@@ -80,22 +80,22 @@ def test_one_worker_of_each_ring_share_a_job(source_image: Path, destination_ima
     images.assert_identical(source_image, destination_image)
 
 
-def test_a_worker_may_join_late_and_another_leave(destination_image: Path, ring: str) -> None:
+def test_a_worker_may_join_late_and_another_leave(ring: str) -> None:
+    target = Double(bytearray(SIZE))
     with (
-        nbdkit("pattern", str(SIZE), "rate=64M", filters=["rate"], threads=1, tcp=True) as source,
-        serve("nbdkit-file", destination_image, transport="tcp") as destination,
-        coordinator(source.uri, destination, "--range-size", "1M") as job,
+        nbdkit("pattern", str(SIZE), "rate=128M", filters=["rate"], threads=1, tcp=True) as source,
+        double(target) as destination,
+        coordinator(source.uri, destination, "--range-size", "1M", "--queue-size", "2M") as job,
         workers(address_of(job), ring, 1) as early,
     ):
-        wait_for("the first write", lambda: destination_image.read_bytes()[:8] != b"\xee" * 8)
+        wait_for("a write of the early worker", lambda: writers(target))
+        connections = target.talks
         with workers(address_of(job), ring, 1):
-            wait_for(
-                "the late worker to take part", lambda: destination_image.read_bytes().count(b"\xee" * 4096) < 12_000
-            )
+            wait_for("a write of the late worker", lambda: max(writers(target)) > connections)
             early[0].signal_group(signal.SIGINT)
-            early[0].wait(30)
+            early[0].wait(30).succeeded()
             job.wait(100).succeeded()
-    assert destination_image.read_bytes() == images.pattern(0, SIZE)
+    assert target.content == images.pattern(0, SIZE)
 
 
 def test_ctrl_c_at_the_coordinator_ends_its_workers(ring: str) -> None:
@@ -103,14 +103,19 @@ def test_ctrl_c_at_the_coordinator_ends_its_workers(ring: str) -> None:
     with (
         nbdkit("pattern", str(SIZE), "rate=64M", filters=["rate"], threads=1) as source,
         double(target) as destination,
-        coordinator(source.uri, destination) as job,
+        coordinator(source.uri, destination, "-C", "2", "--queue-size", "2M") as job,
         workers(address_of(job), ring) as crew,
     ):
-        wait_for("the first write", lambda: target.count(CMD_WRITE) > 0)
+        wait_for("writes of both workers", lambda: len(writers(target)) >= 2)
         job.signal_group(signal.SIGINT)
         assert job.wait(30).code == 130
         for worker in crew:
-            worker.wait(30)
+            worker.wait(30).succeeded()
+
+
+def writers(target: Double) -> set[int]:
+    """The connections that have written."""
+    return {request.connection for request in list(target.requests) if request.command == CMD_WRITE}
 
 
 @contextmanager
@@ -149,7 +154,7 @@ def test_workers_with_known_keys_copy_and_a_stranger_is_turned_away(
 
 
 def test_a_worker_refuses_a_coordinator_with_another_key(
-    tmp_path: Path, source_image: Path, destination_image: Path, ring: str
+    tmp_path: Path, source_image: Path, destination_image: Path
 ) -> None:
     with (
         keys(tmp_path) as folder,
@@ -161,7 +166,9 @@ def test_a_worker_refuses_a_coordinator_with_another_key(
             "--allow",
             folder / "allowed",
         ) as job,
-        workers(address_of(job), ring, 1, "--key", folder / "one.key", "--coordinator-key", folder / "two.pub") as crew,
+        workers(
+            address_of(job), RINGS[1], 1, "--key", folder / "one.key", "--coordinator-key", folder / "two.pub"
+        ) as crew,
     ):
         crew[0].wait(30).failed(1, saying=["key"])
     assert source_image.exists()

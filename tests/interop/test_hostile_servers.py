@@ -12,9 +12,12 @@ from support.doubles import CMD_WRITE, CMD_WRITE_ZEROES, Double, double
 from support.hostile import (
     BROKEN_GO,
     BROKEN_HANDSHAKES,
+    LYING_DESTINATIONS,
     LYING_SOURCES,
     NEVER_ANSWERS_READS,
+    VANISHING_DESTINATIONS,
     VANISHING_SOURCES,
+    cut_after,
     replying_to_first_option,
     silent,
 )
@@ -75,6 +78,29 @@ def test_a_source_that_vanishes_at_every_read_fails_the_copy(name: str, ring: st
     with double(VANISHING_SOURCES[name](bytearray(images.random_bytes(SIZE)))) as one, double(target) as two:
         copy("--ring", ring, one, two, timeout=150).failed(1, saying=["source", "connection lost"])
     assert target.count(CMD_WRITE) + target.count(CMD_WRITE_ZEROES) == 0
+
+
+@pytest.mark.parametrize("name", LYING_DESTINATIONS)
+def test_a_destination_that_breaks_the_protocol_is_blamed(name: str, ring: str) -> None:
+    source = Double(bytearray(images.random_bytes(SIZE)))
+    with double(source) as one, double(LYING_DESTINATIONS[name](bytearray(SIZE))) as two:
+        outcome = copy("--ring", ring, one, two)
+    outcome.failed(1, saying=["destination", "protocol"])
+
+
+@pytest.mark.parametrize("name", VANISHING_DESTINATIONS)
+def test_a_destination_that_vanishes_at_every_write_fails_the_copy(name: str, ring: str) -> None:
+    source = Double(bytearray(images.random_bytes(SIZE)))
+    with double(source) as one, double(VANISHING_DESTINATIONS[name](bytearray(SIZE))) as two:
+        copy("--ring", ring, one, two).failed(1, saying=["destination", "connection lost"])
+
+
+# Greeting: 18 bytes; an option reply: 20 and what it carries. A cut within and between them, then within the replies.
+@pytest.mark.parametrize("length", [1, 8, 17, 18, 19, 37, 38, 39, 57, 60, 78, 90, 98, 110, 130, 150, 170, 200, 4200])
+def test_a_source_whose_connections_end_after_some_bytes_fails_the_copy(tmp_path: Path, length: int) -> None:
+    server = cut_after(Double(bytearray(images.random_bytes(SIZE))), length)
+    with listening(server) as state:
+        copy(state.uri, tmp_path / "out").failed(1, saying=["source", state.uri.partition("=")[2]])
 
 
 def test_a_server_that_never_greets_is_given_up_after_the_handshake_timeout(tmp_path: Path, ring: str) -> None:

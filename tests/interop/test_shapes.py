@@ -40,7 +40,7 @@ FACTORS = {
     "destination_variant": tuple(DESTINATION_VARIANTS),
     "size": (1, 511, 4097, images.MIB + 1, 10_000_001),
     "larger_by": (0, 1_000_000),
-    "options": ("", "--no-extents", "-S 0", "--allocated", "--request-size 32M", "--synchronous"),
+    "options": ("", "--no-extents", "-S 0", "--allocated", "--request-size 32M", "--request-size 4k", "--synchronous"),
     "ring": RINGS,
 }
 
@@ -69,7 +69,7 @@ def test_a_copy_between_odd_servers_is_identical(tmp_path: Path, case: Case) -> 
     check(tmp_path, case)
 
 
-# Every combination would be 233,280 copies. The long run takes block sizes, size and ring whole, and pairs of the rest
+# Every combination would be 272,160 copies. The long run takes block sizes, size and ring whole, and pairs of the rest
 # in turn.
 LONG_FACTORS = {name: FACTORS[name] for name in ("source_blocks", "destination_blocks", "size", "ring")}
 LONG_REST = pairwise({name: values for name, values in FACTORS.items() if name not in LONG_FACTORS})

@@ -126,6 +126,7 @@ class Double:
     requests: list[Request] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     talks: int = 0
+    extended_talks: int = 0  # those that agreed on extended headers
 
     def running(self, *, tcp: bool = False) -> contextlib.AbstractContextManager[Listening]:
         """Serve until the block ends; gives the URI."""
@@ -136,6 +137,8 @@ class Double:
             self.talks += 1
             talk = Talk(self.talks, connection)
         if self.negotiate(talk):
+            with self.lock:
+                self.extended_talks += talk.extended
             self.transmit(talk)
 
     def count(self, command: int) -> int:

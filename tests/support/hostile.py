@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable
+from typing import cast
 
 from support.doubles import (
+    CMD_WRITE,
     CONTEXT_ID,
     EIO,
     FLAG_DONE,
@@ -252,6 +254,42 @@ class _ClosesInHeader(_Reads):
         talk.hang_up()
 
 
+class _WriteUnknownHandle(Double):
+    def write(self, talk: Talk, request: Request, data: bytes) -> None:
+        talk.send(struct.pack(">IIQ", SIMPLE_REPLY_MAGIC, 0, request.cookie ^ 0x5A5A5A5A5A))
+
+
+class _WriteBadMagic(Double):
+    def write(self, talk: Talk, request: Request, data: bytes) -> None:
+        talk.send(struct.pack(">IIQ", 0xDEADBEEF, 0, request.cookie))
+
+
+class _WriteAnsweredWithData(Double):
+    def write(self, talk: Talk, request: Request, data: bytes) -> None:
+        talk.chunk(request, REPLY_OFFSET_DATA, struct.pack(">Q", request.offset) + data)
+
+
+class _WriteAnsweredTwice(Double):
+    def write(self, talk: Talk, request: Request, data: bytes) -> None:
+        talk.done(request)
+        talk.done(request)
+
+
+class _WriteClosesInReply(Double):
+    def write(self, talk: Talk, request: Request, data: bytes) -> None:
+        talk.send(struct.pack(">IIQ", SIMPLE_REPLY_MAGIC, 0, request.cookie)[:9])
+        talk.hang_up()
+
+
+class _WriteClosesAtHeader(Double):
+    """Closes before it has taken the payload."""
+
+    def answer(self, talk: Talk, request: Request) -> None:
+        if request.command == CMD_WRITE:
+            talk.hang_up()
+        super().answer(talk, request)
+
+
 class _NeverAnswersReads(_Reads):
     def read(self, talk: Talk, request: Request) -> None:
         pass
@@ -282,14 +320,60 @@ VANISHING_SOURCES: dict[str, type[Double]] = {
     "closes in the middle of a header": _ClosesInHeader,
 }
 
+# Destinations that are wrong in their answer to WRITE.
+LYING_DESTINATIONS: dict[str, type[Double]] = {
+    "a reply with an unknown handle": _WriteUnknownHandle,
+    "a reply with another magic": _WriteBadMagic,
+    "data in answer to a write": _WriteAnsweredWithData,
+    "two answers to one write": _WriteAnsweredTwice,
+}
+VANISHING_DESTINATIONS: dict[str, type[Double]] = {
+    "closes in the middle of a reply": _WriteClosesInReply,
+    "closes before the payload": _WriteClosesAtHeader,
+}
+
+
+class _CutSocket:
+    """A socket on which only so many bytes get out; then it is closed."""
+
+    def __init__(self, connection: socket.socket, length: int) -> None:
+        self._connection = connection
+        self._left = length
+
+    def sendall(self, data: bytes) -> None:
+        self._connection.sendall(data[: self._left])
+        self._left -= min(len(data), self._left)
+        if not self._left:
+            self._connection.shutdown(socket.SHUT_RDWR)
+            raise EOFError
+
+    def recv(self, length: int) -> bytes:
+        return self._connection.recv(length)
+
+    def shutdown(self, how: int) -> None:
+        self._connection.shutdown(how)
+
+
+def cut_after(server: Double, length: int) -> Serve:
+    """`server`, whose every connection ends after `length` bytes of it."""
+
+    def serve(connection: socket.socket) -> None:
+        server.serve(cast(socket.socket, _CutSocket(connection, length)))
+
+    return serve
+
+
 NEVER_ANSWERS_READS = _NeverAnswersReads
 
 __all__ = [
     "BROKEN_GO",
     "BROKEN_HANDSHAKES",
+    "LYING_DESTINATIONS",
     "LYING_SOURCES",
     "NEVER_ANSWERS_READS",
+    "VANISHING_DESTINATIONS",
     "VANISHING_SOURCES",
+    "cut_after",
     "option_reply",
     "replying_to_first_option",
     "saying",
