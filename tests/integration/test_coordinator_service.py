@@ -155,7 +155,7 @@ def test_a_worker_killed_in_mid_copy_costs_nothing_but_time(world: World) -> Non
     world.watch = kill_one
     with (
         nbdkit("pattern", size="256M", threads=1) as server,
-        nbdkit("null", "delay-write=2ms", size="256M", filters=["delay"], threads=1) as destination,
+        nbdkit("null", "delay-write=15ms", size="256M", filters=["delay"], threads=1) as destination,
     ):
         address = EndpointAddress(kind="nbd", address=destination.uri)
         outcome = world.run(server.uri, address, workers=2, range_size=4 * MIB)
