@@ -309,7 +309,9 @@ class _Maker:
                 self.error_words = ("connection lost",)
             case Trouble.VANISHING:
                 self.verdicts = {Verdict.COMPLETE, Verdict.UNFENCED, Verdict.FAILED}
-                return replace(source, is_contested=True), replace(destination, is_contested=True)
+                several = destination.multi_conn and self.chance.random() < 0.5
+                destination = replace(destination, is_contested=True, multi_conn=several)
+                return replace(source, is_contested=True), destination
             case Trouble.IMPOSSIBLE:
                 return self._impossible(source, destination, disks)
             case _:

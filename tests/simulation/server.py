@@ -49,7 +49,7 @@ class SimServer:
     def approached(self, count: int) -> None:
         """The whole job keeps to one connection where the server does not say that it takes several."""
         if self.rules.is_contested:
-            return  # one that was given up before it had a lease may still be connected; `check_writer` looks at the rest
+            return  # who was given up before it had a lease may still be connected: `check_writer` looks at the rest
         assert self.rules.multi_conn or count <= 1, f"{count} connections to the {self.rules.name}, which takes one"
 
     def _has_room(self) -> bool:
