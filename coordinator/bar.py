@@ -13,7 +13,7 @@ from nbdshard.coordinator.progress import Meter
 
 
 class BarDisplay:
-    """A bar with bytes, rate, time left, workers and connections; a spinner while the size is unknown.
+    """A bar with bytes, rate, time left and workers; a spinner while the size is unknown.
 
     Redrawn from the loop (rich's own thread is off). On what is no terminal rich draws nothing until the end, so a
     line is written there for each tenth instead.
@@ -80,5 +80,5 @@ class BarDisplay:
         left = self._meter.seconds_left(status.size)
         if left is not None:
             parts.append(f"ETA {format_seconds(left)}")
-        parts.append(f"{status.workers} workers, {status.connections} connections")
+        parts.append("1 worker" if status.workers == 1 else f"{status.workers} workers")
         return "  ".join(parts)

@@ -25,7 +25,7 @@ def done(count: int, size: int | None = 100 * MIB) -> Status:
     return done_of(count, size)
 
 
-def test_the_bar_shows_bytes_rate_time_left_workers_and_connections() -> None:
+def test_the_bar_shows_bytes_rate_time_left_and_workers() -> None:
     console, out = terminal()
     display = BarDisplay(0.0, console)
     display.show(done(0), 0.0)
@@ -33,7 +33,7 @@ def test_the_bar_shows_bytes_rate_time_left_workers_and_connections() -> None:
     display.close()
     shown = out.getvalue()
     assert "copying" in shown
-    assert "25 MiB/100 MiB  5 MiB/s  ETA 15.0 s  2 workers, 4 connections" in shown
+    assert "25 MiB/100 MiB  5 MiB/s  ETA 15.0 s  2 workers" in shown
 
 
 def test_an_unknown_size_has_neither_end_nor_time_left() -> None:
@@ -41,7 +41,7 @@ def test_an_unknown_size_has_neither_end_nor_time_left() -> None:
     display = BarDisplay(0.0, console)
     display.show(done(25 * MIB, size=None), 5.0)
     display.close()
-    assert "25 MiB  5 MiB/s  2 workers, 4 connections" in out.getvalue()
+    assert "25 MiB  5 MiB/s  2 workers" in out.getvalue()
     assert "ETA" not in out.getvalue()
 
 
