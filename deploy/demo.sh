@@ -6,7 +6,7 @@ set -eu
 IMAGE_MIB=${IMAGE_MIB:-384}
 FILES_MIB=${FILES_MIB:-240}
 WORKERS=${WORKERS:-4}
-RATE=${RATE:-1200M} # bits per second per source connection: slow enough to watch the bar
+RATE=${RATE:-240M} # bits per second of each source connection: slow enough to watch the bar
 
 top=$(cd "$(dirname "$0")/.." && pwd)
 nbdshard=$top/.venv/bin/nbdshard
