@@ -10,7 +10,7 @@ BIN := .venv/bin
 STAMPS := .cache/stamps
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long check fuzz simulate bench format venv clean
+.PHONY: help demo test test-long check fuzz simulate format venv clean
 
 help:
 	@echo 'make demo       copy a real ext4 image between two NBD servers with several workers, and check the copy'
@@ -30,7 +30,7 @@ test: $(STAMPS)/packages-test .venv/installed-dev
 test-long: $(STAMPS)/packages-test .venv/installed-dev
 	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m long --timeout 1800 $(ARGS)
 
-check: .venv/installed-dev
+check: $(STAMPS)/packages-test .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
