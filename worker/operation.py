@@ -80,9 +80,12 @@ class Operation:
         self.parts_left = 0
         self.parts_unsent = 0
 
+    def __str__(self) -> str:
+        return f"lease {self.lease.lease}, {self.where}"
+
     def advance(self, event: OperationEvent) -> None:
         """Follow the table. Raises IllegalEvent, with nothing changed, where it has no entry."""
-        self.state = next_state(self.state, event, f"lease {self.lease.lease}, {self.where}")
+        self.state = next_state(self.state, event, self)
 
 
 class Part:

@@ -97,9 +97,9 @@ TRANSITIONS: dict[tuple[OperationState, OperationEvent], OperationState] = {
 }
 
 
-def next_state(state: OperationState, event: OperationEvent, story: str = "") -> OperationState:
+def next_state(state: OperationState, event: OperationEvent, story: object = "") -> OperationState:
     """Where `event` leads from `state`. Raises IllegalEvent where the table has no entry."""
     try:
         return TRANSITIONS[state, event]
     except KeyError:
-        raise IllegalEvent("operation", state.name, event.name, story) from None
+        raise IllegalEvent("operation", state.name, event.name, str(story)) from None
