@@ -1,9 +1,10 @@
 """The crew: who is there, who has how many of the job's connections, and when to look at whom. Pure.
 
 Connections are a budget per side. Until the ends are known one worker, the scout, gets one connection to either side:
-a server may take one only, and a small copy needs no more. All others stand by with none. The plan then says how many workers are useful (`active_max`) and what the
-budget really is; those who stand by are given shares as long as there is some, and again when a worker has left.
-Where the destination takes one writer only, it has the whole budget, and its role moves when it is known gone.
+a server may take one only, and a small copy needs no more. All others stand by with none. The plan then says how many
+workers are useful (`active_max`) and what the budget really is; those who stand by are given shares as long as there
+is some, and again when a worker has left. Where the destination takes one writer only, it has the whole budget, and
+its role moves when it is known gone.
 """
 
 from __future__ import annotations
