@@ -66,10 +66,10 @@ $(STAMPS)/packages-%: deploy/packages.sh
 
 .venv/installed: pyproject.toml | .venv/pyvenv.cfg
 	@echo 'installing nbdshard and its dependencies into .venv'
-	@$(BIN)/pip install -q --disable-pip-version-check -e .
+	@$(BIN)/pip install -qq --disable-pip-version-check -e .
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/pyvenv.cfg
 	@echo 'installing nbdshard, its dependencies and its development tools into .venv'
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch .venv/installed $@
