@@ -112,11 +112,16 @@ def test_a_worker_inherits_the_streams_it_copies(tmp_path: Path, capfd: pytest.C
     assert capfd.readouterr().out == "bytes of a stream"
 
 
+def sleeping_children() -> list[int]:
+    return [pid for pid in processes.children(os.getpid()) if processes.command_line(pid) == "sleep 100"]
+
+
 def test_workers_stay_in_our_process_group_for_ctrl_z(tmp_path: Path) -> None:
     launcher = Launcher(standing_in(tmp_path, "exec sleep 100"))
     try:
         launcher.start()
-        (pid,) = [pid for pid in processes.children(os.getpid()) if processes.command_line(pid)]
+        # While the shell becomes the sleep, the process has no command line: wait for the sleep itself.
+        (pid,) = wait_for("the worker to sleep", sleeping_children)
         assert os.getpgid(pid) == os.getpgid(0)
     finally:
         launcher.close(0)
