@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,23 @@ from support.waiting import wait_for
 
 SEED_VARIABLE = "NBDSHARD_SEED"
 LEAK_SECONDS = 5.0
+TEMPORARY_FOLDER_VARIABLE = "PYTEST_DEBUG_TEMPROOT"  # where pytest makes each test's tmp_path
+
+
+def pytest_configure() -> None:
+    """Keep tmp_path off memory: a tmpfs cannot zero ranges, drop its page cache or refuse a size as disks do."""
+    if _file_system(tempfile.gettempdir()) == "tmpfs" and _file_system("/var/tmp") != "tmpfs":
+        os.environ.setdefault(TEMPORARY_FOLDER_VARIABLE, "/var/tmp")
+
+
+def _file_system(folder: str) -> str:
+    """The type of the file system that holds `folder`, as /proc/self/mountinfo names it (proc(5)); "" if unknown."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for mount in Path("/proc/self/mountinfo").read_text().splitlines():
+        if mount.split()[2] == number:
+            return mount.partition(" - ")[2].split()[0]
+    return ""
 
 
 def pytest_report_header() -> str:
