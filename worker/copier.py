@@ -178,7 +178,7 @@ class Copier:
 
     def _begin_next(self, source: Source) -> bool:
         """Begin the next read on `source`; zeroes met on the way are noted. False when there is nothing to read."""
-        for lease in self.leases.values():
+        for lease in list(self.leases.values()):  # one that has expired may go while its zeroes are issued
             while not lease.abandoned and (piece := lease.next_piece(self.shape.request_size)):
                 if not piece.zero:
                     self._begin_read(source, lease, piece.where)

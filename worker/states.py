@@ -85,6 +85,8 @@ TRANSITIONS: dict[tuple[OperationState, OperationEvent], OperationState] = {
     (_S.ZEROING, _E.ZERO_FAILED): _S.ZEROING,
     # The server refused to zero at all: zeroes are written as data instead.
     (_S.ZEROING, _E.WRITE_FAILED): _S.WRITING,
+    # ... and another request of the same run, sent before that was known, fails in its turn.
+    (_S.WRITING, _E.ZERO_FAILED): _S.WRITING,
     (_S.CONFIRMING, _E.CONFIRMED): _S.EMPTY,
     # All of the payload was zeroes, and they joined the zeroes of the range; or the range was given up.
     (_S.REQUESTING, _E.DROPPED): _S.EMPTY,
