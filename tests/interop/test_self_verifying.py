@@ -9,7 +9,6 @@ import pytest
 from support import images
 from support.command import copy
 from support.servers import nbdkit
-from support.sides import RINGS
 
 
 def test_sparse_random_is_copied_onto_itself(ring: str) -> None:
@@ -31,17 +30,11 @@ def test_many_small_runs_of_random_content_are_copied_onto_themselves(ring: str)
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ring", RINGS[:1])
-def test_a_hundred_gibibytes_of_sparse_random_are_copied_onto_themselves(ring: str) -> None:
-    with nbdkit("sparse-random", size="100G", seed="4", percent="1") as server:
-        copy("--ring", ring, "--workers", "2", server.uri, server.uri, timeout=280).succeeded()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("ring", RINGS)
-def test_a_hundred_gibibytes_with_ten_of_data_are_copied_onto_themselves(ring: str) -> None:
-    with nbdkit("sparse-random", size="100G", seed="5") as server:
-        copy("--ring", ring, "--workers", "2", server.uri, server.uri, timeout=1700).succeeded()
+def test_a_hundred_gibibytes_are_copied_onto_themselves(ring: str) -> None:
+    """A tenth is data: ten seconds where nothing else runs."""
+    with nbdkit("sparse-random", size="100G", seed="4") as server:
+        outcome = copy("--ring", ring, "--workers", "2", server.uri, server.uri, timeout=280).succeeded()
+    assert "GiB zeroed" in outcome.last_line
 
 
 def test_checkwrite_sees_only_writes_of_what_is_there(tmp_path: Path, ring: str) -> None:
