@@ -46,6 +46,7 @@ class Crew:
         self._lost = lost
         self._connector = connector
         self._members: list[_Member] = []
+        self._is_ending = False  # nothing is opened any more
         self._now = 0.0
 
     def want(self, assign: Assign, now: float) -> None:
@@ -59,6 +60,8 @@ class Crew:
             self._open_rest()
 
     def _open_rest(self) -> None:
+        if self._is_ending:
+            return  # whoever was told of the first pair did not like it
         wanted: dict[Side, int] = {
             "source": self._assign.source_connections,
             "destination": self._assign.destination_connections,
@@ -123,7 +126,8 @@ class Crew:
             member.connection.tick(now)
 
     def disconnect(self, *, at_once: bool) -> None:
-        """End every connection, softly (what was asked is awaited) or at once."""
+        """End every connection, softly (what was asked is awaited) or at once, and open no more."""
+        self._is_ending = True
         for member in self._members:
             if at_once:
                 member.connection.close()
