@@ -281,6 +281,11 @@ class Worker:
             for each_side, each in crew.ready():
                 self._join(self._copier, each_side, each)
         else:
+            try:
+                self._check_likeness(assign, side, connection, crew)
+            except UserError as error:
+                self._open_failed(error, side)
+                return
             self._join(self._copier, side, connection)
         self._outbox.append(self._report_opened(assign, crew))
 
@@ -303,6 +308,14 @@ class Worker:
                 raise UserError(
                     "differs from what the job's other workers found (size, flags or block sizes)", found.peer
                 )
+
+    def _check_likeness(self, assign: Assign, side: Side, connection: OpenConnection, crew: Crew) -> None:
+        """Refuse to go on when a further connection leads to something else than the first one to that side."""
+        source, destination = crew.first_pair() or _bug("no connection is up")
+        first, grows = (source, False) if side == "source" else (destination, assign.destinations[0].kind == "file")
+        found = connection.description
+        if not found.agrees_with(first.description, any_size=grows):
+            raise UserError("differs from one connection to the next (size, flags or block sizes)", found.peer)
 
     def _report_opened(self, assign: Assign, crew: Crew) -> Opened:
         source, destination = crew.first_pair() or _bug("no connection is up")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
 
 from support import images
 from support.command import copy
-from support.doubles import CAN_MULTI_CONN, CMD_READ, CMD_WRITE, Double, double
+from support.doubles import CAN_MULTI_CONN, CMD_READ, CMD_WRITE, INFO_EXPORT, REP_ACK, REP_INFO, Double, Talk, double
 from support.servers import nbdkit, qemu_nbd
 
 SIZE = 32 * images.MIB
@@ -74,3 +75,25 @@ def test_a_server_that_takes_one_client_at_a_time_is_copied(tmp_path: Path, sour
     with nbdkit("file", str(source_image), "serialize=connections", filters=["noparallel"], flags=["-r"]) as server:
         copy("--ring", ring, "--workers", "2", server.uri, destination, timeout=100).succeeded()
     images.assert_identical(source_image, destination)
+
+
+class _Shrinks(Double):
+    """Half as large on every connection but the first."""
+
+    def inform(self, talk: Talk, option: int) -> None:
+        size = len(self.content) // (1 if talk.number == 1 else 2)
+        talk.reply_to_option(option, REP_INFO, struct.pack(">HQH", INFO_EXPORT, size, self.flags))
+        talk.reply_to_option(option, REP_ACK)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_export_that_is_another_on_the_next_connection_fails_the_copy_in_one_line(
+    ring: str, side: str, workers: int
+) -> None:
+    ends = {"source": Double(bytearray(SIZE)), "destination": Double(bytearray(SIZE))}
+    ends[side] = _Shrinks(bytearray(SIZE))
+    with double(ends["source"]) as one, double(ends["destination"]) as two:
+        outcome = copy("--ring", ring, "-C", "4", "--workers", str(workers), one, two)
+    outcome.failed(1, saying=[side, "differs from"])
+    assert "internal error" not in outcome.err
