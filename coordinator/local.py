@@ -139,13 +139,23 @@ def _standard(descriptor: int, side: Side, access: int, source: LocalEnd | None)
         facts = os.fstat(descriptor)
     except OSError:
         raise UserError(f"{name} is closed", "-") from None
+    if not _allows(descriptor, access):
+        raise UserError(f"{name} is closed", "-")  # or opened for the other direction, which is of no more use
     path = _path_of(descriptor, facts, access)
     if path is not None:
         return open_source(path) if side == "source" else open_destination(path, source)
     if stat.S_ISDIR(facts.st_mode):
         raise UserError(f"{name} is a directory", "-")
+    if side == "destination":
+        _check_different("-", facts, source)
     address = EndpointAddress(kind="stream", address=str(descriptor))
     return LocalEnd(side, Sort.STREAM, address, None, descriptor, facts)
+
+
+def _allows(descriptor: int, access: int) -> bool:
+    import fcntl
+
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE in (access, os.O_RDWR)
 
 
 def _path_of(descriptor: int, facts: os.stat_result, access: int) -> str | None:
@@ -157,8 +167,7 @@ def _path_of(descriptor: int, facts: os.stat_result, access: int) -> str | None:
 
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISBLK(facts.st_mode)):
         return None
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if flags & os.O_APPEND or flags & os.O_ACCMODE not in (access, os.O_RDWR):
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
         return None
     if os.lseek(descriptor, 0, os.SEEK_CUR) != 0:
         return None
@@ -241,8 +250,8 @@ def _check_device_writable(path: str, descriptor: int) -> None:
 
 
 def _check_different(path: str, facts: os.stat_result, source: LocalEnd | None) -> None:
-    """Refuse a destination which is the source, by whatever name."""
-    if source is None or source.sort is Sort.STREAM:
+    """Refuse a destination which is the source, by whatever name. Two ends of one pipe or terminal are two things."""
+    if source is None or not (stat.S_ISREG(facts.st_mode) or stat.S_ISBLK(facts.st_mode)):
         return
     same_inode = (facts.st_dev, facts.st_ino) == (source.facts.st_dev, source.facts.st_ino)
     same_device = source.sort is Sort.BLOCK and stat.S_ISBLK(facts.st_mode) and facts.st_rdev == source.facts.st_rdev

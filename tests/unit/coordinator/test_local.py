@@ -273,6 +273,25 @@ def test_a_file_opened_for_appending_is_a_stream(tmp_path: Path) -> None:
         assert local.standard_output(None).sort is Sort.STREAM
 
 
+def test_a_source_that_is_also_appended_to_is_refused(image: Path, opened: contextlib.ExitStack) -> None:
+    first = source(opened, image)
+    with (
+        open_file(image, os.O_WRONLY | os.O_APPEND) as descriptor,
+        standing_in(1, descriptor),
+        pytest.raises(UserError, match="source and destination are the same"),
+    ):
+        local.standard_output(first)
+
+
+@pytest.mark.parametrize(
+    ("number", "flags", "line"),
+    [(0, os.O_WRONLY, "-: standard input is closed"), (1, os.O_RDONLY, "-: standard output is closed")],
+)
+def test_a_stream_open_for_the_other_direction_is_refused(image: Path, number: int, flags: int, line: str) -> None:
+    with open_file(image, flags) as descriptor, standing_in(number, descriptor), pytest.raises(UserError, match=line):
+        local.standard_input() if number == 0 else local.standard_output(None)
+
+
 def test_a_file_redirected_to_both_sides_is_refused(image: Path, opened: contextlib.ExitStack) -> None:
     first = source(opened, image)
     with (
