@@ -73,13 +73,21 @@ def write_in_time(descriptor: int, line: bytes, patience_seconds: float) -> bool
 
     A pipe that nobody reads must not hold up the work. Never raises.
     """
+    try:
+        return takes_more(descriptor, patience_seconds) and os.write(descriptor, line) == len(line)
+    except OSError:  # the reader has gone
+        return False
+
+
+def takes_more(descriptor: int, patience_seconds: float = 0.0) -> bool:
+    """Whether something can be written to `descriptor` at once, or within `patience_seconds`. Never raises."""
     poller = select.poll()
     poller.register(descriptor, select.POLLOUT)
     try:
         ready = poller.poll(patience_seconds * 1000)
-        return bool(ready) and bool(ready[0][1] & select.POLLOUT) and os.write(descriptor, line) == len(line)
-    except OSError:  # the reader has gone
+    except OSError:
         return False
+    return bool(ready) and bool(ready[0][1] & select.POLLOUT)
 
 
 def _write(level: Level, text: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import suppress
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
@@ -15,8 +18,9 @@ from nbdshard.coordinator.progress import Meter
 class BarDisplay:
     """A bar with bytes, rate, time left and workers; a spinner while the size is unknown.
 
-    Redrawn from the loop (rich's own thread is off). On what is no terminal rich draws nothing until the end, so a
-    line is written there for each tenth instead.
+    Redrawn from the loop (rich's own thread is off), which must not wait for a terminal stopped by Ctrl-S: then nothing
+    is drawn. On what is no terminal, or a dumb one, rich draws nothing until the end, so a line is written there for
+    each tenth instead.
     """
 
     def __init__(self, now: float, console: Console | None = None) -> None:
@@ -25,6 +29,7 @@ class BarDisplay:
         self._due = now
         self._tenths = -1
         self._closed = False
+        self._animated = self._console.is_interactive
         columns = (
             SpinnerColumn(finished_text=" "),
             TextColumn("{task.description}"),
@@ -33,8 +38,6 @@ class BarDisplay:
         )
         self._progress = Progress(*columns, console=self._console, auto_refresh=False, transient=True, expand=True)
         self._task = self._progress.add_task("opening", total=None, figures="")
-        if self._console.is_terminal:
-            self._progress.start()
 
     def due(self) -> float:
         return self._due
@@ -47,7 +50,7 @@ class BarDisplay:
         self._draw(status)
 
     def end(self, status: Status, outcome: Outcome, now: float) -> None:
-        if outcome.verdict is Verdict.COMPLETE and not self._console.is_terminal:
+        if outcome.verdict is Verdict.COMPLETE and not self._animated:
             self._meter.take(status, now)
             self._draw_line(status, "done", format_bytes(self._meter.done))
         self.close()
@@ -55,17 +58,31 @@ class BarDisplay:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._progress.stop()
+            if self._animated:  # elsewhere it was not started, and would end with an empty line
+                with suppress(OSError):  # the terminal has gone
+                    self._progress.stop()
 
     def _draw(self, status: Status) -> None:
         figures = self._figures(status)
-        if not self._console.is_terminal:
+        if not self._animated:
             self._draw_line(status, status.phase, figures)
+            return
+        if self._closed or not self._takes_more():
             return
         self._progress.update(
             self._task, description=status.phase, total=status.size, completed=self._meter.done, figures=figures
         )
-        self._progress.refresh()
+        try:
+            self._progress.start()  # the first time
+            self._progress.refresh()
+        except OSError:  # the terminal has gone, and a copy that outlives it goes on
+            self.close()
+
+    def _takes_more(self) -> bool:
+        try:
+            return logs.takes_more(self._console.file.fileno())
+        except io.UnsupportedOperation:  # not a file of the system's
+            return True
 
     def _draw_line(self, status: Status, phase: str, figures: str) -> None:
         tenths = self._meter.done * 10 // status.size if status.size else 0

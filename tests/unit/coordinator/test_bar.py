@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import termios
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,7 +22,9 @@ MIB = 1 << 20
 
 def terminal() -> tuple[Console, io.StringIO]:
     out = io.StringIO()
-    return Console(file=out, force_terminal=True, width=140, color_system=None, legacy_windows=False), out
+    return Console(
+        file=out, force_terminal=True, force_interactive=True, width=140, color_system=None, legacy_windows=False
+    ), out
 
 
 def done(count: int, size: int | None = 100 * MIB) -> Status:
@@ -66,6 +72,62 @@ def test_the_bar_goes_and_the_cursor_comes_back_at_the_end() -> None:
     assert shown.endswith("\x1b[2K")  # the line it stood on is clean
     display.close()
     assert out.getvalue() == shown
+
+
+@contextlib.contextmanager
+def real_terminal() -> Iterator[tuple[Console, int, int]]:
+    """A console on a terminal, and the terminal's two ends: what is drawn on the second can be read from the first."""
+    control, end = os.openpty()
+    try:
+        with contextlib.suppress(OSError), open(end, "w", closefd=False) as file:
+            yield Console(file=file, force_terminal=True, force_interactive=True, width=80), control, end
+    finally:
+        os.close(end)
+        with contextlib.suppress(OSError):
+            os.close(control)
+
+
+def test_a_terminal_stopped_by_ctrl_s_does_not_hold_up_the_copy() -> None:
+    """If it did this test would hang: a terminal takes no byte while it is stopped."""
+    with real_terminal() as (console, control, end):
+        display = BarDisplay(0.0, console)
+        display.show(done(0), 0.0)
+        assert b"copying" in os.read(control, 65536)
+        termios.tcflow(end, termios.TCOOFF)
+        for second in range(1, 100):
+            display.show(done(second * MIB), float(second))
+        termios.tcflow(end, termios.TCOON)
+        display.show(done(99 * MIB), 100.0)
+        assert b"99 MiB/100 MiB" in os.read(control, 65536)
+        display.close()
+
+
+def test_a_copy_outlives_the_terminal_it_was_started_on() -> None:
+    with real_terminal() as (console, control, _):
+        display = BarDisplay(0.0, console)
+        display.show(done(0), 0.0)
+        os.close(control)
+        display.show(done(MIB), 1.0)
+        display.show(done(2 * MIB), 2.0)
+        display.end(done(100 * MIB), OUTCOME, 3.0)
+
+
+def test_what_is_no_terminal_gets_no_other_line(capfd: pytest.CaptureFixture[str]) -> None:
+    out = io.StringIO()
+    display = BarDisplay(0.0, Console(file=out, force_terminal=False))
+    display.show(done(MIB), 1.0)
+    display.end(done(100 * MIB), OUTCOME, 10.0)
+    assert out.getvalue() == ""
+    assert len(capfd.readouterr().err.splitlines()) == 2
+
+
+def test_a_dumb_terminal_gets_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    out = io.StringIO()
+    display = BarDisplay(0.0, Console(file=out, force_terminal=True, force_interactive=False))
+    display.show(done(35 * MIB), 1.0)
+    display.close()
+    assert out.getvalue() == ""
+    assert capfd.readouterr().err.startswith("nbdshard: copying 30 %")
 
 
 def test_what_is_no_terminal_gets_a_line_for_each_tenth(capfd: pytest.CaptureFixture[str]) -> None:
