@@ -14,6 +14,7 @@ from nbdshard.cli.options import (
     add_worker_count,
     worker_count,
 )
+from nbdshard.cli.standard_streams import tell
 
 USAGE: Final = "nbdshard copy [OPTIONS] SOURCE DESTINATION"
 EPILOG: Final = """\
@@ -51,7 +52,7 @@ class _Version(argparse.Action):
     """Print the version and exit; nbdcopy has it as an option."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(version_line())
+        tell(version_line())
         parser.exit()
 
 
@@ -64,5 +65,5 @@ class _OptionNames(argparse.Action):
         is_long = option == "--long-options"
         for name in sorted(name for action in parser._actions for name in action.option_strings):
             if name.startswith("--") == is_long and not name.endswith("-options"):
-                print(name)
+                tell(name)
         parser.exit()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+from nbdshard.cli.standard_streams import tell
 from nbdshard.common.errors import UserError
 from nbdshard.common.units import parse_size
 
@@ -74,6 +75,10 @@ class Parser(argparse.ArgumentParser):
         )
         self.value_unless_given: dict[str, str] = {}  # options with an optional value -> what it is without
         self.add_argument("-h", "--help", action="help", help="print this help and exit")
+
+    def print_help(self, file: object = None) -> None:
+        """Print the help on standard output; argparse would not mind if that failed."""
+        tell(self.format_help(), end="")
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError where argparse would print its usage and exit."""

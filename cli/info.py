@@ -9,6 +9,7 @@ from typing import Final
 
 from nbdshard.cli.grammar import EXIT_OK, Parser
 from nbdshard.cli.options import add_operands, parse_one_operand
+from nbdshard.cli.standard_streams import tell
 from nbdshard.common.blocking import Findings, inspect, list_exports
 from nbdshard.common.endpoints import NbdEndpoint
 from nbdshard.common.errors import UserError
@@ -53,9 +54,9 @@ def run(args: Namespace) -> int:
         return EXIT_OK
     findings = inspect(endpoint.uri, endpoint.text)
     if args.json:
-        print(json.dumps(as_json(endpoint.text, findings), indent=2))
+        tell(json.dumps(as_json(endpoint.text, findings), indent=2))
     else:
-        print("\n".join(as_lines(endpoint.text, findings)))
+        tell("\n".join(as_lines(endpoint.text, findings)))
     return EXIT_OK
 
 
@@ -115,7 +116,7 @@ def _contexts(findings: Findings) -> list[str]:
 def _print_list(args: Namespace, uri: str, exports: Sequence[tuple[str, str]]) -> None:
     if args.json:
         entries = [{"name": name, "description": description} for name, description in exports]
-        print(json.dumps({"uri": uri, "exports": entries}, indent=2))
+        tell(json.dumps({"uri": uri, "exports": entries}, indent=2))
         return
     for name, description in exports:
-        print(f"{name}\t{description}" if description else name)
+        tell(f"{name}\t{description}" if description else name)

@@ -6,6 +6,7 @@ from argparse import Namespace
 from typing import Final
 
 from nbdshard.cli.grammar import EXIT_OK, Parser
+from nbdshard.cli.standard_streams import tell
 
 USAGE: Final = "nbdshard keygen [--dir DIR] NAME"
 EPILOG: Final = """\
@@ -31,6 +32,6 @@ def run(args: Namespace) -> int:
 
     pair = KeyPair.generate()
     secret, public = write_key_files(args.dir, args.name, pair)
-    print(f"{secret}: the secret key; keep it here and private")
-    print(f"{public}: the public key {pair.public}; give it to the other side")
+    tell(f"{secret}: the secret key; keep it here and private")
+    tell(f"{public}: the public key {pair.public}; give it to the other side")
     return EXIT_OK

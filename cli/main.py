@@ -35,6 +35,7 @@ from nbdshard.cli.grammar import (
     UsageError,
     version_line,
 )
+from nbdshard.cli.standard_streams import fill_gaps, flush_output, silence_output, tell
 from nbdshard.common.errors import BugError, NbdshardError
 from nbdshard.common.logs import printable
 
@@ -76,9 +77,10 @@ class Subcommand(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name) and return the exit code."""
+    fill_gaps()
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        flush_output()
     except UsageError as error:
         return _say(str(error), EXIT_USAGE)
     except BugError as error:
@@ -89,10 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = getattr(interrupt, "number", signal.SIGINT)  # of coordinator.signals.Interrupted
         return _say("interrupted", EXIT_SIGNAL + number)
     except BrokenPipeError:
-        _silence_standard_output()
+        silence_output()
         return EXIT_BROKEN_PIPE
-    except SystemExit as exit_:  # argparse's --help
-        return exit_.code if isinstance(exit_.code, int) else EXIT_OK
     except Exception as error:
         return _internal_error(error)
     return code
@@ -108,19 +108,21 @@ def _dispatch(argv: list[str]) -> int:
         raise UsageError("no subcommand; try 'nbdshard --help'")
     name, words = argv[0], argv[1:]
     if name in ("-h", "--help", "help"):
-        print(HELP)
+        tell(HELP)
         return EXIT_OK
     if name in ("-V", "--version"):
-        print(version_line())
+        tell(version_line())
         return EXIT_OK
     if name not in SUBCOMMANDS:
         what = "option" if name.startswith("-") else "subcommand"
         raise UsageError(f"unknown {what} {name!r}", advice=f"known are {', '.join(SUBCOMMANDS)}")
     subcommand = load(name)
     parser = subcommand.build_parser(f"nbdshard {name}")
-    if isinstance(parser, Parser):
-        return subcommand.run(parser.parse_words(words))
-    return subcommand.run(parser.parse_args(words))
+    try:
+        args = parser.parse_words(words) if isinstance(parser, Parser) else parser.parse_args(words)
+    except SystemExit as exit_:  # --help and its like
+        return exit_.code if isinstance(exit_.code, int) else EXIT_OK
+    return subcommand.run(args)
 
 
 def _say(line: str, code: int) -> int:
@@ -138,13 +140,6 @@ def _internal_error(error: Exception) -> int:
     what = str(error) or "no text"
     hint = f"run with {DEBUG_VARIABLE}=1 for the traceback"
     return _say(f"internal error: {type(error).__name__}: {what} ({hint})", EXIT_FAILURE)
-
-
-def _silence_standard_output() -> None:
-    """Nobody reads standard output any more: let the interpreter's own last flush go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
 
 
 if __name__ == "__main__":

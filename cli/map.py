@@ -7,13 +7,13 @@ import errno
 import json
 import os
 import stat
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from typing import Final, TypeAlias
 
 from nbdshard.cli.grammar import EXIT_OK, Parser
 from nbdshard.cli.options import add_operands, parse_one_operand
+from nbdshard.cli.standard_streams import tell
 from nbdshard.common.blocking import BlockingClient
 from nbdshard.common.dial import cause_of
 from nbdshard.common.endpoints import FileEndpoint, NbdEndpoint
@@ -173,12 +173,12 @@ def _show(args: Namespace, extents: Iterable[Extent], size: int) -> None:
         _print_json({"offset": where.start, "length": where.length, **_kind(flags)} for where, flags in extents)
     else:
         for where, flags in extents:
-            print(f"{where.start:>10} {where.length:>11} {flags:>4}  {DESCRIPTIONS[flags]}")
+            tell(f"{where.start:>10} {where.length:>11} {flags:>4}  {DESCRIPTIONS[flags]}")
 
 
 def _show_totals(sums: dict[int, int], size: int) -> None:
     for flags, count in sums.items():
-        print(f"{count:>10} {100 * count / size:>5.1f}% {flags:>3} {DESCRIPTIONS[flags]}")
+        tell(f"{count:>10} {100 * count / size:>5.1f}% {flags:>3} {DESCRIPTIONS[flags]}")
 
 
 def _show_totals_json(sums: dict[int, int], size: int) -> None:
@@ -195,6 +195,6 @@ def _print_json(objects: Iterable[dict[str, object]]) -> None:
     """An array with one object a line, written as it comes."""
     separator = "["
     for entry in objects:
-        sys.stdout.write(f"{separator}\n{json.dumps(entry)}")
+        tell(f"{separator}\n{json.dumps(entry)}", end="")
         separator = ","
-    sys.stdout.write("[]\n" if separator == "[" else "\n]\n")
+    tell("[]" if separator == "[" else "\n]")
