@@ -219,8 +219,8 @@ class Worker:
             self._stop(message)
         elif isinstance(message, Noted):
             self._unnoted.pop(message.lease, None)
-        elif self._copier is not None:
-            self._to_copier(self._copier, message, now)
+        elif self._copier is not None and self.state is WorkerState.WORKING:
+            self._to_copier(self._copier, message, now)  # who leaves takes on nothing more
 
     def _to_copier(self, copier: Copier, message: FromCoordinator, now: float) -> None:
         match message:
