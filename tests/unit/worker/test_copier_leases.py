@@ -142,6 +142,7 @@ def test_nothing_is_granted_to_a_worker_that_drains() -> None:
     bench.copier.drain()
     bench.lease(0, 4096)
     assert bench.source.calls == []
+    assert bench.copier.leases == {}
 
 
 def test_an_abort_fails_every_lease() -> None:

@@ -238,3 +238,13 @@ def test_zeroing_in_several_requests_may_be_refused_in_one_and_fail_in_another()
     bench.pump(1.0)
     bench.answer_all()
     assert bench.told(Written) == [Written(JOB, EPOCH, 1, Counters(zeroed=2 * GIB))]
+
+
+def test_synchronous_zeroes_in_its_turn_before_the_next_read() -> None:
+    bench = Bench(options(synchronous=True))
+    bench.lease(0, 8 * BLOCK)
+    bench.answer(bench.source.open[0], extents=[(blocks(0, 4), STATE_ZERO), (blocks(4, 8), 0)])
+    assert bench.source.open == []
+    assert bench.target.made("zero") == [blocks(0, 4)]
+    bench.answer(bench.target.open[0])
+    assert bench.source.made("read") == [blocks(4, 8)]
