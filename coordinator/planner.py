@@ -84,8 +84,16 @@ def _check_block_minimum(side: EndpointDescription) -> None:
 
 
 def _check_stream(job: Job, destination: EndpointDescription) -> None:
-    if destination.size == 0 and not job.destination_grows:
+    if destination.size is None or job.destination_grows:
+        return
+    if destination.size == 0:
         raise UserError("the destination has no room: its size is 0", destination.peer)
+    if destination.size < destination.block_minimum:
+        raise UserError(
+            f"the destination has no room: its size of {destination.size} bytes is less than its minimum block size "
+            f"{destination.block_minimum}",
+            destination.peer,
+        )
 
 
 def _check_sizes(job: Job, source: EndpointDescription, size: int, destination: EndpointDescription) -> None:
@@ -120,7 +128,7 @@ def _plan(job: Job, source: EndpointDescription, destination: EndpointDescriptio
     size = source.size
     bound = size if size is not None else OFFSET_MAX
     if size is None and destination.size is not None and not job.destination_grows:
-        bound = destination.size
+        bound = destination.size - destination.size % destination.block_minimum  # what can be written of it
     wanted_range = None if job.range_size is None else _round_up(max(job.range_size, 1), granularity)
     connections = 1 if in_order else max(1, min(job.connections, CONNECTIONS_MAX))
     source_limit = _useful(connections if source.can_multi_conn else 1, bound, wanted_range, CONNECTION_BYTES_MIN)

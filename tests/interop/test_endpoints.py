@@ -10,6 +10,7 @@ import pytest
 
 from support import images
 from support.command import EXECUTABLE, copy, started
+from support.doubles import Double, double
 from support.servers import nbdkit, qemu_nbd
 
 SIZE = 3 * images.MIB + 511
@@ -81,6 +82,22 @@ def test_standard_input_longer_than_the_destination_fails(tmp_path: Path, ring: 
     with nbdkit("file", str(destination)) as server:
         outcome = copy("--ring", ring, "-", server.uri, input=images.random_bytes(65537))
     outcome.failed(1)
+
+
+@pytest.mark.parametrize(("length", "code"), [(8191, 0), (8192, 0), (8193, 1), (10_000, 1)])
+def test_standard_input_goes_no_further_than_the_last_whole_block_of_the_destination(
+    ring: str, length: int, code: int
+) -> None:
+    """A server may export a size that is no multiple of its minimum block size: its tail cannot be written."""
+    target = Double(bytearray(b"\xee" * 10_000), blocks=(4096, 4096, 1 << 20))
+    data = images.random_bytes(length)
+    with double(target) as uri:
+        outcome = copy("--ring", ring, "-", uri, input=data)
+    assert outcome.code == code, str(outcome)
+    if code == 0:
+        assert target.content == data + b"\xee" * (10_000 - length)
+    else:
+        outcome.failed(1, saying=["destination", "smaller than the source"])
 
 
 def test_a_reader_that_goes_away_fails_the_copy_without_noise(source_image: Path, ring: str) -> None:

@@ -142,6 +142,14 @@ def test_a_stream_source_is_bounded_by_the_destination() -> None:
     assert check_job(job(), STREAM, server(10 * MIB)).bound == 10 * MIB
 
 
+def test_a_stream_is_not_let_into_the_unwritable_tail_of_the_destination() -> None:
+    assert check_job(job(), STREAM, server(10_000, block_minimum=4096)).bound == 8192
+
+
+def test_a_stream_into_less_than_one_block_is_refused() -> None:
+    assert "4095 bytes is less than its minimum block size 4096" in refusal(STREAM, server(4095, block_minimum=4096))
+
+
 def test_a_stream_into_a_file_is_not_bounded_by_its_old_size() -> None:
     assert check_job(job(destination_grows=True), STREAM, server(10)).bound == OFFSET_MAX
 
