@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,12 @@ from support.doubles import (
     CMD_TRIM,
     CMD_WRITE,
     CMD_WRITE_ZEROES,
+    EINVAL,
+    EIO,
     HOLE,
+    INFO_EXPORT,
+    REP_ACK,
+    REP_INFO,
     Double,
     Request,
     Talk,
@@ -24,6 +30,7 @@ from support.doubles import (
 from support.servers import nbdkit, qemu_nbd
 
 SIZE = 6 * images.MIB
+GIB = 1 << 30
 NO_HOLE = 2
 
 
@@ -145,3 +152,34 @@ def test_a_hole_that_is_not_zero_is_read(ring: str, extended: bool) -> None:
     with double(source) as one, double(target) as two:
         copy("--ring", ring, one, two).succeeded()
     assert target.content == content
+
+
+class _RefusesToZero(Double):
+    """Of a size that is never kept: cannot zero its beginning, and fails the rest once."""
+
+    failed = False
+
+    def inform(self, talk: Talk, option: int) -> None:
+        talk.reply_to_option(option, REP_INFO, struct.pack(">HQH", INFO_EXPORT, 3 * GIB, self.flags))
+        talk.reply_to_option(option, REP_ACK)
+
+    def answer(self, talk: Talk, request: Request) -> None:
+        if request.command == CMD_WRITE:
+            talk.receive(request.length)
+            talk.done(request)
+        elif request.command == CMD_WRITE_ZEROES and request.offset == 0:
+            talk.done(request, EINVAL)
+        elif request.command == CMD_WRITE_ZEROES and not self.failed:
+            self.failed = True
+            talk.done(request, EIO)
+        elif request.command == CMD_WRITE_ZEROES:
+            talk.done(request)
+        else:
+            super().answer(talk, request)
+
+
+def test_a_run_of_zeroes_refused_in_one_part_and_failed_in_another_is_written_all_the_same(ring: str) -> None:
+    with nbdkit("memory", "3G") as source, double(_RefusesToZero(bytearray(1))) as uri:
+        options = ("--ring", ring, "--range-size", "4G", "--workers", "1", "--request-size", "32M")
+        outcome = copy(*options, source.uri, uri).succeeded()
+    assert sums(outcome.last_line) == ("0 B", "3 GiB", "0 B")
