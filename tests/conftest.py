@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +20,21 @@ TEMPORARY_FOLDER_VARIABLE = "PYTEST_DEBUG_TEMPROOT"  # where pytest makes each t
 
 
 def pytest_configure() -> None:
-    """Keep tmp_path off memory: a tmpfs cannot zero ranges, drop its page cache or refuse a size as disks do."""
+    """Make the tests the same wherever they are started."""
+    _keep_off_memory()
+    _hear_ctrl_c()
+
+
+def _keep_off_memory() -> None:
+    """tmp_path must be on a disk: a tmpfs cannot zero ranges, drop its page cache or refuse a size as disks do."""
     if _file_system(tempfile.gettempdir()) == "tmpfs" and _file_system("/var/tmp") != "tmpfs":
         os.environ.setdefault(TEMPORARY_FOLDER_VARIABLE, "/var/tmp")
+
+
+def _hear_ctrl_c() -> None:
+    """What a shell starts in the background ignores SIGINT, and all it starts itself: no test of Ctrl-C would pass."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _file_system(folder: str) -> str:
