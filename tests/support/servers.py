@@ -1,4 +1,4 @@
-"""Real NBD servers in tests: each a context manager that yields once the server accepts, and kills and reaps it after.
+"""Real NBD servers in tests: each a context manager that yields once the server accepts, and stops and reaps it after.
 
 Nobody connects in order to find out whether a server is ready: a server that counts its clients (`qemu-nbd -e 2`,
 nbdkit's exitlast filter) would be disturbed. The kernel's tables say who listens.
@@ -25,6 +25,7 @@ from support.waiting import wait_for
 
 START_SECONDS = 20.0
 STOP_SECONDS = 10.0
+LEAVE_SECONDS = 0.5
 PORT_TRIES = 5
 LOG_TAIL_LINES = 20
 
@@ -48,6 +49,14 @@ class Server:
         if self.process is not None:
             self.process.wait(STOP_SECONDS)
         wait_for(f"process {self.pid} to end", lambda: not processes.alive(self.pid), STOP_SECONDS)
+
+    def stop(self) -> None:
+        """Let it remove its temporary files (nbdkit's eval keeps its scripts in one), then kill what is left."""
+        if self.process is not None:
+            processes.kill_group(self.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is stopped, or waits for a client
+                self.process.wait(LEAVE_SECONDS)
+        self.kill()
 
     def suspend(self) -> None:
         """Stop it without closing anything: a server that no longer answers."""
@@ -95,7 +104,7 @@ def running(command: Sequence[str], uri: str, accepts: Callable[[int], bool], fo
         print(f"--- {' '.join(command)}", *tail, sep="\n")
         raise
     finally:
-        server.kill()
+        server.stop()
 
 
 @contextlib.contextmanager
