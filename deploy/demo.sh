@@ -6,7 +6,7 @@ set -eu
 IMAGE_MIB=${IMAGE_MIB:-384}
 FILES_MIB=${FILES_MIB:-240}
 WORKERS=${WORKERS:-4}
-RATE=${RATE:-240M} # bits per second of each source connection: slow enough to watch the bar
+RATE=${RATE:-160M} # bits per second of each source connection: slow enough to watch the bar
 
 top=$(cd "$(dirname "$0")/.." && pwd)
 nbdshard=$top/.venv/bin/nbdshard
@@ -46,14 +46,14 @@ find /usr/share /usr/lib /usr/bin -xdev -type f -readable -size -8192k -printf '
         >"$folder/list"
 tar -C / --ignore-failed-read -cf - --verbatim-files-from -T "$folder/list" 2>/dev/null |
     tar -C "$folder/files" -xf - 2>/dev/null
+truncate -s "${IMAGE_MIB}M" "$folder/source.img" "$folder/destination.img"
 mke2fs -q -F -t ext4 -E lazy_itable_init=0 -d "$folder/files" "$folder/source.img" "${IMAGE_MIB}M"
 rm -rf "$folder/files"
-truncate -s "${IMAGE_MIB}M" "$folder/destination.img"
 echo "$(wc -l <"$folder/list") files; the image occupies $(du -m "$folder/source.img" | cut -f1) of $IMAGE_MIB MiB"
 
 step 'Starting two NBD servers: nbdkit serves the image, qemu-nbd serves an empty one'
 nbdkit -f -r -U "$folder/source.sock" --filter=rate file "$folder/source.img" \
-    connection-rate="$RATE" 2>"$folder/nbdkit.log" &
+    connection-rate="$RATE" burstiness=0.25 2>"$folder/nbdkit.log" &
 source_pid=$!
 qemu-nbd -t -f raw -e 0 -k "$folder/destination.sock" --discard=unmap "$folder/destination.img" \
     2>"$folder/qemu-nbd.log" &
