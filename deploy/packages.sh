@@ -34,13 +34,17 @@ if [ "$(id -u)" != 0 ]; then
     }
 fi
 echo "installing Debian packages:$missing"
-export DEBIAN_FRONTEND=noninteractive
 install() {
+    # A machine that has just started may hold dpkg's lock for its own updates.
     # shellcheck disable=SC2086  # a list of words
-    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing </dev/null
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        -o DPkg::Lock::Timeout=120 $missing </dev/null
 }
 # The lists may be absent (a fresh image) or name versions that the mirror no longer has: then fetch them and try again.
 install >/dev/null 2>&1 || {
     $as_root apt-get update -qq
-    install >/dev/null
+    said=$(install 2>&1) || {
+        echo "$said" >&2
+        exit 1
+    }
 }
