@@ -60,6 +60,12 @@ class Ends:
         if self._local_destination is not None:
             self._local_destination.prepare(size)
 
+    def in_users_words(self, line: str) -> str:
+        """`line`, with a server of ours called by its command instead of a socket that is gone by then."""
+        for server in self.servers:
+            line = line.replace(server.uri, server.shown)
+        return line
+
     def settle(self, outcome: Outcome) -> None:
         """A destination file that this job created stays when it has content, or might still get some."""
         from nbdshard.coordinator.job import Verdict

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, EXIT_UNFENCED
 from nbdshard.cli.options import ProgressChoice, ProgressKind
@@ -30,7 +31,8 @@ def run(setting: Setting, stack: ExitStack) -> tuple[Outcome, float]:
     stack.callback(display.close)
     ends = setting.ends
     shell = Shell(channel, setting.launcher, ends.prepare, ends.servers, display, setting.signals)
-    return run_job(_job(setting), shell), time.monotonic() - start
+    outcome = run_job(_job(setting), shell)
+    return replace(outcome, error=ends.in_users_words(outcome.error)), time.monotonic() - start
 
 
 def _job(setting: Setting) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -63,7 +64,7 @@ def dial_addresses(
         except TimeoutError:
             failure = TimedOut(peer, "connecting", seconds)
         except OSError as error:
-            failure = Unreachable(peer, cause_of(error))
+            failure = unreachable(peer, error)
     raise failure
 
 
@@ -101,6 +102,19 @@ def cause_of(error: OSError) -> str:
     return text[:1].lower() + text[1:]
 
 
+def unreachable(peer: str, error: OSError, path: str | None = None) -> Unreachable:
+    """What `error` of connect(2) means to a user; `path` is the unix socket's."""
+    if path is None:
+        hint = ": nobody listens there" if error.errno == errno.ECONNREFUSED else ""
+        return Unreachable(peer, cause_of(error) + hint)
+    if error.errno == errno.ENOENT:
+        return Unreachable(peer, f"there is no socket {path}")
+    if error.errno == errno.ECONNREFUSED:
+        return Unreachable(peer, f"nobody listens on the socket {path}")
+    # "AF_UNIX path too long" is raised by Python itself and carries no errno
+    return Unreachable(peer, f"{cause_of(error)}: {path}")
+
+
 def _getaddrinfo(host: str, port: int, flags: int) -> Sequence[AddressInfo]:
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)[:ADDRESSES_MAX]
 
@@ -121,16 +135,9 @@ def _dial_unix(path: str, peer: str, seconds: float) -> socket.socket:
     except BlockingIOError:
         connection.close()
         raise TimedOut(peer, "connecting", seconds) from None
-    except FileNotFoundError:
-        connection.close()
-        raise Unreachable(peer, f"there is no socket {path}") from None
-    except ConnectionRefusedError:
-        connection.close()
-        raise Unreachable(peer, f"nobody listens on the socket {path}") from None
     except OSError as error:
         connection.close()
-        # "AF_UNIX path too long" is raised by Python itself and carries no errno
-        raise Unreachable(peer, f"{cause_of(error)}: {path}") from None
+        raise unreachable(peer, error, path) from None
     return connection
 
 

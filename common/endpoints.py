@@ -77,7 +77,7 @@ def parse_endpoint(words: str | Sequence[str], side: Side) -> Endpoint:
         return StreamEndpoint()
     if words == "null:":
         if side == "source":
-            raise UserError("null: can only be a destination: there is nothing to read from it", "null:")
+            raise UserError("null: can only be a destination", advice="there is nothing to read from it")
         return NullEndpoint()
     if _NBD_LIKE.match(words):
         return NbdEndpoint(parse_uri(words), words)

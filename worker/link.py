@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from nbdshard.common.dial import unreachable
 from nbdshard.common.errors import ConnectionLost, NbdshardError, TimedOut, UserError
 from nbdshard.common.limits import (
     BUFFERS_PER_SEND_MAX,
@@ -176,7 +177,7 @@ class NbdLink:
             self._connect()
         else:
             self._addresses = []
-            self._pending_failure = ConnectionLost(self.peer, "connecting", os.strerror(error).lower())
+            self._pending_failure = unreachable(self.peer, OSError(error, ""), self._uri.socket)
             # Not called out of `start`: the next turn of the loop tells.
             self._ring.submit(Operation(Kind.CALL, function=lambda: None, owner=self._tell_failure))
 

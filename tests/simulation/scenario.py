@@ -59,7 +59,7 @@ _WITH_ERRORS = (Trouble.DEATHS, Trouble.LEAVES, Trouble.CUT, Trouble.STOP, Troub
 
 
 _DEAD_WORDS = {
-    Full.REFUSE: ("connecting", "refused"),
+    Full.REFUSE: ("nobody listens",),
     Full.CLOSE: ("connection lost", "greeting"),
     Full.HANG: ("timed out", "negotiating"),
     Full.IGNORE: ("timed out", "connecting"),

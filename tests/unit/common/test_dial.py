@@ -53,7 +53,7 @@ def test_a_unix_connection_blocks_without_a_time(tmp_path: Path) -> None:
 def test_a_refused_connection_is_said_in_one_line() -> None:
     with pytest.raises(Unreachable) as caught:
         dial(tcp(closed_port()), "nbd://127.0.0.1:1")
-    assert str(caught.value) == "nbd://127.0.0.1:1: connection refused"
+    assert str(caught.value) == "nbd://127.0.0.1:1: connection refused: nobody listens there"
 
 
 def test_a_missing_socket_is_named(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_path_that_is_too_long_or_no_socket_is_an_error_not_a_crash(tmp_path: 
     with pytest.raises(Unreachable, match="path too long"):
         dial(unix(tmp_path / ("x" * 120)), "peer")
     (tmp_path / "file").touch()
-    with pytest.raises(Unreachable, match=r"nobody listens|connection refused"):
+    with pytest.raises(Unreachable, match="nobody listens on the socket"):
         dial(unix(tmp_path / "file"), "peer")
 
 

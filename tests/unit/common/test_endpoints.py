@@ -47,7 +47,7 @@ def test_a_uri_is_parsed() -> None:
             "http://host/disk.img: unknown scheme 'http'; known are nbd://, nbd+unix://; "
             "for a local file of that name write ./http://host/disk.img",
         ),
-        ("null:", "null:: null: can only be a destination: there is nothing to read from it"),
+        ("null:", "null: can only be a destination; there is nothing to read from it"),
         ("", "the source is an empty word; name a URI, a file, '-' or '[ CMD ARGS ... ]'"),
         ("a\0b", "'a\\x00b': the source has a NUL byte in it"),
     ],
