@@ -68,6 +68,7 @@ FLUSH_SECONDS: Final = 30.0
 FLUSH_BYTES_PER_SECOND: Final = 10 * MIB  # plus what is unflushed at this rate, or a slow disk would be cut off
 HEARTBEAT_SECONDS: Final = 2.0
 LEASE_SECONDS: Final = 10.0
+LOCAL_LEASE_SECONDS: Final = 86_400.0  # of workers that are killed and reaped before their ranges are given away
 PROGRESS_SECONDS: Final = 0.25  # between a worker's reports of one lease
 DISCONNECT_SECONDS: Final = 2.0  # for a soft disconnect before the socket is shut down
 DRAIN_SECONDS: Final = 10.0  # for workers to finish what is on the wire after a stop was asked

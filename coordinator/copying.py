@@ -74,7 +74,7 @@ class Copying:
                 self._job.epoch,
                 granted.number,
                 granted.range,
-                self._job.lease_seconds,
+                self._job.granted_seconds,
                 granted.until_end,
             )
             self._outbox.send(worker, lease)

@@ -235,7 +235,7 @@ class Crew:
             source_connections=worker.source_share,
             destination_connections=worker.destination_share,
             heartbeat_seconds=job.heartbeat_seconds,
-            lease_seconds=job.lease_seconds,
+            lease_seconds=job.granted_seconds,
             expected_source=source,
             expected_destinations=None if destination is None else [destination],
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from nbdshard.common.limits import CONNECTIONS_DEFAULT, HEARTBEAT_SECONDS, LEASE_SECONDS
+from nbdshard.common.limits import CONNECTIONS_DEFAULT, HEARTBEAT_SECONDS, LEASE_SECONDS, LOCAL_LEASE_SECONDS
 from nbdshard.common.messages import Counters, EndpointAddress, JobOptions
 
 
@@ -26,6 +26,12 @@ class Job:
     machine: str = ""  # the coordinator's own machine id, to compare with `Hello.machine`
     lease_seconds: float = LEASE_SECONDS
     heartbeat_seconds: float = HEARTBEAT_SECONDS
+
+    @property
+    def granted_seconds(self) -> float:
+        """What workers are told. Ours are killed and reaped before their ranges are given away: their leases need no
+        end, and an end would come with every Ctrl-Z and fg."""
+        return LOCAL_LEASE_SECONDS if self.local_workers else self.lease_seconds
 
 
 class Verdict(Enum):

@@ -188,7 +188,7 @@ def without_beats(instructions: list[Instruction]) -> list[Instruction]:
     ]
 
 
-def lease(number: int, start: int, end: int, seconds: float = 10.0, *, until_end: bool = False) -> messages.Lease:
+def lease(number: int, start: int, end: int, seconds: float = 86_400.0, *, until_end: bool = False) -> messages.Lease:
     """The message that grants [start, end)."""
     return messages.Lease(UUID, EPOCH, number, Range(start, end), seconds, until_end)
 

@@ -43,12 +43,15 @@ def assign(
     worker: str,
     connections: tuple[int, int],
     expected: tuple[EndpointDescription | None, EndpointDescription | None] = (None, None),
+    lease_seconds: float = 86_400.0,
 ) -> Send:
     source, destination = expected
     destinations = None if destination is None else [destination]
     return Send(
         worker,
-        messages.Assign(UUID, EPOCH, SOURCE, [DESTINATION], OPTIONS, *connections, 2.0, 10.0, source, destinations),
+        messages.Assign(
+            UUID, EPOCH, SOURCE, [DESTINATION], OPTIONS, *connections, 2.0, lease_seconds, source, destinations
+        ),
     )
 
 
@@ -298,17 +301,17 @@ def test_a_worker_too_many_stands_by_and_takes_the_share_of_one_that_left() -> N
     stage.start()
     stage.join("a", big, big)
     stage.join("b", big, big)
-    assert stage.say("c", hello("c")) == [assign("c", (0, 0), (big, big))]
-    assert stage.say("a", goodbye("asked to leave")) == [Forget("a"), assign("c", (1, 1), (big, big))]
+    assert stage.say("c", hello("c")) == [assign("c", (0, 0), (big, big), 10.0)]
+    assert stage.say("a", goodbye("asked to leave")) == [Forget("a"), assign("c", (1, 1), (big, big), 10.0)]
 
 
 def test_others_stand_by_until_the_scout_has_opened_both_sides() -> None:
     stage = Stage(job(workers=2, connections=2, local_workers=False))
     big = server(GIB)
     stage.start()
-    assert stage.say("a", hello("a")) == [assign("a", (1, 1))]
-    assert stage.say("b", hello("b")) == [assign("b", (0, 0))]
-    assert stage.say("a", opened(big, big)) == [assign("b", (1, 1), (big, big))]
+    assert stage.say("a", hello("a")) == [assign("a", (1, 1), lease_seconds=10.0)]
+    assert stage.say("b", hello("b")) == [assign("b", (0, 0), lease_seconds=10.0)]
+    assert stage.say("a", opened(big, big)) == [assign("b", (1, 1), (big, big), 10.0)]
 
 
 def test_a_copy_too_small_for_more_workers_gives_its_one_worker_what_is_useful() -> None:

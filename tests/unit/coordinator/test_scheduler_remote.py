@@ -43,7 +43,7 @@ def test_a_silent_remote_worker_loses_its_leases_and_is_told_to_stop() -> None:
     followed = without_beats(stage.wait(10.0, "b"))
     assert followed == [
         Send("a", messages.Stop(UUID, EPOCH, "worker host-a/100 was not heard of for 10 s", now=True)),
-        Send("b", lease(3, first.range.start, first.range.end)),
+        Send("b", lease(3, first.range.start, first.range.end, 10.0)),
     ]
     # Whatever it says now, it is told again; only its Goodbye counts.
     (again,) = stage.say("a", written(first))
@@ -120,7 +120,7 @@ def test_a_job_that_was_left_by_everybody_goes_on_with_whoever_comes() -> None:
     stage.say("a", goodbye("asked to leave"))
     stage.wait(250.0)
     stage.join("b", DISK, DISK)
-    assert leases_in(stage.say("b", wanted(1))) == [lease(2, first.range.start, first.range.end)]
+    assert leases_in(stage.say("b", wanted(1))) == [lease(2, first.range.start, first.range.end, 10.0)]
 
 
 def test_a_job_without_a_completed_byte_gives_up() -> None:
