@@ -28,7 +28,7 @@ def run_worker(connect: str, *, ring: str = "auto", name: str = "", keys: Worker
     the_ring, why = open_ring(ring)
     logs.info(why)
     try:
-        channel = WorkerChannel(connect, time.monotonic(), name=name, keys=keys)
+        channel = WorkerChannel(connect, _seconds(), name=name, keys=keys)
         try:
             _work(the_ring, channel)
         finally:
@@ -39,7 +39,7 @@ def run_worker(connect: str, *, ring: str = "auto", name: str = "", keys: Worker
 
 
 def _work(ring: Ring, channel: WorkerChannel) -> None:
-    worker = Worker(ring, channel, _hello(ring, channel), time.monotonic)
+    worker = Worker(ring, channel, _hello(ring, channel), _seconds)
     _watch(ring, channel.descriptor)
     stops = 0
 
@@ -61,6 +61,11 @@ def _work(ring: Ring, channel: WorkerChannel) -> None:
             signal.signal(number, handler)
     if worker.error is not None:
         raise worker.error
+
+
+def _seconds() -> float:
+    """The monotonic clock, with the time in which the machine was suspended: leases end all the same."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _watch(ring: Ring, number: int) -> None:

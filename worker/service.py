@@ -40,6 +40,7 @@ from nbdshard.common.messages import (
     Written,
 )
 from nbdshard.common.ring import Ring
+from nbdshard.worker.clock import WorkerClock
 from nbdshard.worker.copier import Copier
 from nbdshard.worker.crew import Crew
 from nbdshard.worker.opening import OpenConnection
@@ -89,7 +90,7 @@ class Worker:
         self.error: NbdshardError | None = None
         self._ring = ring
         self._channel = channel
-        self._clock = clock
+        self._clock = WorkerClock(clock)
         self._connector = connector
         self._assign: Assign | None = None
         self._crew: Crew | None = None
@@ -98,7 +99,7 @@ class Worker:
         self._outbox: deque[FromWorker] = deque([hello])
         self._unnoted: dict[int, Written] = {}
         self._goodbye = "stopped by the coordinator"
-        now = clock()
+        now = self._clock.steady
         self._heard_at = now
         self._leave_by = 0.0
         self._next_tick = self._next_heartbeat = self._next_progress = now
@@ -107,11 +108,11 @@ class Worker:
 
     def turn(self) -> None:
         """One turn. Blocks until something happens or the next deadline, never longer."""
-        now = self._clock()
+        now = self._look()
         self._read_channel(now)
         self._look_at_clock(now)
         if self._copier is not None and self.state is not WorkerState.LOSING:
-            self._copier.pump(now)
+            self._copier.pump(self._clock.true)
             self._collect(self._copier)
         if self._crew is not None:
             self._crew.pump(now)
@@ -123,18 +124,35 @@ class Worker:
             return
         # Sending may have taken the edge off the channel's descriptor: look again before waiting for it.
         timeout = 0.0 if self._read_channel(now) else max(0.0, self._next_deadline() - now)
-        for operation in self._ring.wait(timeout):
+        self._clock.waiting(timeout)
+        completions = self._ring.wait(timeout)
+        self._look()
+        for operation in completions:
             if operation.owner is not None:
                 operation.owner(operation)
+
+    def _look(self) -> float:
+        """Look at the clock: the time for everything but leases. Nothing is sent under a lease that was slept over."""
+        now = self._clock.look()
+        if self._copier is not None:
+            self._copier.now = self._clock.true
+        if self._assign is not None and self._clock.last_stop >= self._assign.lease_seconds:
+            # What is queued would be written too, perhaps long after the job's end.
+            if self._crew is not None:
+                self._crew.disconnect(at_once=True)
+            if self.state in (WorkerState.OPENING, WorkerState.WORKING):
+                reason = f"it was stopped for {self._clock.last_stop:.0f} s, which is longer than its leases last"
+                self._open_failed(ConnectionLost("worker", "copying", reason), None)
+        return now
 
     def leave(self, reason: str) -> None:
         """Leave the job: finish what is on the wire, disconnect, say Goodbye. A second call closes at once."""
         if self.state in _LEAVING_STATES:
-            self._leave_by = self._clock()
+            self._leave_by = self._clock.steady
             return
         self._goodbye = reason
         # What was on a lost connection will never be finished: there is nothing to wait for.
-        self._leave_by = self._clock() + (0.0 if self.state is WorkerState.LOSING else DRAIN_SECONDS)
+        self._leave_by = self._clock.steady + (0.0 if self.state is WorkerState.LOSING else DRAIN_SECONDS)
         if self._copier is not None:
             self._copier.drain()
         self.state = WorkerState.DRAINING
@@ -142,7 +160,7 @@ class Worker:
     def _next_deadline(self) -> float:
         deadline = min(self._next_tick, self._next_heartbeat)
         retry = self._copier.deadline() if self._copier is not None else None
-        return deadline if retry is None else min(deadline, retry)
+        return deadline if retry is None else min(deadline, retry - self._clock.stopped_seconds)
 
     def _look_at_clock(self, now: float) -> None:
         if now >= self._next_tick:
@@ -220,18 +238,18 @@ class Worker:
         elif isinstance(message, Noted):
             self._unnoted.pop(message.lease, None)
         elif self._copier is not None and self.state is WorkerState.WORKING:
-            self._to_copier(self._copier, message, now)  # who leaves takes on nothing more
+            self._to_copier(self._copier, message)  # who leaves takes on nothing more
 
-    def _to_copier(self, copier: Copier, message: FromCoordinator, now: float) -> None:
+    def _to_copier(self, copier: Copier, message: FromCoordinator) -> None:
         match message:
             case Lease():
-                copier.grant(message, now)
+                copier.grant(message, self._clock.true)
             case Revoke():
                 copier.revoke(message.lease)
             case Flush():
                 copier.flushes.ask(message.flush)
             case AliveToo() if self._assign is not None:
-                copier.renew(now, self._assign.lease_seconds)
+                copier.renew(self._clock.true, self._assign.lease_seconds)
             case _:
                 pass
 
@@ -239,7 +257,7 @@ class Worker:
         if self.state not in _LEAVING_STATES:
             self.leave(message.reason)
         if message.now:
-            self._leave_by = self._clock()
+            self._leave_by = self._clock.steady
 
     # -- connections ---------------------------------------------------------------------------------------------------
 
@@ -276,7 +294,7 @@ class Worker:
             except UserError as error:
                 self._lost(side, connection, error)
                 return
-            self._copier = Copier(shape, assign.job, assign.epoch, self._clock())
+            self._copier = Copier(shape, assign.job, assign.epoch, self._clock.true)
             self.state = WorkerState.WORKING
             for each_side, each in crew.ready():
                 self._join(self._copier, each_side, each)
@@ -332,7 +350,7 @@ class Worker:
         """A connection failed: one of several that never came up is done without; else the worker has nothing to do."""
         crew = self._crew
         if self.state is WorkerState.DRAINING:
-            self._leave_by = self._clock()  # what was under way on it will never be finished
+            self._leave_by = self._clock.steady  # what was under way on it will never be finished
         if crew is None or self.state in _LEAVING_STATES or self.state is WorkerState.LOSING:
             return
         if crew.can_do_without(connection):
