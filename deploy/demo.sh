@@ -16,7 +16,7 @@ source_pid=''
 destination_pid=''
 
 clean_up() {
-    trap '' INT TERM
+    trap '' HUP INT PIPE TERM
     for pid in $source_pid $destination_pid; do
         kill "$pid" 2>/dev/null || true
         wait "$pid" 2>/dev/null || true
@@ -24,7 +24,9 @@ clean_up() {
     rm -rf "$folder"
 }
 trap clean_up EXIT
+trap 'exit 129' HUP
 trap 'exit 130' INT
+trap 'exit 141' PIPE # whoever read our output has left
 trap 'exit 143' TERM
 
 step() { printf '\n== %s\n' "$*"; }
