@@ -35,7 +35,7 @@ from nbdshard.cli.grammar import (
     UsageError,
     version_line,
 )
-from nbdshard.cli.standard_streams import fill_gaps, flush_output, silence_output, tell
+from nbdshard.cli.standard_streams import flush_output, prepare, silence_output, tell
 from nbdshard.common.errors import BugError, NbdshardError
 from nbdshard.common.logs import printable
 
@@ -77,7 +77,7 @@ class Subcommand(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name) and return the exit code."""
-    fill_gaps()
+    prepare()
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         flush_output()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Final
@@ -15,8 +16,8 @@ STDERR: Final = 2
 _FILLINGS: Final = ((0, os.O_WRONLY), (STDOUT, os.O_RDONLY), (STDERR, os.O_WRONLY))
 
 
-def fill_gaps() -> None:
-    """Open /dev/null in the place of standard streams that are closed. To be called before anything is opened.
+def prepare() -> None:
+    """Put /dev/null in the place of closed standard streams. To be called before anything is opened.
 
     Otherwise the next file opened gets such a number: a log line would end up in the middle of the destination.
     """
@@ -28,6 +29,8 @@ def fill_gaps() -> None:
     # Python has None in the place of a stream that was closed when it started.
     if sys.stdout is None:
         sys.stdout = open(STDOUT, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (open as long as the process)
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write is no reason to fail
     if sys.stderr is None:
         sys.stderr = open(STDERR, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 

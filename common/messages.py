@@ -20,6 +20,7 @@ from nbdshard.common.limits import MESSAGE_BYTES_MAX, TEXT_BYTES_MAX
 from nbdshard.common.ranges import Range
 
 PROTOCOL_VERSION = 1
+_NAMES = "surrogateescape"  # as os.fsdecode: the system's names are bytes
 
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -273,8 +274,8 @@ FromCoordinator: TypeAlias = Assign | Refused | Lease | Revoke | Noted | Flush |
 
 
 def encode(message: Message) -> bytes:
-    """One frame. A Range travels as the map {start, end}."""
-    return msgpack.packb(msgspec.to_builtins(message))  # type: ignore[no-any-return]
+    """One frame. A Range travels as the map {start, end}, a file's name as the bytes it has, UTF-8 or not."""
+    return msgpack.packb(msgspec.to_builtins(message), unicode_errors=_NAMES)  # type: ignore[no-any-return]
 
 
 def decode_from_worker(frame: bytes, peer: str) -> FromWorker:
@@ -304,7 +305,7 @@ def _unpack(frame: bytes, peer: str) -> Any:
     if len(frame) > MESSAGE_BYTES_MAX:
         raise ProtocolError(peer, "control message", f"{len(frame)} bytes, at most {MESSAGE_BYTES_MAX} are allowed")
     try:
-        return msgpack.unpackb(frame, strict_map_key=True)
+        return msgpack.unpackb(frame, strict_map_key=True, unicode_errors=_NAMES)
     except Exception as error:  # msgpack raises ValueError subclasses, UnicodeDecodeError and its own
         raise ProtocolError(peer, "control message", f"not msgpack: {error}") from None
 

@@ -47,6 +47,13 @@ def test_a_file_becomes_its_copy_and_one_line_sums_it_up(image: Path, tmp_path: 
     assert SUMMARY.fullmatch(line), line
 
 
+def test_files_may_have_names_that_are_no_text(image: Path, tmp_path: Path) -> None:
+    source, destination = (tmp_path / os.fsdecode(name) for name in (b"\xff", b"\xfe out"))
+    image.rename(source)
+    copy(source, destination).succeeded()
+    assert destination.read_bytes() == source.read_bytes()
+
+
 def test_servers_on_both_sides_are_started_and_stopped(tmp_path: Path) -> None:
     """`started` fails the test if one of them is left running."""
     tmp_path.chmod(0o755)

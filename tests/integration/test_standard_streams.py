@@ -119,6 +119,12 @@ def test_help_that_cannot_be_printed_is_told(args: tuple[str, ...]) -> None:
     assert outcome.err == "nbdshard: standard output: cannot be written: No space left on device\n"
 
 
+def test_a_name_that_the_locale_cannot_write_is_printed_with_escapes() -> None:
+    with nbdkit("memory", "1M", export="d%C3%BCsk") as server:
+        outcome = nbdshard("info", server.uri, env={"PYTHONIOENCODING": "ascii"}).succeeded()
+    assert "\nexport: d\\xfcsk\n" in outcome.out
+
+
 def test_a_long_map_that_cannot_be_printed_is_told(tmp_path: Path) -> None:
     """More than a buffer full: the writing fails in the middle, not at the end."""
     path = tmp_path / "image"
