@@ -13,6 +13,7 @@ from typing import Protocol
 from nbdshard.common import logs
 from nbdshard.common.errors import BugError, ConnectionLost, NbdshardError, ProtocolError, RequestError, UserError
 from nbdshard.common.limits import (
+    CHANNEL_LINGER_SECONDS,
     COORDINATOR_SILENCE_SECONDS,
     DRAIN_SECONDS,
     HEARTBEAT_SECONDS,
@@ -101,7 +102,7 @@ class Worker:
         self._goodbye = "stopped by the coordinator"
         now = self._clock.steady
         self._heard_at = now
-        self._leave_by = 0.0
+        self._leave_by = self._part_by = 0.0
         self._next_tick = self._next_heartbeat = self._next_progress = now
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ class Worker:
         self._advance(now)
         self._send()
         # A full queue must not swallow the Goodbye: without it nobody knows that we write no more.
-        if self.state is WorkerState.PARTING and (not self._outbox or now >= self._leave_by):
+        if self.state is WorkerState.PARTING and (not self._outbox or now >= self._part_by):
             self.state = WorkerState.GONE
             return
         # Sending may have taken the edge off the channel's descriptor: look again before waiting for it.
@@ -196,6 +197,7 @@ class Worker:
                 return
             if self._assign is not None:
                 self._outbox.append(Goodbye(self._assign.job, self._assign.epoch, self._goodbye))
+            self._part_by = now + CHANNEL_LINGER_SECONDS  # whoever is in a hurry: no connection is open any more
             self.state = WorkerState.PARTING
 
     def _idle(self) -> bool:
