@@ -42,9 +42,13 @@ def build_parser(prog: str) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the copy to its end, say how it ended, return the exit code."""
+    """Run the copy to its end, say how it ended, return the exit code. Raises UserError for a ring that is refused."""
     from nbdshard.cli.running import Crew, run_copy
 
+    if args.ring == "io_uring":  # said once, here, instead of by every worker
+        from nbdshard.common.ring.choose import open_ring
+
+        open_ring(args.ring)[0].close()
     return run_copy(args, Crew(count=worker_count(args), ring=args.ring))
 
 

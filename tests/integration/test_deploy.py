@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ TOP = Path(__file__).parents[2]
 PROFILE = TOP / "deploy/container/seccomp.json"
 
 
-def copy_under_profile(source: str, destination: Path, *without: str) -> subprocess.CompletedProcess[str]:
+def copy_under_profile(
+    source: str, destination: Path, *without: str, more: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     options = [word for name in without for word in ("--without", name)]
     return subprocess.run(
         [
@@ -30,6 +33,7 @@ def copy_under_profile(source: str, destination: Path, *without: str) -> subproc
             EXECUTABLE,
             "copy",
             "-v",
+            *more,
             source,
             str(destination),
         ],
@@ -59,6 +63,14 @@ def test_a_refused_io_uring_is_explained_in_one_log_line(tmp_path: Path) -> None
     with nbdkit("memory", "1M") as server:
         run = copy_under_profile(server.uri, tmp_path / "copy.img", "io_uring_setup")
     assert "ring: epoll (io_uring is refused: EPERM; a seccomp profile forbids it)" in run.stderr
+
+
+def test_an_io_uring_that_was_asked_for_and_is_refused_is_told_in_one_line(tmp_path: Path) -> None:
+    with nbdkit("memory", "1M") as server:
+        run = copy_under_profile(server.uri, tmp_path / "copy.img", "io_uring_setup", more=["--ring=io_uring"])
+    reason = "io_uring is refused: EPERM; a seccomp profile forbids it"
+    assert (run.returncode, run.stderr) == (1, f"nbdshard: --ring io_uring: {reason}; use --ring epoll\n")
+    assert not (tmp_path / "copy.img").exists()
 
 
 def test_the_profile_is_of_the_form_container_runtimes_read() -> None:
