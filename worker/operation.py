@@ -91,16 +91,18 @@ class Operation:
 class Part:
     """One write request of an operation: data out of its buffer, or zeroes.
 
-    `payload` is what is sent: None asks WRITE_ZEROES instead. `is_zero` says how it is counted.
+    `payload` is what is sent: None asks WRITE_ZEROES instead. `is_zero` says how it is counted. A part that `fills` is
+    a run of zeroes of any length to be written as data: it is cut into requests only as they find room.
     """
 
-    __slots__ = ("attempts", "is_merge", "is_zero", "operation", "payload", "where")
+    __slots__ = ("attempts", "fills", "is_merge", "is_zero", "operation", "payload", "where")
 
     def __init__(self, operation: Operation, where: Range, payload: memoryview | None, *, is_zero: bool) -> None:
         self.operation = operation
         self.where = where
         self.payload = payload
         self.is_zero = is_zero
+        self.fills = False
         self.is_merge = False  # reads the destination's last block instead of writing
         self.attempts = 0
 

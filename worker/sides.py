@@ -91,8 +91,8 @@ class Target:
         self.flushing = False
         self._copier = copier
 
-    def has_room(self, part: Part) -> bool:
-        size = part.where.length if part.payload is not None or part.is_merge else 0
+    def has_room(self, size: int) -> bool:
+        """Whether one more request with `size` bytes of payload may be sent."""
         fits = self.bytes_in_flight + size <= self.queue_size or self.bytes_in_flight == 0
         return self.active < self.requests and fits
 

@@ -43,13 +43,16 @@ class Writer:
         self.shape = shape
         self.targets: list[Target] = []
         self._owner = owner
-        self._zeroes = memoryview(bytes(shape.request_size)) if shape.zero_policy is ZeroPolicy.FILL else None
+        self._zeroes: memoryview | None = None  # one request of them, made when they are first written as data
 
     def pump(self) -> None:
         """Send what waited for room."""
         for target in self.targets:
-            while target.waiting and target.has_room(target.waiting[0]):
-                self._submit(target, target.waiting.popleft())
+            self._send(target)
+
+    def _send(self, target: Target) -> None:
+        while target.waiting and target.has_room(self._payload_size(target.waiting[0])):
+            self._submit(target, target.waiting.popleft())
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -107,10 +110,14 @@ class Writer:
         return self.targets[max(operation.source, 0) % len(self.targets)]
 
     def _queue(self, target: Target, part: Part) -> None:
-        if target.waiting or not target.has_room(part):
-            target.waiting.append(part)
-        else:
-            self._submit(target, part)
+        target.waiting.append(part)
+        self._send(target)
+
+    def _payload_size(self, part: Part) -> int:
+        """Of the next request that `part` becomes, at most."""
+        if part.fills:
+            return min(part.where.length, self.shape.request_size)
+        return part.where.length if part.payload is not None else 0
 
     def _submit(self, target: Target, part: Part) -> None:
         lease = part.operation.lease
@@ -119,7 +126,7 @@ class Writer:
         if self._owner.given_up(lease):
             self._part_over(part)
         else:
-            target.submit(part, allocated=self.shape.allocated)
+            target.submit(self._cut(target, part) if part.fills else part, allocated=self.shape.allocated)
 
     def part_done(self, target: Target, part: Part, error: RequestError | None) -> None:
         """A write, a zeroing or a merge's read was answered."""
@@ -190,27 +197,31 @@ class Writer:
     def _issue_zeroes(self, lease: LeaseWork, where: Range) -> None:
         operation = self._owner.begin(lease, where)
         operation.advance(OperationEvent.BEGIN_ZERO)
-        if self._zeroes is None:
-            parts = [Part(operation, piece, None, is_zero=True) for piece in where.split(ZERO_BYTES_MAX)]
+        if self.shape.zero_policy is ZeroPolicy.FILL:
+            parts = [Part(operation, where, None, is_zero=True)]
+            parts[0].fills = True
         else:
-            parts = self._fill_parts(operation, where)
+            parts = [Part(operation, piece, None, is_zero=True) for piece in where.split(ZERO_BYTES_MAX)]
         operation.parts_left = operation.parts_unsent = len(parts)
         target = self.targets[where.start // self.shape.request_size % len(self.targets)]
         for part in parts:
             self._queue(target, part)
 
-    def _fill_parts(self, operation: Operation, where: Range) -> list[Part]:
-        if self._zeroes is None:
-            self._zeroes = memoryview(bytes(self.shape.request_size))
-        zeroes = self._zeroes
-        pieces = where.split(self.shape.request_size)
-        return [Part(operation, piece, zeroes[: piece.length], is_zero=True) for piece in pieces]
-
     def _fill_instead(self, target: Target, part: Part) -> None:
         """The server refused to zero `part`: write zeroes as data in its place."""
-        operation = part.operation
-        parts = self._fill_parts(operation, part.where)
-        operation.parts_left += len(parts) - 1
-        operation.parts_unsent += len(parts)
-        for piece in parts:
-            self._queue(target, piece)
+        part.fills = True
+        part.operation.parts_unsent += 1
+        self._queue(target, part)
+
+    def _cut(self, target: Target, part: Part) -> Part:
+        """One request's worth of zeroes off the front of `part`; the rest of it goes on waiting, first in the queue."""
+        if self._zeroes is None:
+            self._zeroes = memoryview(bytes(self.shape.request_size))
+        operation, where, unit = part.operation, part.where, self.shape.request_size
+        end = min(where.end, (where.start // unit + 1) * unit)
+        if end < where.end:
+            part.where = Range(end, where.end)
+            operation.parts_left += 1
+            operation.parts_unsent += 1
+            target.waiting.appendleft(part)
+        return Part(operation, Range(where.start, end), self._zeroes[: end - where.start], is_zero=True)

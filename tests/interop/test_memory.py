@@ -36,3 +36,15 @@ def test_a_small_queue_keeps_a_worker_small(ring: str) -> None:
                 peak = max([peak, *(processes.resident_peak_bytes(pid) for pid in run.workers())])
             run.wait().succeeded()
     assert 0 < peak < RESIDENT_MAX + 4 * images.MIB, peak
+
+
+def test_a_long_run_of_zeroes_written_in_small_requests_keeps_a_worker_small(ring: str) -> None:
+    """A destination that cannot zero gets 131,072 writes for one run: they must not all be laid out beforehand."""
+    with nbdkit("memory", "512M") as source, nbdkit("null", "512M", filters=["nozero"]) as destination:
+        options = ("--workers", "1", "-C", "1", "--queue-size", "1M", "--request-size", "4k", "--range-size", "512M")
+        with started("copy", *options, "--ring", ring, source.uri, destination.uri) as run:
+            peak = 0
+            while run.process.poll() is None:
+                peak = max([peak, *(processes.resident_peak_bytes(pid) for pid in run.workers())])
+            run.wait().succeeded()
+    assert 0 < peak < RESIDENT_MAX + images.MIB, peak
