@@ -17,7 +17,7 @@ OPTION_REPLIES_MAX: Final = 1024  # replies to one option before the peer is hel
 OPTION_BYTES_MAX: Final = 4 * MIB  # all replies to one option together
 CONTEXTS_MAX: Final = 64  # metadata contexts one negotiation may select
 ERROR_MESSAGE_BYTES_MAX: Final = 4096  # spec: human-readable strings are at most 4096 bytes
-EXTENTS_PER_REPLY_MAX: Final = 128 * KIB  # 1 MiB (or 2 MiB extended) of descriptors; nbdkit sends at most 1 Mi of them
+EXTENTS_PER_REPLY_MAX: Final = 32 * KIB  # kept of one reply, about 6 MiB as objects; nbdkit sends at most 1 Mi of them
 CHUNKS_WITHOUT_DATA_MAX: Final = 64  # error or empty chunks in one reply before the peer is held to be babbling
 EXTENTS_ON_WIRE_MAX: Final = 1 << 20  # spec: no server should send more; those beyond the kept ones are dropped
 CHUNK_BYTES_MEAN_MIN: Final = 512  # data chunks of a read are this long on average, or the peer is babbling
@@ -48,6 +48,8 @@ LEASES_PER_WORKER: Final = 2  # the one being copied and the next, so that exten
 ATTEMPTS_PER_REQUEST: Final = 5  # tries of one read or write before its range fails
 ATTEMPTS_PER_RANGE: Final = 3  # leases of one range before the job fails
 RETRY_DELAY_SECONDS: Final = 0.05  # before the second try; doubles with each
+SEGMENTS_MAX: Final = 16 * KIB  # stretches of data and zeroes a lease knows of at a time, about 200 bytes each
+SEGMENTS_LOW: Final = KIB  # when so many are left, the next are asked for
 ZERO_RUNS_MAX: Final = 256  # runs of zeroes a lease holds back to coalesce them
 ZERO_BYTES_MAX: Final = GIB  # one WRITE_ZEROES (the length field has 32 bits)
 

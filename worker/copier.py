@@ -153,7 +153,7 @@ class Copier:
     def _ask_extents(self) -> None:
         for lease in self.leases.values():
             unknown = lease.unknown
-            if unknown is None or lease.asking or lease.abandoned:
+            if unknown is None or not lease.wants_extents or lease.abandoned:
                 continue
             if not self.shape.ask_extents:
                 lease.learn_data()

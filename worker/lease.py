@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from nbdshard.common.limits import SEGMENTS_LOW, SEGMENTS_MAX
 from nbdshard.common.messages import Counters, ErrorReport
 from nbdshard.common.nbd.constants import STATE_ZERO
 from nbdshard.common.ranges import Range, RangeSet
@@ -74,6 +75,11 @@ class LeaseWork:
         return Range(self.known_until, self.where.end) if self.known_until < self.where.end else None
 
     @property
+    def wants_extents(self) -> bool:
+        """More is to be asked, and few enough of what was learnt is left."""
+        return self.known_until < self.where.end and not self.asking and len(self.segments) <= SEGMENTS_LOW
+
+    @property
     def exhausted(self) -> bool:
         """Nothing is left to begin (what is under way may still fail, and come back as its own retry)."""
         known = self.known_until >= self.where.end and not self.segments and not self.asking
@@ -94,6 +100,7 @@ class LeaseWork:
 
         Zeroes are cut to the alignment from within, what is cut off is data. An answer that ends off the alignment is
         believed only up to there, so that the next question starts aligned; one too short for that is taken as data.
+        No more than SEGMENTS_MAX stretches are kept: what is behind them is asked again when its turn comes.
         """
         limit = min(extents[-1][0].end, self.where.end)
         if limit < self.where.end:
@@ -109,6 +116,8 @@ class LeaseWork:
                 if self.known_until < zero.start:
                     self._append(Range(self.known_until, zero.start), zero=False)
                 self._append(zero, zero=True)
+                if len(self.segments) >= SEGMENTS_MAX:
+                    return
         if self.known_until < limit:
             self._append(Range(self.known_until, limit), zero=False)
 

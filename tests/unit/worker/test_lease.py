@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdshard.common.limits import SEGMENTS_LOW, SEGMENTS_MAX
 from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO
 from nbdshard.common.ranges import Range
 from nbdshard.worker.lease import LeaseWork, Segment
@@ -199,3 +200,25 @@ def test_every_byte_comes_once_in_order_and_zeroes_are_the_blocks_called_so(
             assert piece.where.start % work.alignment == piece.where.end % work.alignment == 0
         else:
             assert piece.where.start // unit == (piece.where.end - 1) // unit  # never over a multiple of the unit
+
+
+def test_a_fragmented_lease_knows_only_so_many_stretches_at_a_time() -> None:
+    size, unit = 1 << 30, 4096
+    work = lease(0, size, alignment=512)
+    answer = [(Range.of(start, unit), ZERO if start // unit % 2 else DATA) for start in range(0, size // 4, unit)]
+    work.learn(answer)
+    assert len(work.segments) == SEGMENTS_MAX
+    assert work.unknown == Range(SEGMENTS_MAX * unit, size)
+    assert not work.wants_extents
+    taken = 0
+    while not work.wants_extents:
+        piece = work.next_piece(1 << 20)
+        assert piece is not None
+        assert piece == Segment(Range.of(taken, unit), zero=taken // unit % 2 == 1)
+        taken = piece.where.end
+    assert len(work.segments) == SEGMENTS_LOW
+    work.learn([(Range(SEGMENTS_MAX * unit, size), DATA)])
+    left = pieces(work, size)
+    assert (left[0][0], left[-1][1]) == (taken, size)
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(left))
+    assert work.exhausted
