@@ -122,6 +122,7 @@ COORDINATOR_SILENCE_SECONDS: Final = 60.0  # without a word from the coordinator
 
 # -- local files and streams ------------------------------------------------------------------------------------------
 PIPE_BYTES: Final = MIB  # asked for a pipe that is our standard input or output; /proc/sys/fs/pipe-max-size by default
+FILE_OPERATIONS_MAX: Final = RING_OPERATIONS_MAX // 2  # on a ring, before requests to files wait for room
 FILE_EXTENTS_MAX: Final = 16 * KIB  # in one answer: two system calls each, on a thread that others wait for
 CACHE_WINDOW_BYTES: Final = 8 * MIB  # looked at, written back and dropped from the page cache at a time
 CACHE_LOOK_AHEAD_BYTES: Final = 32 * MIB  # ahead of a read: further than the kernel's readahead, which may be 16 MiB

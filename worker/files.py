@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from nbdshard.common.errors import BugError, UserError
-from nbdshard.common.limits import BLOCK_BYTES_MAX_DEFAULT
+from nbdshard.common.limits import BLOCK_BYTES_MAX_DEFAULT, FILE_OPERATIONS_MAX
 from nbdshard.common.messages import EndpointDescription, Side
 from nbdshard.common.ring import Kind, Operation
 from nbdshard.worker.file_calls import NEVER, find_extents, zero_device, zero_file
@@ -82,6 +82,10 @@ class FileConnection(LocalConnection):
         self._call(function, over)
 
     # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _may_begin(self) -> bool:
+        # The ring has room for all that sockets need, but not for hundreds of requests on each of many connections.
+        return self._ring.in_flight < FILE_OPERATIONS_MAX
 
     def _begin(self, request: Request) -> None:
         match request.task:

@@ -50,6 +50,10 @@ class RingBase(ABC):
 
     # -- the contract, as far as it is the same everywhere
 
+    @property
+    def in_flight(self) -> int:
+        return len(self._held)
+
     def attach(self, number: int, *, is_socket: bool) -> Descriptor:
         """See the contract. Raises OSError (EBADF) if `number` is not open."""
         if not self._open:

@@ -106,6 +106,10 @@ class Ring(Protocol):
 
     name: str  # "io_uring" or "epoll": the summary line and the log say which
 
+    @property
+    def in_flight(self) -> int:
+        """Operations submitted whose completion is still to come: RING_OPERATIONS_MAX at most."""
+
     def attach(self, number: int, *, is_socket: bool) -> Descriptor:
         """Take over an open descriptor; the ring closes it when its CLOSE completes.
 

@@ -77,6 +77,13 @@ def test_a_pipe_goes_through_two_copies(tmp_path: Path, source_image: Path, ring
     images.assert_identical(source_image, tmp_path / "out")
 
 
+def test_more_requests_to_files_than_the_ring_can_hold_wait_for_room(tmp_path: Path, ring: str) -> None:
+    source, destination = images.random_image(tmp_path / "source", 64 * images.MIB), tmp_path / "destination"
+    options = ("--workers", "1", "-C", "16", "-R", "1024", "--request-size", "4k", "-S", "0", "--range-size", "64M")
+    copy("--ring", ring, *options, source, destination).succeeded()
+    images.assert_identical(source, destination)
+
+
 def test_standard_input_longer_than_the_destination_fails(tmp_path: Path, ring: str) -> None:
     destination = images.filled_image(tmp_path / "destination", 65536)
     with nbdkit("file", str(destination)) as server:
