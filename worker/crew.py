@@ -11,7 +11,7 @@ from nbdshard.common.ring import Ring
 from nbdshard.worker.opening import OpenConnection, make_connection
 from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
 
-_SIDES: tuple[Side, Side] = ("source", "destination")
+SIDES: tuple[Side, Side] = ("source", "destination")
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +54,7 @@ class Crew:
         self._assign = assign
         self._now = now
         if not self._members:
-            for side in _SIDES:
+            for side in SIDES:
                 self._open(side)
         elif self.first_pair() is not None:
             self._open_rest()
@@ -66,7 +66,7 @@ class Crew:
             "source": self._assign.source_connections,
             "destination": self._assign.destination_connections,
         }
-        for side in _SIDES:
+        for side in SIDES:
             have = sum(1 for member in self._members if member.side == side)
             for _ in range(wanted[side] - have):
                 self._open(side)
@@ -104,7 +104,7 @@ class Crew:
 
     def first_pair(self) -> tuple[OpenConnection, OpenConnection] | None:
         """A source and a destination connection that are up."""
-        firsts = [next((each for of, each in self.ready() if of == side), None) for side in _SIDES]
+        firsts = [next((each for of, each in self.ready() if of == side), None) for side in SIDES]
         source, destination = firsts
         return None if source is None or destination is None else (source, destination)
 

@@ -43,7 +43,7 @@ from nbdshard.common.messages import (
 from nbdshard.common.ring import Ring
 from nbdshard.worker.clock import WorkerClock
 from nbdshard.worker.copier import Copier
-from nbdshard.worker.crew import Crew
+from nbdshard.worker.crew import SIDES, Crew
 from nbdshard.worker.opening import OpenConnection
 from nbdshard.worker.shape import CopyShape
 from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
@@ -290,11 +290,14 @@ class Worker:
             first = crew.first_pair()
             if first is None:
                 return
+            looked_at: Side | None = None
             try:
-                self._check_agreement(assign, *first)
+                for looked_at, each in zip(SIDES, first, strict=True):
+                    self._check_agreement(assign, looked_at, each)
+                looked_at = None  # what does not fit together is the fault of neither
                 shape = CopyShape.of(first[0].description, first[1].description, assign.options)
             except UserError as error:
-                self._lost(side, connection, error)
+                self._open_failed(error, looked_at)
                 return
             self._copier = Copier(shape, assign.job, assign.epoch, self._clock.true)
             self.state = WorkerState.WORKING
@@ -316,18 +319,17 @@ class Worker:
             assert self._assign is not None
             connection.listener = copier.add_target(connection, self._assign.options.requests)
 
-    def _check_agreement(self, assign: Assign, source: OpenConnection, destination: OpenConnection) -> None:
+    def _check_agreement(self, assign: Assign, side: Side, connection: OpenConnection) -> None:
         """Refuse to work on something else than the job's other workers do."""
-        # The coordinator gives a file its size after the first worker opened it.
-        grows = assign.destinations[0].kind == "file"
-        expected = assign.expected_destinations[0] if assign.expected_destinations is not None else None
-        pairs = ((source, assign.expected_source, False), (destination, expected, grows))
-        for connection, wanted, any_size in pairs:
-            found = connection.description
-            if wanted is not None and not found.agrees_with(wanted, any_size=any_size):
-                raise UserError(
-                    "differs from what the job's other workers found (size, flags or block sizes)", found.peer
-                )
+        if side == "source":
+            wanted, grows = assign.expected_source, False
+        else:
+            wanted = assign.expected_destinations[0] if assign.expected_destinations is not None else None
+            # The coordinator gives a file its size after the first worker opened it.
+            grows = assign.destinations[0].kind == "file"
+        found = connection.description
+        if wanted is not None and not found.agrees_with(wanted, any_size=grows):
+            raise UserError("differs from what the job's other workers found (size, flags or block sizes)", found.peer)
 
     def _check_likeness(self, assign: Assign, side: Side, connection: OpenConnection, crew: Crew) -> None:
         """Refuse to go on when a further connection leads to something else than the first one to that side."""

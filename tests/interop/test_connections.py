@@ -97,3 +97,12 @@ def test_an_export_that_is_another_on_the_next_connection_fails_the_copy_in_one_
         outcome = copy("--ring", ring, "-C", "4", "--workers", str(workers), one, two)
     outcome.failed(1, saying=[side, "differs from"])
     assert "internal error" not in outcome.err
+
+
+def test_it_is_the_side_that_differs_which_is_named_not_the_one_that_came_last(ring: str) -> None:
+    slow = nbdkit("memory", str(SIZE), "delay-open=300ms", filters=["delay"])
+    # One connection for each worker, and a copy that lasts until the last worker has opened its own.
+    slowly = ["-C", "4", "--workers", "4", "--requests", "1", "--request-size", "4096", "-S", "0"]
+    with double(_Shrinks(bytearray(SIZE))) as one, slow as two:
+        outcome = copy("--ring", ring, *slowly, one, two.uri)
+    outcome.failed(1, saying=["source", one, "differs from"])
