@@ -61,13 +61,14 @@ def test_a_source_that_was_not_cached_is_not_cached_afterwards(cold: Path, ring:
 @pytest.mark.parametrize("ring", RINGS)
 def test_a_source_that_was_cached_stays_so(cold: Path, ring: str) -> None:
     cold.read_bytes()
-    assert cached_mib(cold) == 40
+    before = cached_mib(cold)
+    assert before > 39  # the kernel takes pages back when it needs them
     with driver(ring, file_address(cold), "source") as source:
         source.open()
         for n in range(SIZE // MIB):
             source.read(n * MIB, MIB)
         source.leave()
-    assert cached_mib(cold) == 40
+    assert cached_mib(cold) > before - 1
 
 
 @pytest.mark.parametrize("ring", RINGS)
