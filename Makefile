@@ -9,6 +9,8 @@ FUZZ_SECONDS ?= 600
 BIN := .venv/bin
 STAMPS := .cache/stamps
 SHELL := /bin/sh
+# Debian keeps mke2fs and losetup where an ordinary user, and some machinery, does not look.
+export PATH := $(PATH):/usr/sbin:/sbin
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-long check fuzz simulate format venv clean
 
