@@ -14,7 +14,7 @@ import zmq
 
 from support import images
 from support.command import Run, nbdshard, started
-from support.doubles import CMD_WRITE, Double, double
+from support.doubles import CMD_WRITE, Double, Request, Talk, double
 from support.servers import nbdkit
 from support.sides import RINGS, serve
 from support.waiting import wait_for
@@ -53,31 +53,47 @@ def destination_image(tmp_path: Path) -> Path:
     return images.filled_image(tmp_path / "destination", SIZE)
 
 
-def test_two_workers_over_tcp_copy_and_end_with_the_job(source_image: Path, destination_image: Path, ring: str) -> None:
+def writers(target: Double) -> set[int]:
+    """The connections that have written."""
+    return {request.connection for request in list(target.requests) if request.command == CMD_WRITE}
+
+
+class TakesNothingFromOneAlone(Double):
+    """Answers no write before two connections have asked: so both workers take part, however slowly one starts."""
+
+    def write(self, talk: Talk, request: Request, data: bytes) -> None:
+        wait_for("a write on another connection", lambda: len(writers(self)) >= 2)
+        super().write(talk, request, data)
+
+
+def test_two_workers_over_tcp_copy_and_end_with_the_job(source_image: Path, ring: str) -> None:
+    target = TakesNothingFromOneAlone(bytearray(SIZE))
     with (
         serve("nbdkit-file", source_image, transport="tcp", flags=["-r"]) as source,
-        serve("nbdkit-file", destination_image, transport="tcp") as destination,
-        coordinator(source, destination) as job,
+        double(target, tcp=True) as destination,
+        coordinator(source, destination, "-C", "2", "-T", "2") as job,
         workers(address_of(job), ring) as crew,
     ):
         outcome = job.wait().succeeded()
         for worker in crew:
             worker.wait().succeeded()
-    images.assert_identical(source_image, destination_image)
+    assert target.content == source_image.read_bytes()
     assert "2 workers" in outcome.last_line
     assert ring in outcome.last_line
 
 
-def test_one_worker_of_each_ring_share_a_job(source_image: Path, destination_image: Path) -> None:
+def test_one_worker_of_each_ring_share_a_job(source_image: Path) -> None:
+    target = TakesNothingFromOneAlone(bytearray(SIZE))
     with (
         serve("nbdkit-file", source_image, flags=["-r"]) as source,
-        serve("nbdkit-file", destination_image) as destination,
-        coordinator(source, destination) as job,
+        double(target) as destination,
+        coordinator(source, destination, "-C", "2", "-T", "2") as job,
         workers(address_of(job), RINGS[0], 1),
         workers(address_of(job), RINGS[1], 1),
     ):
-        job.wait().succeeded()
-    images.assert_identical(source_image, destination_image)
+        outcome = job.wait().succeeded()
+    assert target.content == source_image.read_bytes()
+    assert all(ring in outcome.last_line for ring in RINGS)
 
 
 def test_a_worker_may_join_late_and_another_leave(ring: str) -> None:
@@ -111,11 +127,6 @@ def test_ctrl_c_at_the_coordinator_ends_its_workers(ring: str) -> None:
         assert job.wait(30).code == 130
         for worker in crew:
             worker.wait(30).succeeded()
-
-
-def writers(target: Double) -> set[int]:
-    """The connections that have written."""
-    return {request.connection for request in list(target.requests) if request.command == CMD_WRITE}
 
 
 @contextmanager
