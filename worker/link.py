@@ -10,6 +10,7 @@ and looks at the clock. A link that fails in any state says so once (`on_lost`) 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -20,6 +21,7 @@ from enum import Enum, auto
 from nbdshard.common.dial import unreachable
 from nbdshard.common.errors import ConnectionLost, NbdshardError, TimedOut, UserError
 from nbdshard.common.limits import (
+    ADDRESSES_MAX,
     BUFFERS_PER_SEND_MAX,
     DISCONNECT_SECONDS,
     FLUSH_BYTES_PER_SECOND,
@@ -99,6 +101,8 @@ class NbdLink:
         self._on_lost = on_lost
         self._connector = connector
         self._addresses: list[Address] = []
+        self._attempt_by = 0.0  # until then the present address may take
+        self._busy_address: Address | None = None  # its server has not yet accepted those before us
         self._descriptor: Descriptor | None = None
         self._closing = 0  # descriptors of addresses that could not be reached, until the ring has let go of them
         self._deadline = 0.0  # of the present state, up to READY; in LEAVING, of the soft disconnect
@@ -141,13 +145,21 @@ class NbdLink:
             reason = getattr(operation.value, "strerror", None) or str(operation.value)
             self._fail(UserError(f"the host name cannot be resolved: {reason}", self.peer))
             return
-        self._addresses = list(operation.value)  # type: ignore[call-overload]
+        self._addresses = list(operation.value)[:ADDRESSES_MAX]  # type: ignore[call-overload]
         self._connect()
 
     def _connect(self) -> None:
-        """Try the next address; the last one's failure is the link's."""
+        """Try the next address, for its share of the time that is left; the last one's failure is the link's."""
         self.state = LinkState.CONNECTING
-        number = self._connector.begin(self._addresses.pop(0))
+        self._attempt_by = self._now + (self._deadline - self._now) / len(self._addresses)
+        self._begin(self._addresses.pop(0))
+
+    def _begin(self, address: Address) -> None:
+        number = self._connector.begin(address)
+        if number == -errno.EAGAIN:
+            self._busy_address = address  # `tick` tries again
+            return
+        self._busy_address = None
         if number < 0:
             self._connect_failed(-number)
             return
@@ -160,17 +172,31 @@ class NbdLink:
             return
         error = -operation.result if operation.result < 0 else self._connector.error(descriptor.number)
         if error:
-            self._closing += 1
-            self._ring.submit(Operation(Kind.CLOSE, descriptor, owner=self._attempt_closed))
-            self._descriptor = None
+            self._end_attempt(descriptor)
             self._connect_failed(error)
             return
         self.state = LinkState.NEGOTIATING
         self._deadline = self._now + self._timeouts.handshake
         self._connecter = Connecter(Wishes(self._uri.export_name), self.peer)
 
+    def _end_attempt(self, descriptor: Descriptor) -> None:
+        self._closing += 1
+        self._ring.submit(Operation(Kind.CLOSE, descriptor, owner=self._attempt_closed))
+        self._descriptor = None
+
     def _attempt_closed(self, _: Operation) -> None:
         self._closing -= 1
+
+    def _tick_connecting(self, now: float) -> None:
+        if now >= self._attempt_by:
+            if not self._addresses:
+                self._fail(TimedOut(self.peer, "connecting", self._timeouts.connect))
+                return
+            if self._descriptor is not None:
+                self._end_attempt(self._descriptor)
+            self._connect()
+        elif self._busy_address is not None:
+            self._begin(self._busy_address)
 
     def _connect_failed(self, error: int) -> None:
         if self._addresses:
@@ -269,9 +295,10 @@ class NbdLink:
     def tick(self, now: float) -> None:
         """Look at the clock; call about once a second."""
         self._now = now
-        if self.state in (LinkState.RESOLVING, LinkState.CONNECTING) and now >= self._deadline:
-            doing = "resolving the host name" if self.state is LinkState.RESOLVING else "connecting"
-            self._fail(TimedOut(self.peer, doing, self._timeouts.connect))
+        if self.state is LinkState.RESOLVING and now >= self._deadline:
+            self._fail(TimedOut(self.peer, "resolving the host name", self._timeouts.connect))
+        elif self.state is LinkState.CONNECTING:
+            self._tick_connecting(now)
         elif self.state is LinkState.NEGOTIATING and now >= self._deadline:
             self._fail(TimedOut(self.peer, "negotiating", self._timeouts.handshake))
         elif self.state is LinkState.LEAVING and now >= self._deadline:

@@ -25,7 +25,7 @@ class Connector(Protocol):
 
     def begin(self, address: Address) -> int:
         """Begin to connect, without blocking: the descriptor, which is the caller's now and becomes writable when it is
-        connected or has failed; or -errno."""
+        connected or has failed; or -errno. -EAGAIN: a unix socket's backlog is full, try again later."""
 
     def error(self, number: int) -> int:
         """How connecting descriptor `number` ended: 0 or an errno (SO_ERROR)."""
@@ -51,8 +51,6 @@ class Sockets:
             result = sock.connect_ex(where)
         except OSError as error:  # an address that cannot be one: a socket path too long, a bad scope
             result = error.errno or errno.EINVAL
-        if result == errno.EAGAIN:  # a unix socket's backlog is full: it never turns into "in progress"
-            result = errno.ECONNREFUSED
         if result not in (0, errno.EINPROGRESS):
             sock.close()
             return -result
