@@ -88,7 +88,8 @@ class BarDisplay:
         tenths = self._meter.done * 10 // status.size if status.size else 0
         if tenths > self._tenths:
             self._tenths = tenths
-            logs.say(f"{phase} {tenths * 10} %, {figures}")
+            percent = self._meter.done * 100 // status.size if status.size else 0
+            logs.say(f"{phase} {percent} %, {figures}")
 
     def _figures(self, status: Status) -> str:
         done = format_bytes(self._meter.done)

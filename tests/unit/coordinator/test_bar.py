@@ -136,7 +136,7 @@ def test_a_dumb_terminal_gets_lines(capfd: pytest.CaptureFixture[str]) -> None:
     display.show(done(35 * MIB), 1.0)
     display.close()
     assert out.getvalue() == ""
-    assert capfd.readouterr().err.startswith("nbdshard: copying 30 %")
+    assert capfd.readouterr().err.startswith("nbdshard: copying 35 %")
 
 
 def test_what_is_no_terminal_gets_a_line_for_each_tenth(capfd: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +148,7 @@ def test_what_is_no_terminal_gets_a_line_for_each_tenth(capfd: pytest.CaptureFix
     assert [line.split(",")[0] for line in written] == [
         "nbdshard: copying 0 %",
         "nbdshard: copying 10 %",
-        "nbdshard: copying 30 %",
+        "nbdshard: copying 35 %",
         "nbdshard: copying 40 %",
         "nbdshard: done 100 %",
     ]
