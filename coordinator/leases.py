@@ -34,7 +34,10 @@ class Granted:
     end: int = 0
 
     def step(self, event: RangeEvent) -> None:
-        self.state = RANGES.step(self.state, event, f"lease {self.number} of {self.range} held by {self.worker}")
+        self.state = RANGES.step(self.state, event, self)
+
+    def __str__(self) -> str:
+        return f"lease {self.number} of {self.range} held by {self.worker}"
 
 
 @dataclass(slots=True, eq=False)

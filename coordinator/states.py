@@ -32,11 +32,14 @@ class Table(Generic[State, Event]):
     sentences: Mapping[State, str]
     moves: Mapping[tuple[State, Event], State]
 
-    def step(self, state: State, event: Event, story: str = "") -> State:
-        """The state after `event`. Raises IllegalEvent, telling `story` (which range or worker), if none."""
+    def step(self, state: State, event: Event, story: object = "") -> State:
+        """The state after `event`. Raises IllegalEvent, telling `story` (which range or worker), if none.
+
+        `story` is made a text only then: that of a range costs more than its step.
+        """
         after = self.moves.get((state, event))
         if after is None:
-            raise IllegalEvent(self.machine, state.name, event.name, story)
+            raise IllegalEvent(self.machine, state.name, event.name, str(story))
         return after
 
 

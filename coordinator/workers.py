@@ -60,7 +60,10 @@ class Worker:
         return self.holding is not None
 
     def step(self, event: WorkerEvent) -> None:
-        self.state = WORKERS.step(self.state, event, f"worker {self.name}")
+        self.state = WORKERS.step(self.state, event, self)
+
+    def __str__(self) -> str:
+        return f"worker {self.name}"
 
     def can_take(self, leases_max: int) -> bool:
         """Whether it can be granted a lease now."""
