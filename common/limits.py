@@ -106,6 +106,7 @@ WORKER_BYTES_MIN: Final = 16 * MIB  # less than this for each worker does not pa
 CONNECTION_BYTES_MIN: Final = 4 * MIB  # less than this for each connection does not pay for another handshake
 RETURNS_PER_RANGE: Final = 16  # times one range comes back with a lost connection before the job fails
 WRITTEN_LEASES_MAX: Final = 4096  # of one worker before it is asked to flush: `Flushed` names them in one message
+WRITTEN_LEASES_JOB_MAX: Final = 64 * KIB  # of all workers together: about 400 bytes each until a flush covers them
 WORKER_START_ATTEMPTS: Final = 3  # local processes that end, one after another, before they opened anything
 WORKER_REPLACEMENTS_MAX: Final = 64  # local processes started in place of others, in the whole job
 NOTES_MAX: Final = 64  # remarks kept for the shell to log

@@ -14,6 +14,7 @@ from nbdshard.common.limits import (
     FLUSH_SECONDS,
     LEASES_PER_WORKER,
     RETURNS_PER_RANGE,
+    WRITTEN_LEASES_JOB_MAX,
     WRITTEN_LEASES_MAX,
 )
 from nbdshard.common.messages import Failed, Flush, Flushed, Lease, Noted, Progress, Written
@@ -44,6 +45,8 @@ class Copying:
         self._outbox = outbox
         # In order, one range is written before the next is begun.
         self._leases_at_once = 1 if plan.in_order else LEASES_PER_WORKER
+        self._flush_after = min(WRITTEN_LEASES_MAX, WRITTEN_LEASES_JOB_MAX // plan.worker_count)  # leases of one worker
+        self._written_max = 2 * self._flush_after  # a worker whose flush takes long does not pile up more
         self._wishing: dict[str, Worker] = {}
         self._unflushed: dict[str, Worker] = {}  # wrote something that no flush asked for covers
         self._flush_number = 0
@@ -57,14 +60,14 @@ class Copying:
 
     def consider(self, worker: Worker) -> None:
         """Note whether `worker` can take a lease; `grant` gives it one in its turn."""
-        if worker.can_take(self._leases_at_once):
+        if self._can_take(worker):
             self._wishing[worker.identity] = worker
 
     def grant(self) -> None:
         """Lease pending ranges to the workers that can take some, the longest waiting first."""
         while self._wishing and self.ledger.pending:
             worker = self._wishing.pop(next(iter(self._wishing)))
-            if not worker.can_take(self._leases_at_once):
+            if not self._can_take(worker):
                 continue
             granted = self.ledger.grant(worker.identity)
             worker.holding = self.ledger.holding(worker.identity)
@@ -79,6 +82,9 @@ class Copying:
             )
             self._outbox.send(worker, lease)
             self.consider(worker)
+
+    def _can_take(self, worker: Worker) -> bool:
+        return worker.can_take(self._leases_at_once, self._written_max)
 
     def progress(self, worker: Worker, message: Progress) -> Trouble | None:
         granted = self._leased(worker, message.lease)
@@ -189,10 +195,10 @@ class Copying:
         return trouble
 
     def _wrote(self, worker: Worker, now: float) -> None:
-        """`worker` has written leases. Now and then it must flush before the end: a message names only so many."""
+        """`worker` has written leases. Now and then it must flush before the end: each is an object until then."""
         assert worker.holding is not None
         written = worker.holding.written
-        is_many = len(written) >= WRITTEN_LEASES_MAX
+        is_many = len(written) >= self._flush_after
         if not self._job.options.flush:
             if is_many:
                 for granted in list(written.values()):
@@ -222,7 +228,10 @@ class Copying:
             held = len(worker.holding.leased) if worker.holding is not None else 0
             if held > self._leases_at_once:
                 raise BugError(f"worker {worker.name} holds {held} leases")
-            if worker.can_take(self._leases_at_once) and worker.identity not in self._wishing:
+            written = len(worker.holding.written) if worker.holding is not None else 0
+            if written + held > self._written_max + self._leases_at_once:
+                raise BugError(f"worker {worker.name} has {written} written leases that no flush covers")
+            if self._can_take(worker) and worker.identity not in self._wishing:
                 raise BugError(f"worker {worker.name} wants a lease and is not in the queue")
             if worker.state is WorkerState.READY and worker.holding is not None and self._job.options.flush:
                 asked = worker.flush.leases if worker.flush is not None else frozenset[int]()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from nbdshard.common.limits import WRITTEN_LEASES_MAX
 from nbdshard.common.messages import Hello
 from nbdshard.coordinator.leases import Holding
 from nbdshard.coordinator.states import WORKERS, WorkerEvent, WorkerState
@@ -65,14 +64,13 @@ class Worker:
     def __str__(self) -> str:
         return f"worker {self.name}"
 
-    def can_take(self, leases_max: int) -> bool:
-        """Whether it can be granted a lease now."""
+    def can_take(self, leases_max: int, written_max: int) -> bool:
+        """Whether it can be granted a lease now: not with `leases_max` in hand, nor with `written_max` unflushed."""
         if self.state is not WorkerState.READY or self.wanted < 1:
             return False
         if self.holding is None:
             return True
-        # A worker whose flush takes long does not pile up more than one `Flushed` can name.
-        return len(self.holding.leased) < leases_max and len(self.holding.written) < 2 * WRITTEN_LEASES_MAX
+        return len(self.holding.leased) < leases_max and len(self.holding.written) < written_max
 
     def due(self, lease_seconds: float) -> float:
         """When something is to be done about it if it is not heard of until then (monotonic seconds)."""

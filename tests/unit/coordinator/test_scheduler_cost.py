@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from nbdshard.common.limits import KIB, WRITTEN_LEASES_MAX
+from nbdshard.common.limits import KIB, WRITTEN_LEASES_JOB_MAX, WRITTEN_LEASES_MAX
+from nbdshard.common.messages import Flush, Lease
+from nbdshard.coordinator.instructions import Instruction
 from nbdshard.coordinator.scheduler import Scheduler
 from support.schedules import (
     flushed,
@@ -41,11 +43,11 @@ def lines_run(action: Callable[[], object]) -> int:
     return count
 
 
-def busy(workers: int, ranges: int) -> tuple[Scheduler, list[object]]:
+def busy(workers: int, ranges: int) -> tuple[Scheduler, list[Lease]]:
     """A distributed job in which every worker holds two leases."""
     disk = server(ranges * UNIT)
     scheduler = Scheduler(job(workers=workers, connections=workers, range_size=UNIT, local_workers=False), 0.0)
-    followed: list[object] = []
+    followed: list[Lease] = []
     for number in range(workers):
         name = f"w{number}"
         scheduler.message(name, hello(name), 0.0)
@@ -54,37 +56,68 @@ def busy(workers: int, ranges: int) -> tuple[Scheduler, list[object]]:
     return scheduler, followed
 
 
-def cost(workers: int, ranges: int) -> int:
-    """Lines run for one turn of one worker in the middle of the crew."""
+def a_turn(workers: int, ranges: int, turns_before: int = 0) -> Callable[[], object]:
+    """One turn of one worker in the middle of the crew, which has had some turns before."""
     scheduler, leases = busy(workers, ranges)
     name, lease = f"w{workers // 2}", leases[workers // 2 * 2]
+    for _ in range(turns_before):
+        (lease,) = leases_in(work(scheduler, name, lease))
 
     def turn() -> None:
-        scheduler.message(name, progress(lease, 100), 1.0)  # type: ignore[arg-type]
-        scheduler.message(name, written(lease), 1.0)  # type: ignore[arg-type]
-        scheduler.message(name, wanted(1), 1.0)
+        scheduler.message(name, progress(lease, 100), 1.0)
+        work(scheduler, name, lease)
         scheduler.deadline()
         scheduler.status()
 
-    return lines_run(turn)
+    return turn
+
+
+def work(scheduler: Scheduler, name: str, lease: Lease) -> list[Instruction]:
+    """`name` has written `lease` and wants another."""
+    return scheduler.message(name, written(lease), 1.0) + scheduler.message(name, wanted(1), 1.0)
+
+
+def work_until_flush(scheduler: Scheduler, name: str, *leases: Lease) -> tuple[list[Lease], list[Lease], Flush]:
+    """What `name`, which holds `leases`, has written and what it holds when it is asked to flush."""
+    todo, done, flushes = list(leases), list[Lease](), list[Flush]()
+    while not flushes:
+        done.append(todo.pop(0))
+        followed = work(scheduler, name, done[-1])
+        flushes = flushes_in(followed)
+        todo += leases_in(followed)
+    return done, todo, flushes[0]
 
 
 def test_an_event_costs_the_same_with_a_thousand_workers_and_a_million_ranges() -> None:
-    small, large = cost(4, 1000), cost(1000, 1_000_000)
-    assert large <= small * 1.5
+    assert lines_run(a_turn(1000, 1_000_000)) <= lines_run(a_turn(4, 1000)) * 1.1
 
 
 def test_a_worker_is_asked_to_flush_before_one_message_could_not_name_its_leases() -> None:
-    scheduler, (first, second) = busy(1, 3 * WRITTEN_LEASES_MAX)
-    todo, done, flushes = [first, second], [], []
-    while not flushes:
-        done.append(todo.pop(0))
-        followed = scheduler.message("w0", written(done[-1]), 0.0)  # type: ignore[arg-type]
-        followed += scheduler.message("w0", wanted(2), 0.0)
-        flushes = flushes_in(followed)
-        todo += leases_in(followed)
+    scheduler, leases = busy(1, 3 * WRITTEN_LEASES_MAX)
+    done, _, flush = work_until_flush(scheduler, "w0", *leases)
     assert len(done) == WRITTEN_LEASES_MAX
     assert scheduler.status().phase == "copying"
-    scheduler.message("w0", flushed(flushes[0], *done), 0.0)  # type: ignore[arg-type]
+    scheduler.message("w0", flushed(flush, *done), 0.0)
     scheduler.validate()
     assert scheduler.status().counters.total == WRITTEN_LEASES_MAX * UNIT
+
+
+def test_the_workers_of_a_large_crew_flush_sooner_so_that_few_written_leases_are_remembered() -> None:
+    scheduler, leases = busy(1000, 1_000_000)
+    done, _, _ = work_until_flush(scheduler, "w7", *leases[14:16])
+    assert len(done) == WRITTEN_LEASES_JOB_MAX // 1000
+
+
+def test_a_worker_that_does_not_answer_its_flush_gets_no_more_leases_in_the_end() -> None:
+    scheduler, leases = busy(1000, 1_000_000)
+    before_flush = WRITTEN_LEASES_JOB_MAX // 1000
+    done, todo, flush = work_until_flush(scheduler, "w7", *leases[14:16])
+    while todo:
+        done.append(todo.pop(0))
+        followed = work(scheduler, "w7", done[-1])
+        assert flushes_in(followed) == []
+        todo += leases_in(followed)
+    assert len(done) <= 2 * before_flush + 1
+    followed = scheduler.message("w7", flushed(flush, *done[:before_flush]), 1.0)
+    assert len(leases_in(followed)) == 1, "what the flush covered makes room again"
+    scheduler.validate()
