@@ -107,6 +107,7 @@ CONNECTION_BYTES_MIN: Final = 4 * MIB  # less than this for each connection does
 RETURNS_PER_RANGE: Final = 16  # times one range comes back with a lost connection before the job fails
 WRITTEN_LEASES_MAX: Final = 4096  # of one worker before it is asked to flush: `Flushed` names them in one message
 WRITTEN_LEASES_JOB_MAX: Final = 64 * KIB  # of all workers together: about 400 bytes each until a flush covers them
+BEATS_PER_TICK_MAX: Final = 64  # heartbeats sent in one go; the workers of a larger crew have theirs in turns
 WORKER_START_ATTEMPTS: Final = 3  # local processes that end, one after another, before they opened anything
 WORKER_REPLACEMENTS_MAX: Final = 64  # local processes started in place of others, in the whole job
 NOTES_MAX: Final = 64  # remarks kept for the shell to log

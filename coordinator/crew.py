@@ -9,6 +9,7 @@ its role moves when it is known gone.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from heapq import heappop, heappush
 from math import inf
@@ -52,7 +53,7 @@ class Crew:
         self._alarms: list[tuple[float, int, str]] = []
         self._alarms_set = 0
         self._standby: dict[str, Worker] = {}
-        self.workers: dict[str, Worker] = {}
+        self.workers: OrderedDict[str, Worker] = OrderedDict()  # next in turn for a heartbeat first
         self.unfenced: dict[str, str] = {}  # identity -> name: may still write, and is not waited for
         self.plan: Plan | None = None
         self.is_open = True  # shares may be given: not while the destination is being prepared
@@ -241,7 +242,7 @@ class Crew:
         )
         self._outbox.send(worker, message)
 
-    # -- flushes and alarms --------------------------------------------------------------------------------------------
+    # -- flushes, heartbeats and alarms --------------------------------------------------------------------------------
 
     def flush_begins(self, worker: Worker, flush: FlushAsked) -> None:
         """It was asked to flush."""
@@ -254,6 +255,13 @@ class Crew:
         if worker.flush is not None:
             worker.flush = None
             self.flushing_count -= 1
+
+    def next_in_turn(self, count: int) -> Iterator[Worker]:
+        """The next `count` workers; after everybody else has been, they come again. `count` is at most their number."""
+        for _ in range(count):
+            identity, worker = next(iter(self.workers.items()))
+            self.workers.move_to_end(identity)
+            yield worker
 
     def arm(self, worker: Worker) -> None:
         """Look at `worker` when it is due. Being heard of only puts that off, so no message has to come here."""

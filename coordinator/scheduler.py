@@ -21,6 +21,7 @@ from typing import assert_never
 from nbdshard.common.errors import BugError, IllegalEvent, UserError
 from nbdshard.common.limits import (
     ATTEMPTS_PER_REQUEST,
+    BEATS_PER_TICK_MAX,
     DRAIN_SECONDS,
     IDLE_JOB_SECONDS,
     STALL_SECONDS,
@@ -368,10 +369,16 @@ class Scheduler(Membership):
         self._end(Verdict.COMPLETE, "", "the copy is complete")
 
     def _beat(self) -> None:
-        """Our heartbeat. A worker not heard of for long gets none: its leases must end on its side first."""
-        self._beat_at = self._now + self._job.heartbeat_seconds
+        """Our heartbeat, to so many that everybody has it in time and a large crew does not hold up the others.
+
+        A worker not heard of for long gets none: its leases must end on its side first.
+        """
+        crew = self._crew
+        count = min(len(crew.workers), BEATS_PER_TICK_MAX)
+        share = count / len(crew.workers) if crew.workers else 1.0
+        self._beat_at = self._now + self._job.heartbeat_seconds * share
         heard_since = self._now - self._job.lease_seconds / 2
-        for worker in self._crew.workers.values():
+        for worker in crew.next_in_turn(count):
             if worker.heard >= heard_since and not worker.killed:
                 self._out.send(worker, AliveToo(self._job.uuid, self._job.epoch))
 

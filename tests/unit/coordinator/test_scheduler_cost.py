@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 
-from nbdshard.common.limits import KIB, WRITTEN_LEASES_JOB_MAX, WRITTEN_LEASES_MAX
-from nbdshard.common.messages import Flush, Lease
-from nbdshard.coordinator.instructions import Instruction
+from nbdshard.common.limits import BEATS_PER_TICK_MAX, KIB, WRITTEN_LEASES_JOB_MAX, WRITTEN_LEASES_MAX
+from nbdshard.common.messages import AliveToo, Flush, Lease
+from nbdshard.coordinator.instructions import Instruction, Send
 from nbdshard.coordinator.scheduler import Scheduler
 from support.schedules import (
+    alive,
     flushed,
     flushes_in,
     hello,
@@ -90,6 +92,32 @@ def work_until_flush(scheduler: Scheduler, name: str, *leases: Lease) -> tuple[l
 
 def test_an_event_costs_the_same_with_a_thousand_workers_and_a_million_ranges() -> None:
     assert lines_run(a_turn(1000, 1_000_000)) <= lines_run(a_turn(4, 1000)) * 1.1
+
+
+def test_heartbeats_cost_the_same_with_a_thousand_workers() -> None:
+    def beats(workers: int) -> int:
+        scheduler, _ = busy(workers, 10_000)
+        return lines_run(lambda: scheduler.tick(scheduler.deadline()))
+
+    assert beats(1000) <= beats(BEATS_PER_TICK_MAX) * 1.1
+
+
+def test_every_worker_of_a_large_crew_has_its_heartbeats_in_time() -> None:
+    workers, period = 3 * BEATS_PER_TICK_MAX + 1, job().heartbeat_seconds
+    scheduler, _ = busy(workers, 10_000)
+    now = 0.0
+    beats: dict[str, list[float]] = {f"w{number}": [] for number in range(workers)}
+    while now < 5 * period:
+        now = scheduler.deadline()
+        followed = scheduler.tick(now)
+        for item in followed:
+            assert isinstance(item, Send) and isinstance(item.message, AliveToo)
+            beats[item.worker].append(now)
+            scheduler.message(item.worker, alive(), now)
+        assert len(followed) <= BEATS_PER_TICK_MAX
+    for times in beats.values():
+        assert times[0] <= 2 * period
+        assert max(later - earlier for earlier, later in pairwise(times)) <= period * (1 + BEATS_PER_TICK_MAX / workers)
 
 
 def test_a_worker_is_asked_to_flush_before_one_message_could_not_name_its_leases() -> None:
