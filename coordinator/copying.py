@@ -5,6 +5,7 @@ Nothing here decides about workers or about the job: a `Trouble` tells the sched
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from nbdshard.common.errors import BugError
@@ -47,8 +48,8 @@ class Copying:
         self._leases_at_once = 1 if plan.in_order else LEASES_PER_WORKER
         self._flush_after = min(WRITTEN_LEASES_MAX, WRITTEN_LEASES_JOB_MAX // plan.worker_count)  # leases of one worker
         self._written_max = 2 * self._flush_after  # a worker whose flush takes long does not pile up more
-        self._wishing: dict[str, Worker] = {}
-        self._unflushed: dict[str, Worker] = {}  # wrote something that no flush asked for covers
+        self._wishing: OrderedDict[str, Worker] = OrderedDict()
+        self._unflushed: OrderedDict[str, Worker] = OrderedDict()  # wrote something that no flush asked for covers
         self._flush_number = 0
         self.ledger = Ledger(plan)
         self.repeatable = plan.repeatable
@@ -66,7 +67,7 @@ class Copying:
     def grant(self) -> None:
         """Lease pending ranges to the workers that can take some, the longest waiting first."""
         while self._wishing and self.ledger.pending:
-            worker = self._wishing.pop(next(iter(self._wishing)))
+            _, worker = self._wishing.popitem(last=False)
             if not self._can_take(worker):
                 continue
             granted = self.ledger.grant(worker.identity)
@@ -161,7 +162,7 @@ class Copying:
     def flush(self, now: float) -> None:
         """Have everything flushed that was written. Asks nobody twice for the same."""
         while self._unflushed:
-            worker = self._unflushed.pop(next(iter(self._unflushed)))
+            _, worker = self._unflushed.popitem(last=False)
             self._ask_flush(worker, now)
 
     def flushed(self, worker: Worker, message: Flushed, now: float) -> Trouble | None:

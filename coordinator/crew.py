@@ -52,7 +52,7 @@ class Crew:
         self._outbox = outbox
         self._alarms: list[tuple[float, int, str]] = []
         self._alarms_set = 0
-        self._standby: dict[str, Worker] = {}
+        self._standby: OrderedDict[str, Worker] = OrderedDict()
         self.workers: OrderedDict[str, Worker] = OrderedDict()  # next in turn for a heartbeat first
         self.unfenced: dict[str, str] = {}  # identity -> name: may still write, and is not waited for
         self.plan: Plan | None = None
@@ -195,8 +195,7 @@ class Crew:
     def place(self, now: float) -> None:
         """Give connections to those who stand by, as far as there are some."""
         while self._standby and self.is_open and self._has_room():
-            identity = next(iter(self._standby))
-            worker = self._standby.pop(identity)
+            _, worker = self._standby.popitem(last=False)
             places = self.active_max - self.active_count
             self.active_count += 1
             self._grow(worker, -(-self._source_budget // places), -(-self._destination_budget // places))

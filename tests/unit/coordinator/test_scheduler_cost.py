@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -43,6 +44,17 @@ def lines_run(action: Callable[[], object]) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def bytes_allocated(action: Callable[[], object]) -> int:
+    """How much memory `action` needs at most: a copy of something large, which is no line of its own, shows here."""
+    tracemalloc.start()
+    try:
+        action()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return peak
 
 
 def busy(workers: int, ranges: int) -> tuple[Scheduler, list[Lease]]:
@@ -92,6 +104,15 @@ def work_until_flush(scheduler: Scheduler, name: str, *leases: Lease) -> tuple[l
 
 def test_an_event_costs_the_same_with_a_thousand_workers_and_a_million_ranges() -> None:
     assert lines_run(a_turn(1000, 1_000_000)) <= lines_run(a_turn(4, 1000)) * 1.1
+
+
+def test_an_event_needs_the_same_memory_with_a_thousand_workers_and_a_million_ranges() -> None:
+    assert bytes_allocated(a_turn(1000, 1_000_000)) <= bytes_allocated(a_turn(4, 1000)) + 2 * KIB
+
+
+def test_an_event_costs_the_same_late_in_a_job() -> None:
+    early, late = lines_run(a_turn(4, 1_000_000)), lines_run(a_turn(4, 1_000_000, turns_before=4000))
+    assert late <= early * 1.1
 
 
 def test_heartbeats_cost_the_same_with_a_thousand_workers() -> None:
