@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import zmq
 
@@ -37,6 +37,7 @@ from nbdshard.common.messages import (
     PROTOCOL_VERSION,
     FromCoordinator,
     FromWorker,
+    Hello,
     Message,
     Refused,
     decode_from_coordinator,
@@ -49,6 +50,11 @@ if TYPE_CHECKING:  # keys are for networks; a local job does not pay for their i
     from nbdshard.common.keys import CoordinatorKeys, WorkerKeys
     from nbdshard.common.monitor import Monitor
     from nbdshard.common.zap import Doorkeeper
+
+# As numbers: pyzmq's flags are enumerations, and joining two of them costs as much as sending.
+_NOW: Final = int(zmq.NOBLOCK)
+_READABLE: Final = int(zmq.POLLIN)
+_NOW_AND_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 class CoordinatorChannel:
@@ -105,41 +111,57 @@ class CoordinatorChannel:
         messages: list[tuple[str, FromWorker]] = []
         for _ in range(MESSAGES_PER_TURN_MAX):
             try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                worker = self._router.recv(_NOW).hex()
             except zmq.Again:
                 break
-            worker = frames[0].bytes.hex()
-            message = self._decode(worker, frames[1:])
+            frame = self._router.recv(_NOW, copy=False)  # a message's frames arrive together
+            message = self._decode(worker, frame)
             if message is not None:
                 messages.append((worker, message))
         return messages
 
-    def _decode(self, worker: str, frames: list[zmq.Frame]) -> FromWorker | None:
-        peer = _peer(worker, frames)
+    def _decode(self, worker: str, frame: zmq.Frame) -> FromWorker | None:
         try:
-            if len(frames) != 1:
-                raise ProtocolError(peer, "control message", f"{len(frames)} frames instead of one")
-            frame = frames[0].bytes
-            version = foreign_version(frame, peer)
-            if version is not None:
-                self._refuse_version(worker, peer, version)
-                return None
-            return decode_from_worker(frame, peer)
+            if frame.more:
+                raise ProtocolError(worker, "control message", f"{1 + self._skip_frames()} frames instead of one")
+            message = decode_from_worker(frame.bytes, worker)
         except ProtocolError as error:
-            self._bad_messages += 1
-            if self._bad_messages <= BAD_MESSAGES_LOGGED_MAX:
-                logs.warning(f"dropped a message: {error}")
+            self._decline(worker, frame, error)
             return None
+        if isinstance(message, Hello) and message.version != PROTOCOL_VERSION:
+            self._refuse_version(worker, frame, message.version)
+            return None
+        return message
 
-    def _refuse_version(self, worker: str, peer: str, version: int) -> None:
+    def _skip_frames(self) -> int:
+        """Drop what is left of a message; return how many frames that was."""
+        count, is_more = 0, True
+        while is_more:
+            is_more = self._router.recv(_NOW, copy=False).more
+            count += 1
+        return count
+
+    def _decline(self, worker: str, frame: zmq.Frame, error: ProtocolError) -> None:
+        """Another version's Hello may have other fields than ours: it is refused; what else is malformed is dropped."""
+        version = None if frame.more else foreign_version(frame.bytes)
+        if version is not None:
+            self._refuse_version(worker, frame, version)
+            return
+        self._bad_messages += 1
+        if self._bad_messages <= BAD_MESSAGES_LOGGED_MAX:
+            logs.warning(f"dropped a message: {ProtocolError(_peer(worker, frame), error.stage, error.what)}")
+
+    def _refuse_version(self, worker: str, frame: zmq.Frame, version: int) -> None:
         reason = f"the worker speaks control protocol {version}, the coordinator {PROTOCOL_VERSION}"
-        logs.warning(f"refused {peer}: {reason}")
+        logs.warning(f"refused {_peer(worker, frame)}: {reason}")
         self.send(worker, Refused(version=PROTOCOL_VERSION, reason=reason))
 
     def send(self, worker: str, message: Message) -> bool:
         """Send `message` to `worker`. False, and a log line, if it is not connected or its queue is full."""
+        frame = encode(message)
         try:
-            self._router.send_multipart([bytes.fromhex(worker), encode(message)], zmq.NOBLOCK)
+            self._router.send(bytes.fromhex(worker), _NOW_AND_MORE)
+            self._router.send(frame, _NOW)
         except zmq.ZMQError as error:  # EHOSTUNREACH: not connected; EAGAIN: MESSAGES_QUEUED_MAX are waiting
             name = type(message).__name__
             logs.debug(f"{name} did not reach worker {worker[:8]}: {zmq.strerror(error.errno or 0)}")
@@ -211,6 +233,8 @@ class WorkerChannel:
 
         Raises ProtocolError for a malformed message: a coordinator that sends one is not to be worked for.
         """
+        if not self._dealer.getsockopt(zmq.EVENTS) & _READABLE:  # cheaper than an exception, and mostly so
+            return []
         messages: list[FromCoordinator] = []
         for _ in range(MESSAGES_PER_TURN_MAX):
             try:
@@ -271,10 +295,10 @@ def _set_common_options(end: zmq.Socket[bytes]) -> None:
     end.setsockopt(zmq.IPV6, 1)
 
 
-def _peer(worker: str, frames: list[zmq.Frame]) -> str:
+def _peer(worker: str, frame: zmq.Frame) -> str:
     """A worker as log lines name it: its short name, and over a network its address."""
     try:
-        address = frames[-1].get("Peer-Address") if frames else ""
+        address = frame.get("Peer-Address")
     except zmq.ZMQError:
         address = ""  # a unix socket has none
     return f"worker {worker[:8]} at {address}" if address else f"worker {worker[:8]}"

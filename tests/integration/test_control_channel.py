@@ -229,6 +229,7 @@ def raw_worker() -> Iterator[tuple[CoordinatorChannel, zmq.Socket[bytes]]]:
         ([b"\x80"], r"Object missing required field `t`"),
         ([msgpack.packb([1, 2])], r"Expected `object`, got `array`"),
         ([msgpack.packb({"t": "Nonsense"})], r"Invalid value 'Nonsense' - at `\$.t`"),
+        ([msgpack.packb({"t": ["Alive"]})], r"Expected `str`, got `list` - at `\$.t`"),
         ([msgpack.packb({"t": "AliveToo", "job": "j", "epoch": 1})], r"Invalid value 'AliveToo' - at `\$.t`"),
         ([msgpack.packb({"t": "Alive", "job": "j", "epoch": "1"})], r"Expected `int`, got `str` - at `\$.epoch`"),
         ([msgpack.packb({"t": "Alive", "job": "j", "epoch": -1})], r"Expected `int` >= 0 - at `\$.epoch`"),
@@ -236,6 +237,7 @@ def raw_worker() -> Iterator[tuple[CoordinatorChannel, zmq.Socket[bytes]]]:
         ([msgpack.packb({"t": "Hello", "version": True})], r"Expected `int`, got `bool` - at `\$.version`"),
         ([msgpack.packb({"t": "Progress", "job": "j", "epoch": 1, "lease": 1, "done": 3})], r"at `\$.done`"),
         ([b"one", b"two"], "2 frames instead of one"),
+        ([b"one", b"", b"three"], "3 frames instead of one"),
     ],
 )
 def test_a_malformed_message_is_dropped_with_its_sender_and_path(
