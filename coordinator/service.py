@@ -6,6 +6,7 @@ clock, in this order, acting on the scheduler's instructions after each until th
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ def run_job(job: Job, shell: Shell, make_scheduler: Callable[[Job, float], Sched
             loop.end_workers()
         return outcome
     finally:
+        loop.close()
         shell.display.close()
         if shell.launcher is not None:
             shell.launcher.close(0)
@@ -73,6 +75,7 @@ class _Loop:
         self._shell = shell
         self._clock = shell.clock
         self._poller = zmq.Poller()
+        self._processes = select.epoll()  # of the local workers' pidfds: a turn costs the same however many there are
         self._watched: set[int] = set()
         self._a_process_ended = False
         self._signals_heard = 0
@@ -84,7 +87,8 @@ class _Loop:
         self._outcome: Outcome | None = None
         for end in shell.channel.sockets:
             self._poller.register(end, zmq.POLLIN)
-        for descriptor in (shell.signals.descriptor, *(server.descriptor for server in shell.servers)):
+        servers = [server.descriptor for server in shell.servers]
+        for descriptor in (shell.signals.descriptor, self._processes.fileno(), *servers):
             self._poller.register(descriptor, zmq.POLLIN)
 
     def run(self) -> Outcome:
@@ -104,6 +108,10 @@ class _Loop:
                 launcher.kill(name)
             launcher.close()
 
+    def close(self) -> None:
+        """Watch nothing any more. Idempotent."""
+        self._processes.close()
+
     def _turn(self) -> None:
         for step in (
             self._hear_signals,
@@ -117,11 +125,10 @@ class _Loop:
             step()
 
     def _wait(self) -> None:
-        self._watch_processes()
         before = self._clock()
         timeout = min(max(self._deadline() - before, POLL_SECONDS_MIN), POLL_SECONDS_MAX)
         ready = self._poller.poll(int(timeout * 1000) + 1)
-        self._a_process_ended = any(end in self._watched for end, _ in ready if isinstance(end, int))
+        self._a_process_ended = any(end == self._processes.fileno() for end, _ in ready)
         self._clock.waited(before, timeout)
 
     def _deadline(self) -> float:
@@ -133,12 +140,10 @@ class _Loop:
         return min(deadlines)
 
     def _watch_processes(self) -> None:
-        """Poll exactly the pidfds of the workers that run."""
+        """Watch exactly the pidfds of the workers that run; the kernel forgets those that are closed."""
         running = set(self._shell.launcher.descriptors) if self._shell.launcher is not None else set[int]()
-        for descriptor in self._watched - running:
-            self._poller.unregister(descriptor)
         for descriptor in running - self._watched:
-            self._poller.register(descriptor, zmq.POLLIN)
+            self._processes.register(descriptor, select.EPOLLIN)
         self._watched = running
 
     # -- what happens --------------------------------------------------------------------------------------------------
@@ -179,12 +184,10 @@ class _Loop:
 
     def _reap(self, now: float) -> None:
         assert self._shell.launcher is not None
-        for descriptor in self._watched:  # a new worker's pidfd may get the number of one closed now
-            self._poller.unregister(descriptor)
-        self._watched = set()
         for departure in self._shell.launcher.reap():
             logs.debug(departure.reason)
             self._departures.append((now + DEPARTURE_SETTLE_SECONDS, departure))
+        self._watch_processes()  # before a new worker's pidfd can get the number of one closed now
 
     def _hear_servers(self) -> None:
         """A server of ours that failed ends the job; one that left with status 0 does so after a grace."""
@@ -252,6 +255,7 @@ class _Loop:
             else:
                 self._started.add(name)
                 self._awaited[name] = self._clock() + self._shell.worker_start_seconds
+        self._watch_processes()
         return more
 
     def _kill(self, worker: str) -> None:
