@@ -10,6 +10,7 @@ Each channel has a ZeroMQ context of its own, closed with it.
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import stat
 from contextlib import suppress
@@ -26,11 +27,13 @@ from nbdshard.common.limits import (
     CONNECT_SECONDS,
     CONTROL_HANDSHAKE_SECONDS,
     COORDINATOR_ANSWER_SECONDS,
+    COORDINATOR_DESCRIPTORS,
     MESSAGE_BYTES_MAX,
     MESSAGES_PER_TURN_MAX,
     MESSAGES_QUEUED_MAX,
     RECONNECT_SECONDS_MAX,
     RECONNECT_SECONDS_MIN,
+    WORKERS_MAX,
 )
 from nbdshard.common.machine import new_worker_name
 from nbdshard.common.messages import (
@@ -64,6 +67,8 @@ class CoordinatorChannel:
     def __init__(self, url: ControlUrl, keys: CoordinatorKeys | None = None) -> None:
         """Listen at `url`; `keys` turns CURVE on. Raises UserError when the address cannot be had."""
         _check_socket_path(url)
+        if url.scheme == "tcp":
+            _make_room()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(1)
         self._doorkeeper: Doorkeeper | None = None
         self._bound_path = ""
@@ -73,6 +78,7 @@ class CoordinatorChannel:
             _set_common_options(self._router)
             self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
             self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            self._router.setsockopt(zmq.BACKLOG, WORKERS_MAX)  # who finds it full over TCP tries again a second later
             if keys is not None:
                 from nbdshard.common.zap import DOMAIN, Doorkeeper
 
@@ -290,6 +296,14 @@ def _set_common_options(end: zmq.Socket[bytes]) -> None:
     end.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
     end.setsockopt(zmq.HANDSHAKE_IVL, int(CONTROL_HANDSHAKE_SECONDS * 1000))
     end.setsockopt(zmq.IPV6, 1)
+
+
+def _make_room() -> None:
+    """Have descriptors for all the workers that may come, if we may: libzmq spins on a connection it has none for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(COORDINATOR_DESCRIPTORS, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _peer(worker: str, frame: zmq.Frame) -> str:

@@ -92,6 +92,7 @@ RECONNECT_SECONDS_MAX: Final = 2.0  # ... up to this
 KEY_FILE_BYTES_MAX: Final = MIB  # an allow-list of ten thousand keys
 KEYS_ALLOWED_MAX: Final = 10_000
 UNIX_PATH_BYTES_MAX: Final = 107  # sun_path without its final NUL
+COORDINATOR_DESCRIPTORS: Final = WORKERS_MAX + 256  # a connection each, and the rest; a process has 1024 as a rule
 LOG_LINE_CHARACTERS_MAX: Final = 900  # at most four bytes each in UTF-8: a line is one write, not split by a pipe
 LOG_WRITE_SECONDS: Final = 0.2  # for a log's reader to make room; then the line is lost, the work goes on
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import stat
 import time
@@ -163,6 +164,17 @@ def test_a_message_for_a_worker_that_is_not_there_is_told() -> None:
     with contextlib.ExitStack() as stack:
         coordinator = listen(stack)
         assert not coordinator.send(new_worker_name(), AliveToo(job="j", epoch=1))
+
+
+def test_a_coordinator_on_a_network_has_descriptors_for_all_the_workers_that_may_come() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+    try:
+        with contextlib.ExitStack() as stack:
+            listen(stack)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(limits.COORDINATOR_DESCRIPTORS, before[1]), before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_sending_never_blocks_when_the_other_side_does_not_read() -> None:
