@@ -12,13 +12,14 @@ SHELL := /bin/sh
 # Debian keeps mke2fs and losetup where an ordinary user, and some machinery, does not look.
 export PATH := $(PATH):/usr/sbin:/sbin
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long check fuzz simulate format venv clean
+.PHONY: help demo test test-long check bench fuzz simulate format venv clean
 
 help:
 	@echo 'make demo       copy a real ext4 image between two NBD servers with several workers, and check the copy'
 	@echo 'make test       every test but the long matrices (installs what it needs, system packages included)'
 	@echo 'make test-long  the whole matrices'
 	@echo 'make check      format, lint, strict types, import layers, fast tests'
+	@echo 'make bench      measure beside nbdcopy and qemu-img, write docs/benchmarks.md (15 minutes; ARGS=--quick: 2)'
 	@echo 'make fuzz       fuzz the NBD client for FUZZ_SECONDS ($(FUZZ_SECONDS))'
 	@echo 'make simulate   simulate whole jobs for SEEDS seeds ($(SEEDS))'
 	@echo 'make format     format and mend what the linter can mend'
@@ -38,6 +39,9 @@ check: $(STAMPS)/packages-test .venv/installed-dev
 	$(BIN)/mypy
 	PYTHONPATH=.types $(BIN)/lint-imports
 	$(BIN)/pytest -q -n $(JOBS) -m 'not long' tests/unit
+
+bench: $(STAMPS)/packages-bench .venv/installed
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.main $(ARGS)
 
 fuzz: .venv/installed-dev
 	$(BIN)/python tests/fuzz/fuzz_client.py --seconds $(FUZZ_SECONDS)

@@ -1,19 +1,21 @@
 #!/bin/sh
-# Install the Debian packages that `make demo`, `make test` or the virtual environment need, as far as they are missing.
+# Install the Debian packages that `make demo`, `make test`, `make bench` or the virtual environment need, as far as
+# they are missing.
 #
-# usage: packages.sh demo|test|venv
+# usage: packages.sh demo|test|bench|venv
 set -eu
 
 case "${1:-}" in
 demo) wanted='nbdkit qemu-utils e2fsprogs' ;;
 test) wanted='nbdkit nbd-server libnbd-bin python3-libnbd qemu-utils fio e2fsprogs iproute2 systemd libseccomp2 man-db groff-base' ;;
+bench) wanted='nbdkit libnbd-bin qemu-utils' ;;
 venv)
     # Debian's Python cannot make virtual environments without this package; others can.
     python3.11 -c 'import ensurepip' 2>/dev/null && exit 0
     wanted='python3.11 python3.11-venv'
     ;;
 *)
-    echo "usage: $0 demo|test|venv" >&2
+    echo "usage: $0 demo|test|bench|venv" >&2
     exit 2
     ;;
 esac

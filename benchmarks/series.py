@@ -1,0 +1,47 @@
+"""The timed rounds of several commands in alternation, and the runs beside them that are looked at instead of timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.budget import Rounds, alternating
+from benchmarks.measure import CommandFailed, timed
+from benchmarks.results import Sample, Series
+
+
+@dataclass(slots=True)
+class Runner:
+    """One command that takes part."""
+
+    name: str
+    command: Sequence[str]
+    samples: list[Sample] = field(default_factory=list)
+    failed: str = ""
+
+    def run(self) -> None:
+        """Take one sample. A command that failed is not run again."""
+        if self.failed:
+            return
+        try:
+            self.samples.append(timed(self.command))
+        except CommandFailed as error:
+            self.failed = str(error)
+
+    @property
+    def series(self) -> Series:
+        return Series(self.name, self.samples, self.failed)
+
+
+def alternate(runners: Sequence[Runner], wanted: int, deadline: float, reset: Callable[[], None]) -> list[Series]:
+    """Run all of them, round by round, `wanted` times or as often as there is time until `deadline`, at least once.
+
+    `reset` is called before each run, outside the timing.
+    """
+    rounds = Rounds(wanted, deadline)
+    while rounds.another(time.monotonic()):
+        for runner in alternating(runners, rounds.made - 1):
+            reset()
+            runner.run()
+    return [runner.series for runner in runners]
