@@ -10,7 +10,7 @@ import fcntl
 import os
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final
+from typing import Final, get_args
 
 from nbdshard.cli.grammar import COUNT, Parser, UsageError, count_between, refuse, size_where
 from nbdshard.common.endpoints import Endpoint, parse_endpoint
@@ -30,10 +30,11 @@ from nbdshard.common.limits import (
     SPARSE_UNIT_MIN,
     WORKERS_MAX,
 )
-from nbdshard.common.messages import JobOptions
+from nbdshard.common.messages import DataPath, JobOptions
 from nbdshard.common.units import size_text
 
 RINGS: Final = ("auto", "io_uring", "epoll")
+DATA_PATHS: Final = get_args(DataPath)
 
 
 def _is_power_of_two(size: int) -> bool:
@@ -119,6 +120,12 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
     add("--flush", action="store_true", help="flush before exit: the default, taken for nbdcopy's sake")
     add("--no-flush", action="store_true", help="do not flush: what is copied may still be in caches at exit")
     add("--no-extents", action="store_true", help="do not ask the source what is sparse; read everything")
+    add(
+        "--data-path",
+        choices=DATA_PATHS,
+        default="auto",
+        help="splice payload past user space, or copy it through a buffer (default auto: splice where it can be)",
+    )
     add(
         "--queue-size",
         metavar=size,
@@ -238,6 +245,7 @@ def job_options(args: argparse.Namespace) -> JobOptions:
         extents=not args.no_extents,
         synchronous=args.synchronous,
         flush=not args.no_flush,
+        data_path=args.data_path,
     )
 
 

@@ -29,6 +29,7 @@ from nbdshard.common.nbd.connecter import Connecter, Goal, Listed, Negotiated, W
 from nbdshard.common.nbd.constants import Option, OptionReply
 from nbdshard.common.nbd.export import Export
 from nbdshard.common.nbd.options import OPTIONS, Negotiation, OptionHandler, OptionTable, with_option
+from nbdshard.common.nbd.payload import in_memory
 from nbdshard.common.nbd.uri import NbdUri
 from nbdshard.common.ranges import Range
 
@@ -130,7 +131,7 @@ class BlockingClient:
             if not self._stream.closed and not self._client.pending:
                 self._client.disconnect()
                 deadline = _Deadline(self._stream.peer, "disconnecting", DISCONNECT_SECONDS)
-                self._stream.send(self._client.data_to_send(), deadline)
+                self._stream.send(in_memory(self._client.data_to_send()), deadline)
                 self._stream.await_end(deadline)
         except NbdshardError:
             pass
@@ -160,7 +161,7 @@ class BlockingClient:
         return done
 
     def _answer(self, deadline: _Deadline) -> Done:
-        pieces = self._client.data_to_send()
+        pieces = in_memory(self._client.data_to_send())
         self._stream.send(pieces, deadline)
         events = self._client.sent(sum(map(len, pieces)))
         while True:

@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # keys are for networks; a local job does not pay for their i
 
 # As numbers: pyzmq's flags are enumerations, and joining two of them costs as much as sending.
 _NOW: Final = int(zmq.NOBLOCK)
+_READABLE: Final = int(zmq.POLLIN)
 _NOW_AND_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
@@ -238,6 +239,8 @@ class WorkerChannel:
 
         Raises ProtocolError for a malformed message: a coordinator that sends one is not to be worked for.
         """
+        if not int(self._dealer.getsockopt(zmq.EVENTS)) & _READABLE:  # cheaper than an exception, and mostly so
+            return []
         messages: list[FromCoordinator] = []
         for _ in range(MESSAGES_PER_TURN_MAX):
             try:

@@ -120,6 +120,10 @@ KILL_SECONDS: Final = 10.0  # from killing a local worker to having reaped it (i
 # -- a worker's loop --------------------------------------------------------------------------------------------------
 BUFFERS_PER_SEND_MAX: Final = 64  # headers and payloads in one writev(2); IOV_MAX is 1024
 SOCKET_BUFFER_BYTES: Final = 2 * MIB  # SO_SNDBUF asked for on unix sockets (the peers' published finding)
+RECEIVES_PER_TURN_MAX: Final = 64  # direct calls for one connection before the others have their turn
+SPLICED_PER_CONNECTION: Final = 4  # operations with a pipe; more of them do not stay in the CPU's cache (measured)
+SPLICE_BYTES_MIN: Final = 64 * KIB  # shorter payload is copied sooner than it is spliced (measured)
+PIPES_MAX: Final = 64  # of one worker: what an ordinary user's share of pipe memory allows (pipe-user-pages-soft)
 TICK_SECONDS: Final = 0.5  # between looks at the clocks of connections and leases
 COORDINATOR_SILENCE_SECONDS: Final = 60.0  # without a word from the coordinator a worker gives up and ends
 

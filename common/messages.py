@@ -26,6 +26,7 @@ Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=86_400.0)]
 Side: TypeAlias = Literal["source", "destination"]
+DataPath: TypeAlias = Literal["auto", "splice", "buffer"]  # how payload gets from one side to the other
 # A job has a list of destinations; this version takes exactly one.
 JustOne = msgspec.Meta(min_length=1, max_length=1)
 
@@ -85,6 +86,7 @@ class JobOptions(Record, frozen=True):
     extents: bool = True
     synchronous: bool = False
     flush: bool = True
+    data_path: DataPath = "auto"
     connect_seconds: Seconds = 5.0
     handshake_seconds: Seconds = 10.0
     request_seconds: Seconds = 30.0
@@ -103,11 +105,15 @@ class ErrorReport(Record, frozen=True):
 
 
 class Counters(Record, frozen=True):
-    """Bytes of one lease that are complete, by what became of them. Absolute, never a difference."""
+    """Bytes of one lease that are complete, by what became of them. Absolute, never a difference.
+
+    `spliced` are those of the copied ones that never entered user space.
+    """
 
     copied: Count = 0
     zeroed: Count = 0
     skipped: Count = 0
+    spliced: Count = 0
 
     @property
     def total(self) -> int:

@@ -83,7 +83,7 @@ class Ledger:
         self._holdings: dict[str, Holding] = {}
         self._failed: list[Granted] = []
         self._settled = Intervals()
-        self._done = [0, 0, 0]  # copied, zeroed, skipped
+        self._done = [0, 0, 0, 0]  # copied, zeroed, skipped, spliced
         self.next_number = 1
         self.leased_count = 0
         self.written_count = 0
@@ -212,6 +212,7 @@ class Ledger:
         self._done[0] += sign * done.copied
         self._done[1] += sign * done.zeroed
         self._done[2] += sign * done.skipped
+        self._done[3] += sign * done.spliced
 
     # -- the invariants ------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from nbdshard.common.limits import (
     RATE_WINDOW_SECONDS,
 )
 from nbdshard.common.logs import write_in_time
+from nbdshard.common.messages import Counters
 from nbdshard.common.units import format_bytes, format_rate, format_seconds
 from nbdshard.coordinator.job import Outcome, Status, Verdict
 
@@ -192,6 +193,7 @@ class JsonDisplay:
             "bytes_copied": status.counters.copied,
             "bytes_zeroed": status.counters.zeroed,
             "bytes_skipped": status.counters.skipped,
+            "bytes_spliced": status.counters.spliced,
             "rate_bytes_per_second": round(self._meter.rate),
             "eta_seconds": None if left is None else round(left, 1),
             "elapsed_seconds": round(self._meter.elapsed(now), 3),
@@ -217,11 +219,22 @@ def summary(outcome: Outcome, seconds: float) -> str:
         _count(outcome.workers, "worker"),
         f"{outcome.source_connections}+{outcome.destination_connections} connections",
     ]
+    if counters.copied:
+        parts.append(_data_path(counters))
     if outcome.rings:
         parts.append(", ".join(sorted(outcome.rings)))
     if outcome.verdict is Verdict.COMPLETE:
         parts.append(_durability(outcome))
     return head + "; ".join(parts)
+
+
+def _data_path(counters: Counters) -> str:
+    """How the payload went, of what is known to be copied."""
+    if counters.spliced == 0:
+        return "buffered"
+    if counters.spliced == counters.copied:
+        return "spliced"
+    return f"{counters.spliced * 100 // counters.copied} % spliced"
 
 
 def _share(outcome: Outcome) -> str:

@@ -28,7 +28,7 @@ class WorkerClock:
 
     def waiting(self, timeout_seconds: float) -> None:
         """A wait begins that takes this long at most."""
-        self._back_by = self._clock() + timeout_seconds
+        self._back_by = self.true + timeout_seconds
 
     def look(self) -> float:
         """The steady time now."""

@@ -6,7 +6,8 @@ batch of events; the copier queues requests on its connections and messages in `
 - No WRITE is queued before its READ ended without error and all payload is held.
 - A lease's clock is looked at before each write; an expired lease writes nothing more.
 - A failed read is asked again, a failed write is sent again from its buffer, ATTEMPTS_PER_REQUEST times in all; then
-  the lease fails, and with it nothing else.
+  the lease fails, and with it nothing else. What was spliced is gone after a failed write: it is read again, and both
+  go through a buffer from then on.
 - Counters count acknowledged bytes only.
 """
 
@@ -27,7 +28,9 @@ from nbdshard.common.messages import ErrorReport, Failed, FromWorker, Lease, Pro
 from nbdshard.common.ranges import Range
 from nbdshard.worker.flushes import Flushes
 from nbdshard.worker.lease import LeaseWork
-from nbdshard.worker.operation import BufferPool, Operation, Part
+from nbdshard.worker.operation import Operation, Part
+from nbdshard.worker.payloads import Payloads
+from nbdshard.worker.piped import PipePool
 from nbdshard.worker.ports import Connection, Extents
 from nbdshard.worker.shape import CopyShape
 from nbdshard.worker.sides import Source, Target
@@ -38,7 +41,8 @@ from nbdshard.worker.writer import Writer
 class Copier:
     """One worker's part of one job."""
 
-    def __init__(self, shape: CopyShape, job: str, epoch: int, now: float) -> None:
+    def __init__(self, shape: CopyShape, job: str, epoch: int, now: float, pipes: PipePool | None = None) -> None:
+        """`pipes`: where payload that need not enter user space goes; None: all of it goes through buffers."""
         self.shape = shape
         self.job = job
         self.epoch = epoch
@@ -48,7 +52,7 @@ class Copier:
         self.leases: dict[int, LeaseWork] = {}
         self.draining = False
         self.flushes = Flushes(self)
-        self._buffers = BufferPool(shape.request_size)
+        self.payloads = Payloads(shape.request_size, pipes)
         self._writer = Writer(shape, self)
         self._delayed: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
@@ -62,7 +66,7 @@ class Copier:
         """Use one more connection to the source; the returned listener hears of its requests."""
         source = Source(len(self.sources), connection, self.shape.depth, self)
         self.sources.append(source)
-        self._buffers.grow(self.shape.depth)
+        self.payloads.grow(self.shape.depth)
         return source
 
     def add_target(self, connection: Connection, requests: int) -> Target:
@@ -193,7 +197,7 @@ class Copier:
 
     def _begin_read(self, source: Source, lease: LeaseWork, where: Range) -> None:
         operation = self.begin(lease, where)
-        operation.buffer = self._buffers.take()
+        self.payloads.hold(operation, splice=self.shape.may_splice(where))
         lease.reads += 1
         source.begin(operation)
         operation.advance(OperationEvent.BEGIN_READ)
@@ -230,14 +234,19 @@ class Copier:
             self.drop(operation)
             return
         operation.advance(OperationEvent.READ_FAILED)
+        self.read_again(operation, operation.attempts)
+
+    def read_again(self, operation: Operation, attempts: int) -> None:
+        """After a pause, and into a buffer: what may fail again must be held."""
+        self.payloads.hold_in_memory(operation)
 
         def again() -> None:
             if self.given_up(operation.lease):
                 self.drop(operation)
             else:
-                source.read(operation)
+                self.sources[operation.source].read(operation)
 
-        self.later(operation.attempts, again)
+        self.later(attempts, again)
 
     def _stream_read(self, operation: Operation, count: int) -> None:
         """A stream's read: a short one is its end, and the lease ends there."""
@@ -275,9 +284,7 @@ class Copier:
         if operation.source >= 0:
             self.sources[operation.source].end(operation)
             operation.lease.reads -= 1
-        if operation.buffer is not None:
-            self._buffers.give(operation.buffer)
-            operation.buffer = None
+        self.payloads.release(operation)
         self._operations -= 1
         operation.lease.outstanding -= 1
         if operation.lease.abandoned:

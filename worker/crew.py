@@ -9,6 +9,7 @@ from nbdshard.common.errors import NbdshardError
 from nbdshard.common.messages import Assign, Side
 from nbdshard.common.ring import Ring
 from nbdshard.worker.opening import OpenConnection, make_connection
+from nbdshard.worker.pipes import Plumbing
 from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
 
 SIDES: tuple[Side, Side] = ("source", "destination")
@@ -39,12 +40,14 @@ class Crew:
         opened: Callable[[Side, OpenConnection], None],
         lost: Callable[[Side, OpenConnection, NbdshardError], None],
         connector: Connector = SYSTEM_SOCKETS,
+        plumbing: Plumbing | None = None,
     ) -> None:
         self._ring = ring
         self._assign = assign
         self._opened = opened
         self._lost = lost
         self._connector = connector
+        self._plumbing = plumbing
         self._members: list[_Member] = []
         self._is_ending = False  # nothing is opened any more
         self._now = 0.0
@@ -75,7 +78,14 @@ class Crew:
         assign = self._assign
         address = assign.source if side == "source" else assign.destinations[0]
         connection = make_connection(
-            self._ring, address, side, assign.options, self._on_ready, self._on_lost, self._connector
+            self._ring,
+            address,
+            side,
+            assign.options,
+            self._on_ready,
+            self._on_lost,
+            self._connector,
+            self._plumbing,
         )
         self._members.append(_Member(side, connection))
         # One handle more than requests: block status on a source, the flush on a destination.
@@ -116,10 +126,13 @@ class Crew:
         """How many connections to `side` are up."""
         return sum(1 for of, _ in self.ready() if of == side)
 
-    def pump(self, now: float) -> None:
+    def pump(self, now: float) -> bool:
+        """Let every connection send and move what it can; whether the copier was told something."""
         self._now = now
+        told = False
         for member in self._members:
-            member.connection.pump(now)
+            told = member.connection.pump(now) or told
+        return told
 
     def tick(self, now: float) -> None:
         for member in self._members:

@@ -41,6 +41,7 @@ class LeaseWork:
         "copied",
         "zeroed",
         "skipped",
+        "spliced",
         "error",
         "abandoned",
         "end",
@@ -60,6 +61,7 @@ class LeaseWork:
         self.reads = 0  # those of them that read
         self.zeroes = RangeSet()  # found, and not yet issued: neighbours may still join
         self.copied = self.zeroed = self.skipped = 0
+        self.spliced = 0  # of the copied ones
         self.error: ErrorReport | None = None
         self.abandoned = False
         self.end: int | None = None  # of a stream, once it was met
@@ -67,7 +69,7 @@ class LeaseWork:
 
     @property
     def counters(self) -> Counters:
-        return Counters(copied=self.copied, zeroed=self.zeroed, skipped=self.skipped)
+        return Counters(copied=self.copied, zeroed=self.zeroed, skipped=self.skipped, spliced=self.spliced)
 
     @property
     def unknown(self) -> Range | None:

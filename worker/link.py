@@ -35,10 +35,13 @@ from nbdshard.common.nbd.connecter import Connecter, Negotiated
 from nbdshard.common.nbd.constants import BASE_ALLOCATION, TransmissionFlag
 from nbdshard.common.nbd.export import Export
 from nbdshard.common.nbd.options import Wishes
+from nbdshard.common.nbd.payload import Elsewhere, Piece, in_memory
 from nbdshard.common.nbd.uri import NbdUri
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
-from nbdshard.worker.ports import Listener
+from nbdshard.worker.direct import DirectStream
+from nbdshard.worker.pipes import Plumbing
+from nbdshard.worker.ports import Listener, Payload
 from nbdshard.worker.sockets import SYSTEM_SOCKETS, Address, Connector
 
 
@@ -88,6 +91,7 @@ class NbdLink:
         on_ready: Callable[[NbdLink], None],
         on_lost: Callable[[NbdLink, NbdshardError], None],
         connector: Connector = SYSTEM_SOCKETS,
+        plumbing: Plumbing | None = None,
     ) -> None:
         self.peer = str(uri)
         self.side = side
@@ -100,6 +104,7 @@ class NbdLink:
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._connector = connector
+        self._plumbing = plumbing
         self._addresses: list[Address] = []
         self._attempt_by = 0.0  # until then the present address may take
         self._busy_address: Address | None = None  # its server has not yet accepted those before us
@@ -109,10 +114,12 @@ class NbdLink:
         self._connecter: Connecter | None = None
         self._client: Client | None = None
         self._handles = 0
-        self._out: list[memoryview | bytes] = []
+        self._out: list[Piece] = []
         self._out_of: Client | None = None  # whose bytes these are; None: the connecter's
         self._sending = Operation(Kind.SEND, owner=self._sent)
         self._receiving = Operation(Kind.RECEIVE, owner=self._received)
+        self._stream: DirectStream | None = None  # once it is ready, if payload may be spliced
+        self.has_work = False  # something was queued or completed since the last `pump`
         self._outstanding: dict[int, _Outstanding] = {}
         self._outstanding_bytes = 0
         self._unflushed_bytes = 0
@@ -176,6 +183,7 @@ class NbdLink:
             self._connect_failed(error)
             return
         self.state = LinkState.NEGOTIATING
+        self.has_work = True
         self._deadline = self._now + self._timeouts.handshake
         self._connecter = Connecter(Wishes(self._uri.export_name), self.peer)
 
@@ -220,14 +228,20 @@ class NbdLink:
 
     # -- ports.Connection ----------------------------------------------------------------------------------------------
 
-    def read(self, handle: int, where: Range, buffer: memoryview) -> None:
-        self._running().read(handle, where, buffer)
+    @property
+    def splices(self) -> bool:
+        return self._plumbing is not None
+
+    def read(self, handle: int, where: Range, into: Payload) -> None:
+        self._running().read(handle, where, into)
         self._expect(handle, "reading", where.length)
 
-    def write(self, handle: int, where: Range, buffer: memoryview) -> None:
-        self._running().write(handle, where, [buffer])
+    def write(self, handle: int, where: Range, payload: Payload) -> None:
+        self._running().write(handle, where, [payload] if isinstance(payload, memoryview) else payload.pieces)
         self._unflushed_bytes += where.length
         self._expect(handle, "writing", where.length)
+        if self._stream is not None:
+            self._stream.push()  # while it is in the CPU's cache
 
     def zero(self, handle: int, where: Range, *, allocated: bool) -> None:
         self._running().write_zeroes(handle, where, no_hole=allocated)
@@ -246,6 +260,7 @@ class NbdLink:
 
     def _running(self) -> Client:
         assert self._client is not None
+        self.has_work = True
         return self._client
 
     def _expect(self, handle: int, doing: str, size: int) -> None:
@@ -265,27 +280,72 @@ class NbdLink:
         """No request is outstanding and nothing is queued."""
         return self._client is None or (self._client.pending == 0 and not self._out)
 
-    def pump(self, now: float) -> None:
-        """Keep one send (while there is something to send) and one receive outstanding."""
+    def pump(self, now: float) -> bool:
+        """Send what is queued, take what has arrived, and see to it that the ring tells when more can be done.
+
+        Whether the listener was told something, and may have more to do before anybody waits.
+        """
         self._now = now
-        machine = self._client or self._connecter
-        if machine is None or self._descriptor is None or self.state is LinkState.CLOSED:
-            return
+        if not self.has_work:
+            return False
+        self.has_work = False
+        if self._descriptor is None or self.state is LinkState.CLOSED:
+            return False
         try:
-            if not self._sending.pending:
-                if not self._out:
-                    self._out = list(machine.data_to_send())
-                    self._out_of = self._client
-                if self._out:
-                    self._submit(self._sending, self._out[:BUFFERS_PER_SEND_MAX])
-                elif self.state is LinkState.LEAVING and self.quiet:
-                    self.close()
-                    return
-            if not self._receiving.pending:
-                target = machine.receive_target()
-                self._submit(self._receiving, [target] if isinstance(target, memoryview) else target)
+            if self._plumbing is not None and self._client is not None:
+                return self._move(self._plumbing, self._client, self._descriptor)
+            self._keep_moving()
         except NbdshardError as error:
             self._fail(error)
+            return True
+        return False
+
+    # -- by operations of the ring: the negotiation, and payload that goes through buffers
+
+    def _keep_moving(self) -> None:
+        """Keep one send (while there is something to send) and one receive outstanding."""
+        machine = self._client or self._connecter
+        if machine is None:
+            return
+        if not self._sending.pending:
+            if not self._out:
+                self._out = list(machine.data_to_send())
+                self._out_of = self._client
+            if self._out:
+                self._submit(self._sending, in_memory(self._out[:BUFFERS_PER_SEND_MAX]))
+            elif self.state is LinkState.LEAVING and self.quiet:
+                self.close()
+                return
+        if not self._receiving.pending:
+            target = machine.receive_target()
+            self._submit(self._receiving, [target] if isinstance(target, memoryview) else target)
+
+    # -- by direct calls, whenever the socket is ready: payload that may be spliced
+
+    def _move(self, plumbing: Plumbing, client: Client, descriptor: Descriptor) -> bool:
+        """Move what can be moved now, both ways; whether the listener was told something, or more is to do."""
+        if self._stream is None:
+            if self._sending.pending or self._receiving.pending:
+                return False  # of the negotiation; its end has `pump` called again
+            self._stream = DirectStream(self._ring, descriptor, plumbing, client, self.peer, self._changed)
+        stream = self._stream
+        told = stream.move(self._dispatch)
+        if stream.error:
+            raise self._broken(stream.error)
+        if stream.ended:
+            self._ended()
+        elif self.state is LinkState.LEAVING and stream.idle and self.quiet:
+            self.close()
+        self.has_work = told
+        return told
+
+    def _changed(self, operation: Operation) -> bool:
+        """The socket has become readable or writable, or has failed."""
+        if operation.result < 0 or self.state is LinkState.CLOSED or self._stream is None:
+            return True
+        self._stream.take_note(operation.result)
+        self.has_work = True
+        return not self.pump(self._now)
 
     def _submit(self, operation: Operation, buffers: Sequence[memoryview | bytes]) -> None:
         operation.descriptor = self._descriptor
@@ -314,6 +374,7 @@ class NbdLink:
             self.close()
             return
         self.state = LinkState.LEAVING
+        self.has_work = True
         self._deadline = self._now + DISCONNECT_SECONDS
         self._client.disconnect()
 
@@ -336,6 +397,7 @@ class NbdLink:
     # -- completions ---------------------------------------------------------------------------------------------------
 
     def _sent(self, operation: Operation) -> None:
+        self.has_work = True
         if self.state is LinkState.CLOSED:
             return
         try:
@@ -353,6 +415,7 @@ class NbdLink:
         index = 0
         while count:
             buffer = self._out[index]
+            assert not isinstance(buffer, Elsewhere)
             if count < len(buffer):
                 self._out[index] = memoryview(buffer)[count:]
                 break
@@ -361,15 +424,14 @@ class NbdLink:
         del self._out[:index]
 
     def _received(self, operation: Operation) -> None:
+        self.has_work = True
         if self.state is LinkState.CLOSED:
             return
         try:
             if operation.result > 0:
                 self._take(operation.result)
-            elif operation.result == 0 and self.state is LinkState.LEAVING:
-                self.close()
             elif operation.result == 0:
-                self._end_of_stream()
+                self._ended()
             else:
                 raise self._broken(operation.result)
         except NbdshardError as error:
@@ -398,9 +460,11 @@ class NbdLink:
                 case Arriving(handle=handle):
                     listener.arriving(handle)
 
-    def _end_of_stream(self) -> None:
-        """The machine knows what was cut short."""
-        if self._client is not None:
+    def _ended(self) -> None:
+        """The server closed the connection. The machine knows what was cut short."""
+        if self.state is LinkState.LEAVING:
+            self.close()
+        elif self._client is not None:
             self._client.end_of_stream()
         elif self._connecter is not None:
             self._connecter.end_of_stream()

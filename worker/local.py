@@ -26,7 +26,7 @@ from nbdshard.common.limits import (
 from nbdshard.common.messages import EndpointAddress, EndpointDescription, Side
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
-from nbdshard.worker.ports import Extents, Listener
+from nbdshard.worker.ports import Extents, Listener, Payload
 
 Value = TypeVar("Value")
 
@@ -58,23 +58,27 @@ class Task(Enum):
 
 
 class Request:
-    """One request of the copier. `moved` counts bytes transferred so far; `expires` is on the loop's clock."""
+    """One request of the copier: `buffer` or `piped` is its payload.
 
-    __slots__ = ("allocated", "buffer", "expires", "handle", "moved", "seconds", "task", "where")
+    `moved` counts bytes transferred so far; `expires` is on the loop's clock.
+    """
+
+    __slots__ = ("allocated", "buffer", "expires", "handle", "moved", "piped", "seconds", "task", "where")
 
     def __init__(
         self,
         task: Task,
         handle: int,
         where: Range,
-        buffer: memoryview,
+        payload: Payload,
         *,
         allocated: bool = False,
     ) -> None:
         self.task = task
         self.handle = handle
         self.where = where
-        self.buffer = buffer
+        self.buffer = payload if isinstance(payload, memoryview) else _NOTHING
+        self.piped = None if isinstance(payload, memoryview) else payload
         self.allocated = allocated
         self.moved = 0
         self.seconds = 0.0
@@ -137,11 +141,15 @@ class LocalConnection(ABC):
 
     # -- ports.Connection ----------------------------------------------------------------------------------------------
 
-    def read(self, handle: int, where: Range, buffer: memoryview) -> None:
-        self._enqueue(Request(Task.READ, handle, where, buffer))
+    @property
+    def splices(self) -> bool:
+        return False
 
-    def write(self, handle: int, where: Range, buffer: memoryview) -> None:
-        self._enqueue(Request(Task.WRITE, handle, where, buffer))
+    def read(self, handle: int, where: Range, into: Payload) -> None:
+        self._enqueue(Request(Task.READ, handle, where, into))
+
+    def write(self, handle: int, where: Range, payload: Payload) -> None:
+        self._enqueue(Request(Task.WRITE, handle, where, payload))
 
     def zero(self, handle: int, where: Range, *, allocated: bool) -> None:
         self._enqueue(Request(Task.ZERO, handle, where, _NOTHING, allocated=allocated))
@@ -164,8 +172,11 @@ class LocalConnection(ABC):
             self.life = Life.STARTING
             self._opening_expires = now + HANDSHAKE_SECONDS
 
-    def pump(self, now: float) -> None:
-        """Begin what is queued. Call once in every turn of the loop, before `Ring.wait`."""
+    def pump(self, now: float) -> bool:
+        """Begin what is queued. Call once in every turn of the loop, before `Ring.wait`.
+
+        Whether the listener was told something, and may have more to do before anybody waits.
+        """
         self._reported = False
         if self.life is Life.STARTING:
             self.life = Life.OPENING
@@ -175,8 +186,7 @@ class LocalConnection(ABC):
             if not self._queue or not self._may_begin():
                 break
             self._start_request(self._queue.popleft(), now)
-        if self._reported:
-            self._ring.wake()  # whoever was told may have more to do before the loop waits again
+        return self._reported
 
     def _start_request(self, request: Request, now: float) -> None:
         request.seconds = self._seconds_for(request)

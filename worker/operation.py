@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 from nbdshard.common.errors import BugError
 from nbdshard.common.ranges import Range
 from nbdshard.worker.lease import LeaseWork
+from nbdshard.worker.piped import PipedPayload
+from nbdshard.worker.ports import Payload
 from nbdshard.worker.states import OperationEvent, OperationState, next_state
 
 Entry = TypeVar("Entry")
@@ -54,7 +56,8 @@ class Vector(Generic[Entry]):
 class Operation:
     """One row: bytes on their way from the source to the destination, or a run of zeroes being written.
 
-    `parts_left` counts its write requests not yet acknowledged, `parts_unsent` those not yet sent whole.
+    Its payload is in `buffer`, or in `piped`, or in neither. `parts_left` counts its write requests not yet
+    acknowledged, `parts_unsent` those not yet sent whole.
     """
 
     __slots__ = (
@@ -64,9 +67,11 @@ class Operation:
         "lease",
         "parts_left",
         "parts_unsent",
+        "piped",
         "source",
         "state",
         "where",
+        "writes_lost",
     )
 
     def __init__(self, lease: LeaseWork, where: Range) -> None:
@@ -76,7 +81,9 @@ class Operation:
         self.source = -1  # the source connection it reads from; -1: it does not read
         self.handle = -1  # its row there
         self.buffer: bytearray | None = None
-        self.attempts = 0
+        self.piped: PipedPayload | None = None
+        self.attempts = 0  # failed reads
+        self.writes_lost = 0  # failed writes whose payload was spliced
         self.parts_left = 0
         self.parts_unsent = 0
 
@@ -97,7 +104,7 @@ class Part:
 
     __slots__ = ("attempts", "fills", "is_merge", "is_zero", "operation", "payload", "where")
 
-    def __init__(self, operation: Operation, where: Range, payload: memoryview | None, *, is_zero: bool) -> None:
+    def __init__(self, operation: Operation, where: Range, payload: Payload | None, *, is_zero: bool) -> None:
         self.operation = operation
         self.where = where
         self.payload = payload
@@ -105,29 +112,3 @@ class Part:
         self.fills = False
         self.is_merge = False  # reads the destination's last block instead of writing
         self.attempts = 0
-
-
-class BufferPool:
-    """Buffers of one size, the last one freed handed out first: its pages are in the cache."""
-
-    __slots__ = ("_count", "_free", "size")
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._count = 0
-        self._free: list[bytearray] = []
-
-    def grow(self, count: int) -> None:
-        """Allow `count` more buffers; each is made when it is first needed."""
-        self._count += count
-
-    def take(self) -> bytearray:
-        if self._free:
-            return self._free.pop()
-        if self._count == 0:
-            raise BugError("more operations than buffers")
-        self._count -= 1
-        return bytearray(self.size)
-
-    def give(self, buffer: bytearray) -> None:
-        self._free.append(buffer)

@@ -8,12 +8,14 @@ connection's own vector, chosen by the copier, and free again from `done` on.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.messages import EndpointDescription
 from nbdshard.common.ranges import Range
+from nbdshard.worker.piped import PipedPayload
 
+Payload: TypeAlias = memoryview | PipedPayload  # in memory, or spliced
 Extents = list[tuple[Range, int]]  # NBD_CMD_BLOCK_STATUS: ranges in order without gaps, each with its state flags
 
 
@@ -35,11 +37,18 @@ class Connection(Protocol):
 
     description: EndpointDescription
 
-    def read(self, handle: int, where: Range, buffer: memoryview) -> None:
-        """Read `where` into `buffer` (exactly as long). A stream may complete short, at its end."""
+    @property
+    def splices(self) -> bool:
+        """Whether payload may be spliced; else it has to be in memory."""
 
-    def write(self, handle: int, where: Range, buffer: memoryview) -> None:
-        """Write `buffer` (exactly as long) at `where`; it must not change until `done`."""
+    def read(self, handle: int, where: Range, into: Payload) -> None:
+        """Read `where` into `into` (exactly as long). A stream may complete short, at its end."""
+
+    def write(self, handle: int, where: Range, payload: Payload) -> None:
+        """Write `payload` (exactly as long) at `where`; it must not change until `done`.
+
+        What was spliced is gone then, also after an error.
+        """
 
     def zero(self, handle: int, where: Range, *, allocated: bool) -> None:
         """Make `where` read as zeroes; `allocated`: leave no hole (NO_HOLE)."""

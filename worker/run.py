@@ -16,6 +16,7 @@ from nbdshard.common.machine import machine_id
 from nbdshard.common.messages import PROTOCOL_VERSION, Hello
 from nbdshard.common.ring import Kind, Operation, Ring
 from nbdshard.common.ring.choose import open_ring
+from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.service import Worker, WorkerState
 
 
@@ -39,7 +40,7 @@ def run_worker(connect: str, *, ring: str = "auto", name: str = "", keys: Worker
 
 
 def _work(ring: Ring, channel: WorkerChannel) -> None:
-    worker = Worker(ring, channel, _hello(ring, channel), _seconds)
+    worker = Worker(ring, channel, _hello(ring, channel), _seconds, plumbing=SystemPlumbing())
     _watch(ring, channel.descriptor)
     stops = 0
 

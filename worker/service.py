@@ -24,6 +24,7 @@ from nbdshard.common.messages import (
     Alive,
     AliveToo,
     Assign,
+    DataPath,
     ErrorReport,
     Flush,
     FromCoordinator,
@@ -45,6 +46,8 @@ from nbdshard.worker.clock import WorkerClock
 from nbdshard.worker.copier import Copier
 from nbdshard.worker.crew import SIDES, Crew
 from nbdshard.worker.opening import OpenConnection
+from nbdshard.worker.piped import PipePool
+from nbdshard.worker.pipes import Plumbing
 from nbdshard.worker.shape import CopyShape
 from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
 
@@ -86,13 +89,17 @@ class Worker:
         hello: Hello,
         clock: Callable[[], float],
         connector: Connector = SYSTEM_SOCKETS,
+        plumbing: Plumbing | None = None,
     ) -> None:
+        """`plumbing`: None for a worker that splices nothing."""
         self.state = WorkerState.GREETING
         self.error: NbdshardError | None = None
         self._ring = ring
         self._channel = channel
         self._clock = WorkerClock(clock)
         self._connector = connector
+        self._plumbing = plumbing
+        self._pipes: PipePool | None = None
         self._assign: Assign | None = None
         self._crew: Crew | None = None
         self._copier: Copier | None = None
@@ -115,8 +122,7 @@ class Worker:
         if self._copier is not None and self.state is not WorkerState.LOSING:
             self._copier.pump(self._clock.true)
             self._collect(self._copier)
-        if self._crew is not None:
-            self._crew.pump(now)
+        told = self._crew is not None and self._crew.pump(now)
         self._advance(now)
         self._send()
         # A full queue must not swallow the Goodbye: without it nobody knows that we write no more.
@@ -124,13 +130,22 @@ class Worker:
             self.state = WorkerState.GONE
             return
         # Sending may have taken the edge off the channel's descriptor: look again before waiting for it.
-        timeout = 0.0 if self._read_channel(now) else max(0.0, self._next_deadline() - now)
-        self._clock.waiting(timeout)
-        completions = self._ring.wait(timeout)
-        self._look()
-        for operation in completions:
-            if operation.owner is not None:
-                operation.owner(operation)
+        timeout = 0.0 if told or self._read_channel(now) else max(0.0, self._next_deadline() - now)
+        self._rest(self._clock.steady + timeout)
+
+    def _rest(self, until: float) -> None:
+        """Wait, and hand out completions, until one of them gives somebody else something to do, or `until`."""
+        while True:
+            timeout = max(0.0, until - self._clock.steady)
+            self._clock.waiting(timeout)
+            completions = self._ring.wait(timeout)
+            now = self._look()
+            concerns_all = not completions or now >= until
+            for operation in completions:
+                if operation.owner is None or not operation.owner(operation):
+                    concerns_all = True
+            if concerns_all:
+                return
 
     def _look(self) -> float:
         """Look at the clock: the time for everything but leases. Nothing is sent under a lease that was slept over."""
@@ -197,11 +212,18 @@ class Worker:
                 return
             if self._assign is not None:
                 self._outbox.append(Goodbye(self._assign.job, self._assign.epoch, self._goodbye))
+            self._close_pipes()
             self._part_by = now + CHANNEL_LINGER_SECONDS  # whoever is in a hurry: no connection is open any more
             self.state = WorkerState.PARTING
 
     def _idle(self) -> bool:
         return self._copier is None or self._copier.idle
+
+    def _close_pipes(self) -> None:
+        """Every connection is closed: nothing uses them any more."""
+        if self._pipes is not None:
+            self._pipes.close()
+            self._pipes = None
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
@@ -276,7 +298,7 @@ class Worker:
         try:
             if self._crew is None:
                 self.state = WorkerState.OPENING
-                self._crew = Crew(self._ring, message, self._opened, self._lost, self._connector)
+                self._crew = Crew(self._ring, message, self._opened, self._lost, self._connector, self._plumbing)
             self._crew.want(message, now)
         except NbdshardError as error:
             self._open_failed(error, None)
@@ -295,11 +317,13 @@ class Worker:
                 for looked_at, each in zip(SIDES, first, strict=True):
                     self._check_agreement(assign, looked_at, each)
                 looked_at = None  # what does not fit together is the fault of neither
-                shape = CopyShape.of(first[0].description, first[1].description, assign.options)
+                splice = _may_splice(first, assign.options.data_path)
+                shape = CopyShape.of(first[0].description, first[1].description, assign.options, splice=splice)
             except UserError as error:
                 self._open_failed(error, looked_at)
                 return
-            self._copier = Copier(shape, assign.job, assign.epoch, self._clock.true)
+            self._pipes = PipePool(self._plumbing, shape.request_size) if shape.splice and self._plumbing else None
+            self._copier = Copier(shape, assign.job, assign.epoch, self._clock.true, self._pipes)
             self.state = WorkerState.WORKING
             for each_side, each in crew.ready():
                 self._join(self._copier, each_side, each)
@@ -375,8 +399,20 @@ class Worker:
             self._copier.abort(self._failure)
             self._collect(self._copier)
         self._outbox.append(OpenFailed(self._assign.job, self._assign.epoch, self._failure))
+        self._close_pipes()
         self._crew = self._copier = self._failure = None
         self.state = WorkerState.STANDING_BY
+
+
+def _may_splice(ends: tuple[OpenConnection, OpenConnection], data_path: DataPath) -> bool:
+    """Whether payload goes through pipes. Raises UserError where it must and cannot."""
+    if data_path == "buffer":
+        return False
+    unable = next((end for end in ends if not end.splices), None)
+    if unable is not None and data_path == "splice":
+        advice = "leave --data-path out"
+        raise UserError("payload cannot be spliced to or from it", unable.description.peer, advice)
+    return unable is None
 
 
 _LEAVING_STATES = frozenset({WorkerState.DRAINING, WorkerState.LEAVING, WorkerState.PARTING, WorkerState.GONE})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.limits import SPARSE_UNIT_DEFAULT
+from nbdshard.common.limits import SPARSE_UNIT_DEFAULT, SPLICE_BYTES_MIN, SPLICED_PER_CONNECTION
 from nbdshard.common.messages import EndpointDescription, JobOptions
 from nbdshard.common.ranges import Range
 
@@ -33,10 +33,21 @@ class CopyShape:
     allocated: bool
     ask_extents: bool
     synchronous: bool  # one operation at a time, in order
+    splice: bool  # payload may go from one side to the other through a pipe
 
     @classmethod
-    def of(cls, source: EndpointDescription, destination: EndpointDescription, options: JobOptions) -> CopyShape:
-        """The shape of a copy between these ends. Raises UserError when no request size suits both."""
+    def of(
+        cls,
+        source: EndpointDescription,
+        destination: EndpointDescription,
+        options: JobOptions,
+        *,
+        splice: bool = False,
+    ) -> CopyShape:
+        """The shape of a copy between these ends, which can both `splice`.
+
+        Raises UserError when no request size suits both.
+        """
         alignment = max(source.block_minimum, destination.block_minimum)
         largest = min(source.block_maximum, destination.block_maximum)
         if largest < alignment:
@@ -47,9 +58,11 @@ class CopyShape:
         request_size = _power_of_two_within(min(max(options.request_size, alignment), largest))
         synchronous = options.synchronous or source.is_stream or destination.is_stream
         policy = _zero_policy(destination, options)
+        splice = splice and not synchronous and request_size >= SPLICE_BYTES_MIN
+        depth = 1 if synchronous else max(1, min(options.requests, options.queue_size // request_size))
         return cls(
             request_size=request_size,
-            depth=1 if synchronous else max(1, min(options.requests, options.queue_size // request_size)),
+            depth=min(depth, SPLICED_PER_CONNECTION) if splice else depth,
             queue_size=max(options.queue_size, request_size),
             alignment=alignment,
             sparse_unit=_sparse_unit(destination, options, alignment, request_size, policy),
@@ -58,7 +71,12 @@ class CopyShape:
             allocated=options.allocated,
             ask_extents=options.extents and source.can_extents,
             synchronous=synchronous,
+            splice=splice,
         )
+
+    def may_splice(self, where: Range) -> bool:
+        """Whether the payload of a read of `where` may be spliced: if it is long enough to pay, and stays as it is."""
+        return self.splice and where.length >= SPLICE_BYTES_MIN and not self.needs_merge(where)
 
     def needs_merge(self, where: Range) -> bool:
         """Whether a write of `where` ends inside a block of the destination."""

@@ -48,6 +48,9 @@ class Source:
         self.active -= 1
 
     def read(self, operation: Operation) -> None:
+        if operation.piped is not None:
+            self.connection.read(operation.handle, operation.where, operation.piped)
+            return
         assert operation.buffer is not None
         view = memoryview(operation.buffer)[: operation.where.length]
         self.connection.read(operation.handle, operation.where, view)

@@ -11,11 +11,12 @@ from nbdshard.common.messages import ErrorReport, Side
 from nbdshard.common.ranges import Range
 from nbdshard.worker.lease import LeaseWork
 from nbdshard.worker.operation import Operation, Part
+from nbdshard.worker.payloads import Payloads
+from nbdshard.worker.piped import PipedPayload
 from nbdshard.worker.ports import Connection
 from nbdshard.worker.shape import CopyShape, ZeroPolicy
 from nbdshard.worker.sides import Target
 from nbdshard.worker.states import OperationEvent, OperationState
-from nbdshard.worker.zeroes import find_runs
 
 _ZERO_REFUSALS = frozenset({"ENOTSUP", "EINVAL", "EOVERFLOW"})  # the server cannot zero this: write zeroes instead
 
@@ -24,6 +25,7 @@ class Owner(Protocol):
     """What the writer needs of the copier, which owns leases, operations and the clock."""
 
     now: float
+    payloads: Payloads
 
     def begin(self, lease: LeaseWork, where: Range) -> Operation: ...
     def release(self, operation: Operation) -> None: ...
@@ -31,6 +33,7 @@ class Owner(Protocol):
     def given_up(self, lease: LeaseWork) -> bool: ...
     def abandon(self, lease: LeaseWork, error: ErrorReport | None) -> None: ...
     def later(self, attempts: int, action: Callable[[], None]) -> None: ...
+    def read_again(self, operation: Operation, attempts: int) -> None: ...
     def fail(
         self, lease: LeaseWork, side: Side, doing: str, connection: Connection, where: Range, error: RequestError
     ) -> None: ...
@@ -61,19 +64,17 @@ class Writer:
         if self.shape.needs_merge(operation.where):
             self._merge(operation)
             return
-        buffer, where, unit = operation.buffer, operation.where, self.shape.sparse_unit
-        assert buffer is not None
-        view = memoryview(buffer)
-        data = [(0, where.length)]
-        if unit:
-            data = []
-            for start, end, zero in find_runs(buffer, where.length, unit, where.start % unit):
-                if zero:
-                    self.note_zeroes(operation.lease, Range(where.start + start, where.start + end))
-                else:
-                    data.append((start, end))
+        where = operation.where
+        data = self._find_data(operation) if self.shape.sparse_unit else [(0, where.length)]
+        piped = operation.piped  # whole, if it is there: what has to be cut is in a buffer by now
+        view = memoryview(operation.buffer or b"")
         parts = [
-            Part(operation, Range(where.start + start, where.start + end), view[start:end], is_zero=False)
+            Part(
+                operation,
+                Range(where.start + start, where.start + end),
+                view[start:end] if piped is None else piped,
+                is_zero=False,
+            )
             for start, end in data
         ]
         if not parts:
@@ -82,7 +83,18 @@ class Writer:
         operation.parts_left = operation.parts_unsent = len(parts)
         target = self._target_of(operation)
         for part in parts:
+            part.attempts = operation.writes_lost
             self._queue(target, part)
+
+    def _find_data(self, operation: Operation) -> list[tuple[int, int]]:
+        """Note the zeroes in the payload; the rest of it, as offsets in it."""
+        start, data = operation.where.start, []
+        for begin, end, zero in self._owner.payloads.find_runs(operation, self.shape.sparse_unit):
+            if zero:
+                self.note_zeroes(operation.lease, Range(start + begin, start + end))
+            else:
+                data.append((begin, end))
+        return data
 
     def _merge(self, operation: Operation) -> None:
         """The source ends inside a block of the destination: read that block, put our bytes over its beginning."""
@@ -98,7 +110,7 @@ class Writer:
     def _merged(self, operation: Operation, part: Part) -> None:
         where, kept = operation.where, part.where.end - operation.where.end
         buffer, old = operation.buffer, part.payload
-        assert buffer is not None and old is not None
+        assert buffer is not None and isinstance(old, memoryview)
         buffer[where.length : where.length + kept] = old[len(old) - kept :]
         whole = Range(where.start, part.where.end)
         operation.advance(OperationEvent.READ_DONE)
@@ -148,6 +160,8 @@ class Writer:
             lease.zeroed += part.where.length
         else:
             lease.copied += min(part.where.end, part.operation.where.end) - part.where.start
+            if isinstance(part.payload, PipedPayload):
+                lease.spliced += part.where.length - part.payload.in_memory
 
     def _part_failed(self, target: Target, part: Part, error: RequestError) -> None:
         operation = part.operation
@@ -160,6 +174,11 @@ class Writer:
             doing = "read" if part.is_merge else "write" if part.payload is not None else "zero"
             self._owner.fail(operation.lease, "destination", doing, target.connection, part.where, error)
             self._part_over(part)
+            return
+        if isinstance(part.payload, PipedPayload):
+            operation.advance(OperationEvent.DATA_LOST)
+            operation.writes_lost = part.attempts
+            self._owner.read_again(operation, part.attempts)
             return
         if part.is_merge:
             operation.advance(OperationEvent.READ_FAILED)

@@ -22,9 +22,10 @@ from nbdshard.common.nbd.constants import Command, CommandFlag
 from nbdshard.common.nbd.events import Arriving, Done, Event, Sent
 from nbdshard.common.nbd.export import Export
 from nbdshard.common.nbd.extents import ExtentCollector
+from nbdshard.common.nbd.payload import Piece, as_bytes
 from nbdshard.common.nbd.receiver import Receiver
 from nbdshard.common.nbd.replies import CHUNKS, ChunkKind
-from nbdshard.common.nbd.requests import RequestRules, as_bytes
+from nbdshard.common.nbd.requests import RequestRules
 from nbdshard.common.nbd.sinks import BufferSink, Sink
 from nbdshard.common.nbd.states import CLIENT_STATES, ClientState, advance
 from nbdshard.common.nbd.wire import Malformed, Request, pack_request
@@ -64,7 +65,7 @@ class Client:
         self._requests: list[Pending | None] = [None] * handles
         # Sending: positions count the bytes of the whole stream.
         self._headers = bytearray()  # requests without payload queue here, so that they leave together
-        self._out: list[memoryview | bytes] = []
+        self._out: list[Piece] = []
         self._queued = 0
         self._handed = 0
         self._sent = 0
@@ -76,11 +77,12 @@ class Client:
 
     # -- queueing -----------------------------------------------------------------------------------------------------
 
-    def read(self, handle: int, where: Range, buffer: memoryview, *, dont_fragment: bool = False) -> None:
-        """Read `where` into `buffer`, which is as long."""
-        self.submit(handle, Command.READ, where, flags=_DF if dont_fragment else 0, sink=BufferSink(buffer))
+    def read(self, handle: int, where: Range, into: memoryview | Sink, *, dont_fragment: bool = False) -> None:
+        """Read `where` into a buffer that is as long, or into a sink."""
+        sink = BufferSink(into) if isinstance(into, memoryview) else into
+        self.submit(handle, Command.READ, where, flags=_DF if dont_fragment else 0, sink=sink)
 
-    def write(self, handle: int, where: Range, payload: Sequence[memoryview | bytes], *, fua: bool = False) -> None:
+    def write(self, handle: int, where: Range, payload: Sequence[Piece], *, fua: bool = False) -> None:
         """Write `payload`, its pieces together as long as `where`."""
         self.submit(handle, Command.WRITE, where, flags=_FUA if fua else 0, payload=payload)
 
@@ -114,7 +116,7 @@ class Client:
         where: Range | None,
         *,
         flags: int = 0,
-        payload: Sequence[memoryview | bytes] = (),
+        payload: Sequence[Piece] = (),
         sink: Sink | None = None,
     ) -> None:
         """Queue a request of any command in the table; the methods above are its shorthands.
@@ -158,8 +160,11 @@ class Client:
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
-    def data_to_send(self) -> list[memoryview | bytes]:
-        """What is queued and not handed out yet, in order; header and payload of a WRITE are neighbours."""
+    def data_to_send(self) -> list[Piece]:
+        """What is queued and not handed out yet, in order; header and payload of a WRITE are neighbours.
+
+        A piece that is `Elsewhere` is for the caller to move.
+        """
         if self.state not in _LIVE:
             return []
         self._cut_headers()
@@ -193,6 +198,11 @@ class Client:
     def payload_left(self) -> int:
         """Bytes of the current payload still to come: what a sink without a target may splice."""
         return self._receiver.left
+
+    @property
+    def payload_sink(self) -> Sink:
+        """Where the current payload goes, while there is some left."""
+        return self._receiver.sink
 
     def receive_target(self) -> list[memoryview]:
         """Where the next bytes go: the rest of a payload, then a reply header; any part of it may be received.

@@ -66,7 +66,7 @@ class Receiver:
         self._filled = 0
         self._last = False  # the current chunk is the last one of its reply
         self._drain = DrainSink()
-        self._sink: Sink = self._drain
+        self.sink: Sink = self._drain
         self._body = _NOTHING
         self._body_kind: ChunkKind | None = None
         self._body_type = 0
@@ -79,7 +79,7 @@ class Receiver:
             # While no READ is pending no payload can come, so many headers may be taken at once. A READ queued
             # after that may still get the first bytes of its payload here; they are handed on (`Sink.take`).
             return [self._head[self._filled : self._head_exact if payload_may_come else HEAD_BYTES_MAX]]
-        target = self._sink.target()
+        target = self.sink.target()
         if len(target) < left:
             return [target] if target else []
         return [target, self._head[: self._head_exact]]
@@ -89,7 +89,7 @@ class Receiver:
         left = self.left
         if left:
             taken = count if count < left else left
-            self._sink.advance(taken)
+            self.sink.advance(taken)
             self.left = left - taken
             if taken < left:
                 return
@@ -109,7 +109,7 @@ class Receiver:
                 taken = min(self.left, filled - at)
                 if not taken:
                     break
-                self._sink.take(head[at : at + taken])
+                self.sink.take(head[at : at + taken])
                 at += taken
                 self.left -= taken
                 if not self.left:
@@ -202,7 +202,7 @@ class Receiver:
         if request.contents == 1:
             events.append(Arriving(request.handle))
         sink.begin(start, length)
-        self._sink = sink
+        self.sink = sink
         self.left = length
         self._go(ReceiveState.PAYLOAD)
 
@@ -222,17 +222,17 @@ class Receiver:
             return
         self._body = memoryview(bytearray(kept))
         self._body_kind, self._body_type, self._body_length = kind, reply_type, length
-        self._sink = BufferSink(self._body)
-        self._sink.begin(0, kept)
+        self.sink = BufferSink(self._body)
+        self.sink.begin(0, kept)
         self.left = kept
         self._go(ReceiveState.BODY)
 
     def _sink_filled(self, events: list[Event]) -> None:
         """The bytes the current sink waited for are all there."""
-        self._sink = self._drain  # lets go of the caller's buffer
+        self.sink = self._drain  # lets go of the caller's buffer
         surplus = self._complete_body(events) if self.state is ReceiveState.BODY else 0
         if surplus:
-            self._sink.begin(0, surplus)
+            self.sink.begin(0, surplus)
             self.left = surplus
             self._go(ReceiveState.SURPLUS)
             return

@@ -19,6 +19,7 @@ from nbdshard.common.nbd.constants import (
     command_name,
 )
 from nbdshard.common.nbd.export import Export
+from nbdshard.common.nbd.payload import Elsewhere
 from nbdshard.common.nbd.sinks import BufferSink, Sink
 from nbdshard.common.ranges import Range
 
@@ -50,7 +51,7 @@ class RequestRules:
         command: int,
         where: Range | None,
         flags: int,
-        payload: Sequence[memoryview],
+        payload: Sequence[memoryview | Elsewhere],
         sink: Sink | None,
     ) -> CommandEntry:
         """The table's entry for `command`. Raises BugError where the export does not allow the request."""
@@ -115,11 +116,3 @@ def _refusal(export: Export, entry: CommandEntry) -> str:
     if entry.queries_contexts and BASE_ALLOCATION not in export.contexts:
         return f"where {BASE_ALLOCATION} was not agreed on"
     return ""
-
-
-def as_bytes(piece: memoryview | bytes) -> memoryview:
-    """`piece` with its length in bytes. Raises BugError where it is not one run of memory."""
-    view = memoryview(piece)
-    if not view.c_contiguous:
-        raise BugError("payload that is not contiguous")
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")

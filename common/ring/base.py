@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
 from abc import ABC, abstractmethod
@@ -19,7 +20,10 @@ from nbdshard.common.ring.wake import Waker
 # A module's name is found faster than an attribute of an enum, and these are looked up for every operation.
 RECEIVE, SEND, READ, WRITE = Kind.RECEIVE, Kind.SEND, Kind.READ, Kind.WRITE
 POLL, SYNC, CALL, CLOSE = Kind.POLL, Kind.SYNC, Kind.CALL, Kind.CLOSE
+WATCH = Kind.WATCH
 
+MOVES_BYTES = frozenset((RECEIVE, SEND, READ, WRITE))
+EDGE = select.EPOLLET
 OFFSET_MAX = (1 << 63) - 1  # off_t
 
 Pins = list[memoryview]
@@ -36,6 +40,7 @@ class RingBase(ABC):
     """
 
     name = ""
+    _epoll: select.epoll  # what `wait` waits in; made and closed by the implementation
 
     def __init__(self) -> None:
         self._waker = Waker()
@@ -43,6 +48,7 @@ class RingBase(ABC):
         self._attached: dict[int, Descriptor] = {}
         self._held: dict[int, tuple[Operation, Pins]] = {}
         self._ticket = 0  # the last one given; 0 itself belongs to no operation
+        self._watching: dict[int, Operation] = {}  # WATCHes by the descriptor's number, from their start
         self._queue: list[int] = []  # tickets submitted since the last wait
         self._closing: list[Operation] = []  # CLOSEs that wait for the descriptor's other operations
         self._done: list[Operation] = []
@@ -74,12 +80,14 @@ class RingBase(ABC):
             raise BugError(f"{operation.kind.name} {objection}")
         kind = operation.kind
         descriptor = operation.descriptor
-        pins = NOTHING if kind is POLL or kind is CALL or kind is SYNC or kind is CLOSE else _pin(operation)
+        pins = _pin(operation) if kind in MOVES_BYTES else NOTHING
         if descriptor is not None:
             if kind is RECEIVE:
                 descriptor.receiving = True
             elif kind is SEND:
                 descriptor.sending = True
+            elif kind is WATCH:
+                descriptor.watched = True
             elif kind is CLOSE:
                 descriptor.closing = True
             descriptor.pending += 1
@@ -100,6 +108,28 @@ class RingBase(ABC):
             self._complete(ticket, -ECANCELED)
         else:
             self._cancel_started(ticket, operation)
+
+    def change_watch(self, operation: Operation, mask: int) -> None:
+        """See the contract."""
+        descriptor = operation.descriptor
+        if not operation.pending or operation.kind is not WATCH or descriptor is None:
+            raise BugError("changing a watch that is not pending")
+        operation.mask = mask
+        if self._watching.get(descriptor.number) is operation:  # else it has not begun
+            self._epoll.modify(descriptor.number, mask | EDGE)
+
+    def _changed(self, number: int, events: int) -> None:
+        """The epoll instance says something of descriptor `number`."""
+        operation = self._watching.get(number)
+        if operation is not None:
+            operation.result = events
+            self._done.append(operation)
+
+    def _end_watch(self, ticket: int, operation: Operation) -> None:
+        """A started WATCH is cancelled."""
+        if operation.descriptor is not None:
+            self._epoll.unregister(operation.descriptor.number)
+        self._complete(ticket, -ECANCELED)
 
     def wake(self) -> None:
         """Make a `wait` under way, or else the next one, return."""
@@ -179,6 +209,10 @@ class RingBase(ABC):
             return f"for descriptor {descriptor.number}, which this ring does not have"
         if (descriptor.receiving and kind is RECEIVE) or (descriptor.sending and kind is SEND):
             return f"for descriptor {descriptor.number}, which has one pending"
+        if descriptor.watched and kind is not CLOSE:
+            return f"for descriptor {descriptor.number}, which is watched"
+        if kind is WATCH and (descriptor.pending or not descriptor.is_socket):
+            return f"of descriptor {descriptor.number}, which is no socket or has something pending"
         return ""
 
     def _complete(self, ticket: int, result: int, value: object = None) -> None:
@@ -194,6 +228,9 @@ class RingBase(ABC):
                 descriptor.receiving = False
             elif operation.kind is SEND:
                 descriptor.sending = False
+            elif operation.kind is WATCH:
+                descriptor.watched = False
+                self._watching.pop(descriptor.number, None)
         self._done.append(operation)
 
     def _start_call(self, operation: Operation) -> None:

@@ -24,7 +24,7 @@ from errno import EAGAIN, ECANCELED, EOPNOTSUPP
 from functools import partial
 
 from nbdshard.common.limits import RING_EVENTS_MAX
-from nbdshard.common.ring.base import CALL, CLOSE, POLL, READ, RECEIVE, SEND, SYNC, Pins, RingBase
+from nbdshard.common.ring.base import CALL, CLOSE, EDGE, POLL, READ, RECEIVE, SEND, SYNC, WATCH, Pins, RingBase
 from nbdshard.common.ring.interface import Descriptor, Operation
 from nbdshard.common.ring.threads import system_call
 
@@ -90,6 +90,8 @@ class EpollRing(RingBase):
             if number == self._waker.number:
                 self._waker.drain()
                 woken = True
+            elif number in self._watching:
+                self._changed(number, events)
             elif (watch := self._watches.get(number)) is not None:
                 self._ready(watch, events)
         self._harvest()
@@ -115,6 +117,13 @@ class EpollRing(RingBase):
                 else:
                     watch.writer = ticket
                 self._register(watch)
+        elif kind is WATCH:
+            if watch.registered:
+                self._epoll.modify(number, operation.mask | EDGE)
+            else:
+                self._epoll.register(number, operation.mask | EDGE)
+            watch.registered = False  # `_end_watch` takes it out
+            self._watching[number] = operation
         elif kind is POLL:
             self._start_poll(watch, ticket, operation.mask)
         elif kind is CLOSE:
@@ -190,6 +199,9 @@ class EpollRing(RingBase):
 
     def _cancel_started(self, ticket: int, operation: Operation) -> None:
         if operation.descriptor is None:
+            return
+        if operation.kind is WATCH:
+            self._end_watch(ticket, operation)
             return
         watch = self._watches[operation.descriptor.number]
         if ticket == watch.reader:

@@ -14,6 +14,10 @@ Promises of every implementation (tests/unit/common/ring runs one suite against 
   cancelled, every completion reaped, the descriptor closed, and only then does the CLOSE complete. Nothing may be
   submitted for a descriptor after its CLOSE (BugError). A `Descriptor` is a generation of its number: an operation
   prepared for one can never reach another that got the same number later.
+- A WATCH is the exception to "exactly once": `wait` returns it, with what is true now in `result`, each time something
+  has changed on its socket (an edge), and it stays pending. A cancellation or the CLOSE ends it, as -ECANCELED. Who
+  moves all there is before each wait misses nothing. One socket is watched once, and has no RECEIVE, SEND or POLL then:
+  its owner makes the system calls.
 - One RECEIVE and one SEND may be pending on a stream, a second one is a BugError: io_uring gives what arrives to those
   that wait in no particular order (tried: the last of five came first). File operations complete in any order.
 
@@ -37,6 +41,7 @@ class Kind(Enum):
     READ = auto()  # preadv(2) at `offset`
     WRITE = auto()  # pwritev(2) at `offset`
     POLL = auto()  # poll(2): wait for `mask` (select.POLLIN, POLLOUT) once; the result is the mask that came true
+    WATCH = auto()  # epoll(7), edge-triggered, of a socket for `mask` (select.EPOLLIN, EPOLLOUT), until it is cancelled
     SYNC = auto()  # fdatasync(2)
     CALL = auto()  # run `function()` on a thread; its return value (or exception) is in `value`; result 0 (or -1)
     CLOSE = auto()  # end a descriptor, as described above; result 0
@@ -45,7 +50,7 @@ class Kind(Enum):
 class Descriptor:
     """One open file, from `Ring.attach` to its CLOSE. `number` is the descriptor's; generations never meet."""
 
-    __slots__ = ("number", "is_socket", "pending", "receiving", "sending", "closing", "closed")
+    __slots__ = ("number", "is_socket", "pending", "receiving", "sending", "watched", "closing", "closed")
 
     def __init__(self, number: int, is_socket: bool) -> None:
         self.number = number
@@ -53,6 +58,7 @@ class Descriptor:
         self.pending = 0  # operations submitted and not yet completed
         self.receiving = False  # a RECEIVE is pending
         self.sending = False  # a SEND is pending
+        self.watched = False  # a WATCH is pending
         self.closing = False
         self.closed = False
 
@@ -60,7 +66,8 @@ class Descriptor:
 class Operation:
     """One system call to be, its record while under way, and its completion: reused by its owner, never copied.
 
-    `owner` is the submitter's own: the loop calls `operation.owner(operation)` or looks at it, the ring never does.
+    `owner` is the submitter's own: the loop calls `operation.owner(operation)` or looks at it, the ring never does. It
+    returns True where that changed nothing for anybody else.
     """
 
     __slots__ = (
@@ -86,7 +93,7 @@ class Operation:
         offset: int = 0,
         mask: int = 0,
         function: Callable[[], object] | None = None,
-        owner: Callable[[Operation], None] | None = None,
+        owner: Callable[[Operation], bool | None] | None = None,
     ) -> None:
         self.kind = kind
         self.descriptor = descriptor
@@ -121,6 +128,9 @@ class Ring(Protocol):
     def submit(self, operation: Operation) -> None:
         """Queue `operation`. Raises BugError if it is pending already, its descriptor is closing or another ring's, it
         moves no bytes, or RING_OPERATIONS_MAX are in flight."""
+
+    def change_watch(self, operation: Operation, mask: int) -> None:
+        """Watch for `mask` from now on. What is true already is reported once more. BugError if it is not pending."""
 
     def cancel(self, operation: Operation) -> None:
         """Ask for an early end of a pending operation; it still completes once, as -ECANCELED or with its result."""

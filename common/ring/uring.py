@@ -30,7 +30,7 @@ from typing import Any
 import liburing as L
 
 from nbdshard.common.limits import RING_EVENTS_MAX, RING_OPERATIONS_MAX, RING_RETRY_SECONDS
-from nbdshard.common.ring.base import CALL, CLOSE, POLL, READ, RECEIVE, SEND, Pins, RingBase
+from nbdshard.common.ring.base import CALL, CLOSE, EDGE, POLL, READ, RECEIVE, SEND, WATCH, Pins, RingBase
 from nbdshard.common.ring.interface import Operation
 
 ENTRIES = RING_OPERATIONS_MAX // 2  # of the submission queue; the completion queue has twice as many
@@ -123,14 +123,18 @@ class UringRing(RingBase):
         self._submit()
         self._harvest()
         if self._done:
-            return False
+            if not self._watching:
+                return False
+            timeout = 0.0  # operations that are done must not starve those that watch
         if self._queue or self._again or self._cancels or self._prepared:
             timeout = min(timeout, RING_RETRY_SECONDS)  # something new, or the kernel had no memory just now
         woken = False
-        for number, _ in self._epoll.poll(max(0.0, timeout), RING_EVENTS_MAX):
+        for number, events in self._epoll.poll(max(0.0, timeout), RING_EVENTS_MAX):
             if number == self._waker.number:
                 self._waker.drain()
                 woken = True
+            else:
+                self._changed(number, events)
         self._harvest()
         return not (woken or self._done)
 
@@ -173,6 +177,10 @@ class UringRing(RingBase):
                 return False
             self._started = ticket
             self._begin_close(operation)
+        elif kind is WATCH:
+            number = operation.descriptor.number  # type: ignore[union-attr]  # `submit` has checked it
+            self._epoll.register(number, operation.mask | EDGE)
+            self._watching[number] = operation
         elif ticket in self._unwanted:
             self._complete(ticket, -ECANCELED)
         else:
@@ -277,7 +285,9 @@ class UringRing(RingBase):
         return ticket > self._started
 
     def _cancel_started(self, ticket: int, operation: Operation) -> None:
-        if operation.kind is not CALL:  # a function that runs on a thread runs to its end
+        if operation.kind is WATCH:
+            self._end_watch(ticket, operation)
+        elif operation.kind is not CALL:  # a function that runs on a thread runs to its end
             self._unwanted.add(ticket)
             self._cancels += (ticket, ticket | RETRY) if operation.kind in (RECEIVE, SEND) else (ticket,)
 

@@ -2,11 +2,11 @@
 # For zsh: autoload -U +X bashcompinit && bashcompinit && source this file.
 # tests/unit/cli/test_documented_options.py compares the lists with the parsers'.
 
-_nbdshard_copy="-C -R -S -T -V -h -p -v --allocated --connections= --destination-is-zero --flush --help
+_nbdshard_copy="-C -R -S -T -V -h -p -v --allocated --connections= --data-path= --destination-is-zero --flush --help
 --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --request-size=
 --requests= --ring= --sparse= --synchronous --target-is-zero --threads= --verbose --version --workers="
-_nbdshard_coordinator="-C -R -S -T -h -p -v --allocated --allow= --connections= --destination-is-zero --flush --help
---insecure --key= --listen= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size=
+_nbdshard_coordinator="-C -R -S -T -h -p -v --allocated --allow= --connections= --data-path= --destination-is-zero
+--flush --help --insecure --key= --listen= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size=
 --request-size= --requests= --sparse= --synchronous --target-is-zero --threads= --verbose --workers="
 _nbdshard_worker="-h -v --connect= --coordinator-key= --help --key= --ring= --verbose"
 _nbdshard_keygen="-h --dir= --help"
@@ -45,6 +45,10 @@ _nbdshard() {
     case $previous in
         --ring)
             mapfile -t COMPREPLY < <(compgen -W "auto io_uring epoll" -- "$word")
+            return
+            ;;
+        --data-path)
+            mapfile -t COMPREPLY < <(compgen -W "auto splice buffer" -- "$word")
             return
             ;;
         --progress)

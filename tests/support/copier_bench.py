@@ -8,7 +8,8 @@ from nbdshard.common.errors import RequestError
 from nbdshard.common.messages import EndpointDescription, FromWorker, JobOptions, Lease
 from nbdshard.common.ranges import Range
 from nbdshard.worker.copier import Copier
-from nbdshard.worker.ports import Extents, Listener
+from nbdshard.worker.piped import PipedPayload
+from nbdshard.worker.ports import Extents, Listener, Payload
 from nbdshard.worker.shape import CopyShape
 
 KIB = 1 << 10
@@ -27,6 +28,7 @@ class Call:
     handle: int
     where: Range | None = None
     buffer: memoryview | None = None
+    piped: PipedPayload | None = None
     allocated: bool | None = None
 
     def __repr__(self) -> str:
@@ -47,19 +49,20 @@ class Recorder:
     calls: list[Call] = field(default_factory=list)
     open: list[Call] = field(default_factory=list)
     listener: Listener | None = None
+    splices: bool = False
 
     def _record(self, call: Call) -> None:
         assert call.handle not in [other.handle for other in self.open], f"handle {call.handle} is in use"
         self.calls.append(call)
         self.open.append(call)
 
-    def read(self, handle: int, where: Range, buffer: memoryview) -> None:
-        assert len(buffer) == where.length
-        self._record(Call(self, "read", handle, where, buffer))
+    def read(self, handle: int, where: Range, into: Payload) -> None:
+        assert len(into) == where.length
+        self._record(Call(self, "read", handle, where, *_held(into)))
 
-    def write(self, handle: int, where: Range, buffer: memoryview) -> None:
-        assert len(buffer) == where.length
-        self._record(Call(self, "write", handle, where, buffer))
+    def write(self, handle: int, where: Range, payload: Payload) -> None:
+        assert len(payload) == where.length
+        self._record(Call(self, "write", handle, where, *_held(payload)))
 
     def zero(self, handle: int, where: Range, *, allocated: bool) -> None:
         self._record(Call(self, "zero", handle, where, allocated=allocated))
@@ -77,6 +80,10 @@ class Recorder:
     def pending(self, name: str) -> list[Call]:
         """Calls of `name` that are not answered."""
         return [call for call in self.open if call.name == name]
+
+
+def _held(payload: Payload) -> tuple[memoryview | None, PipedPayload | None]:
+    return (payload, None) if isinstance(payload, memoryview) else (None, payload)
 
 
 OPTIONS = JobOptions(request_size=4 * KIB, requests=4, queue_size=64 * KIB, sparse_unit=0, extents=False)

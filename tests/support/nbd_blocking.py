@@ -9,6 +9,7 @@ from pathlib import Path
 from nbdshard.common.nbd.client import Client, Done
 from nbdshard.common.nbd.connecter import Connecter, Event, Goal, Listed, Negotiated, Wishes
 from nbdshard.common.nbd.export import Export
+from nbdshard.common.nbd.payload import in_memory
 from nbdshard.common.ranges import Range
 
 SECONDS = 10.0  # for any one receive or send
@@ -64,7 +65,7 @@ class Connection:
         return done
 
     def push(self, done: list[Done]) -> None:
-        for data in self.client.data_to_send():
+        for data in in_memory(self.client.data_to_send()):
             self.socket.sendall(data)
             done += [event for event in self.client.sent(len(data)) if isinstance(event, Done)]
 

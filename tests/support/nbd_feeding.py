@@ -11,6 +11,7 @@ from nbdshard.common.nbd.client import Client
 from nbdshard.common.nbd.connecter import Connecter, Wishes
 from nbdshard.common.nbd.constants import Option, OptionReply, TransmissionFlag
 from nbdshard.common.nbd.export import BlockSizes, Export
+from nbdshard.common.nbd.payload import in_memory
 from nbdshard.common.nbd.wire import Chunk, pack_chunk
 from nbdshard.common.nbd.wire_options import pack_greeting, pack_info_export, pack_option_reply
 
@@ -119,7 +120,7 @@ def an_export(
 
 def send_all(client: Client) -> tuple[bytes, list[client_module.Event]]:
     """Everything queued leaves: the bytes, and the events of that."""
-    data = b"".join(client.data_to_send())
+    data = b"".join(in_memory(client.data_to_send()))
     return data, client.sent(len(data)) if data else []
 
 

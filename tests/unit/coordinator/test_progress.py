@@ -134,7 +134,7 @@ def test_json_objects_come_once_a_second_and_hold_every_field(pipe: tuple[int, i
     display.show(done(0), 100.0)
     display.show(done(50), 100.5)
     assert display.due() == 101.0
-    status = replace(STATUS, counters=Counters(copied=100, zeroed=60, skipped=40))
+    status = replace(STATUS, counters=Counters(copied=100, zeroed=60, skipped=40, spliced=90))
     display.show(status, 102.0)
     first, second = map(json.loads, lines(read_end))
     assert first["bytes_done"] == 0
@@ -146,6 +146,7 @@ def test_json_objects_come_once_a_second_and_hold_every_field(pipe: tuple[int, i
         "bytes_copied": 100,
         "bytes_zeroed": 60,
         "bytes_skipped": 40,
+        "bytes_spliced": 90,
         "rate_bytes_per_second": 100,
         "eta_seconds": 8.0,
         "elapsed_seconds": 2.0,
@@ -235,7 +236,7 @@ def test_a_longer_copy_gets_the_display_with_its_own_start_time() -> None:
 def test_the_summary_of_a_complete_copy() -> None:
     assert summary(OUTCOME, 9.0) == (
         "3 GiB copied, 1 GiB zeroed, 512 MiB skipped in 9.00 s (512 MiB/s); 2 workers; 4+4 connections; "
-        "io_uring; flushed"
+        "buffered; io_uring; flushed"
     )
 
 
@@ -246,9 +247,12 @@ def test_the_summary_of_a_complete_copy() -> None:
         ({"durable": False, "flush_asked": False}, "not flushed"),
         (
             {"workers": 1, "rings": frozenset({"epoll", "io_uring"})},
-            "1 worker; 4+4 connections; epoll, io_uring; flushed",
+            "1 worker; 4+4 connections; buffered; epoll, io_uring; flushed",
         ),
-        ({"rings": frozenset()}, "4+4 connections; flushed"),
+        ({"rings": frozenset()}, "4+4 connections; buffered; flushed"),
+        ({"counters": Counters(copied=8, spliced=8)}, "spliced; io_uring; flushed"),
+        ({"counters": Counters(copied=8, zeroed=2, spliced=7)}, "87 % spliced; io_uring; flushed"),
+        ({"counters": Counters(zeroed=8)}, "4+4 connections; io_uring; flushed"),
     ],
 )
 def test_the_summary_says_how_safe_it_is_and_who_did_it(change: dict[str, object], end: str) -> None:

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.limits import KIB, MIB, REQUEST_BYTES_MAX, REQUEST_BYTES_MIN, SPARSE_UNIT_MIN
+from nbdshard.common.limits import (
+    KIB,
+    MIB,
+    REQUEST_BYTES_MAX,
+    REQUEST_BYTES_MIN,
+    SPARSE_UNIT_MIN,
+    SPLICE_BYTES_MIN,
+    SPLICED_PER_CONNECTION,
+)
 from nbdshard.common.messages import EndpointDescription, JobOptions
 from nbdshard.common.ranges import Range
 from nbdshard.worker.shape import CopyShape, ZeroPolicy
@@ -24,12 +32,15 @@ def shape(
     source: dict[str, object] | None = None,
     destination: dict[str, object] | None = None,
     options: dict[str, object] | None = None,
+    *,
+    splice: bool = False,
 ) -> CopyShape:
     """The shape between plain ends with plain options, but for what is named."""
     return CopyShape.of(
         msgspec.structs.replace(SOURCE, **(source or {})),
         msgspec.structs.replace(DESTINATION, **(destination or {})),
         msgspec.structs.replace(OPTIONS, **(options or {})),
+        splice=splice,
     )
 
 
@@ -45,8 +56,9 @@ def test_plain_ends_and_options_make_this_shape() -> None:
         allocated=False,
         ask_extents=True,
         synchronous=False,
+        splice=False,
     )
-    assert len(fields(CopyShape)) == 10
+    assert len(fields(CopyShape)) == 11
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
@@ -111,6 +123,42 @@ def test_no_more_is_under_way_than_the_queue_holds(options: dict[str, object], d
 def test_a_stream_on_either_side_makes_a_copy_synchronous(side: str) -> None:
     found = shape(**{side: {"is_stream": True, "size": None}})
     assert (found.synchronous, found.depth) == (True, 1)
+
+
+# -- splicing ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_spliced_is_few_operations_for_the_cpus_cache() -> None:
+    assert shape(splice=False).depth == 16
+    assert shape(splice=True).depth == SPLICED_PER_CONNECTION
+    assert shape(options={"requests": 2}, splice=True).depth == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "splices"),
+    [
+        ({}, {}, True),
+        ({"block_maximum": SPLICE_BYTES_MIN}, {}, True),
+        ({"block_maximum": SPLICE_BYTES_MIN // 2}, {}, False),  # no request is long enough to be worth it
+        ({}, {"request_size": SPLICE_BYTES_MIN // 2}, False),
+        ({}, {"synchronous": True}, False),
+        ({"is_stream": True, "size": None}, {}, False),
+    ],
+)
+def test_a_copy_is_spliced_where_its_requests_are_long_and_many(
+    source: dict[str, object], options: dict[str, object], splices: bool
+) -> None:
+    assert shape(source, options=options, splice=True).splice is splices
+    assert not shape(source, options=options, splice=False).splice
+
+
+def test_only_a_long_piece_that_stays_as_it_is_may_be_spliced() -> None:
+    blocks = shape({}, {"block_minimum": 4096}, splice=True)
+    assert blocks.may_splice(Range.of(MIB, MIB))
+    assert blocks.may_splice(Range.of(MIB, SPLICE_BYTES_MIN))
+    assert not blocks.may_splice(Range.of(MIB, SPLICE_BYTES_MIN - 4096))
+    assert not blocks.may_splice(Range.of(MIB, SPLICE_BYTES_MIN + 1))  # the end of its last block is merged into it
+    assert not shape({}, {"block_minimum": 4096}, splice=False).may_splice(Range.of(MIB, MIB))
 
 
 # -- zeroes -----------------------------------------------------------------------------------------------------------

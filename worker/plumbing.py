@@ -1,0 +1,140 @@
+"""The kernel's own pipes: the system calls that `pipes.Plumbing` names. A dull shell."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import termios
+from collections.abc import Sequence
+from typing import Final
+
+from nbdshard.worker.pipes import Pipe
+
+_FILL_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+_SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_send = _libc.send
+_send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+_send.restype = ctypes.c_ssize_t
+_tee = _libc.tee
+_tee.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
+_tee.restype = ctypes.c_ssize_t
+
+
+class SystemPlumbing:
+    """The kernel's own pipes."""
+
+    def __init__(self) -> None:
+        self._look: Pipe | None = None  # what `peek` tees into: empty between two calls
+        self._null = -1
+        self._answer = bytearray(4)  # an int of the kernel's
+
+    def open_pipe(self, size: int) -> Pipe | int:
+        try:
+            read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            return -(error.errno or errno.EMFILE)
+        try:
+            capacity = fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, size)
+        except OSError:  # EPERM: the user's share of pipe memory is used up. It works as it is, if it is large enough
+            capacity = fcntl.fcntl(write_end, fcntl.F_GETPIPE_SZ)
+        return Pipe(read_end, write_end, capacity)
+
+    def close_pipe(self, pipe: Pipe) -> None:
+        os.close(pipe.read_end)
+        os.close(pipe.write_end)
+
+    def close(self) -> None:
+        """Close what `peek` and `discard` use. Idempotent."""
+        if self._look is not None:
+            self.close_pipe(self._look)
+            self._look = None
+        if self._null >= 0:
+            os.close(self._null)
+            self._null = -1
+
+    def fill(self, pipe: Pipe, number: int, count: int) -> int:
+        moved, pipe.is_full = 0, False
+        while True:
+            try:
+                piece = os.splice(number, pipe.write_end, count - moved, flags=_FILL_FLAGS)
+            except BlockingIOError:  # the pipe is full or the socket is empty
+                pipe.is_full = self._arrived(number)
+                return moved or -errno.EAGAIN
+            except OSError as error:
+                return moved or -(error.errno or errno.EIO)
+            moved += piece
+            pipe.held += piece
+            if moved == count or piece == 0 or not self._arrived(number):
+                return moved
+
+    def drain(self, pipe: Pipe, number: int, count: int, *, more: bool) -> int:
+        flags = _FILL_FLAGS | os.SPLICE_F_MORE if more else _FILL_FLAGS
+        try:
+            moved = os.splice(pipe.read_end, number, count, flags=flags)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        pipe.held -= moved
+        return moved
+
+    def peek(self, pipe: Pipe, buffer: memoryview) -> int:
+        look = self._look
+        if look is None:
+            opened = self.open_pipe(pipe.capacity)
+            if isinstance(opened, int):
+                return opened
+            self._look = look = opened
+        teed: int = _tee(pipe.read_end, look.write_end, pipe.held, os.SPLICE_F_NONBLOCK)
+        if teed < 0:
+            return -ctypes.get_errno()
+        at = 0
+        while at < teed:
+            at += os.readv(look.read_end, [buffer[at:teed]])
+        return teed
+
+    def read(self, pipe: Pipe, buffer: memoryview) -> int:
+        try:
+            moved = os.readv(pipe.read_end, [buffer])
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        pipe.held -= moved
+        return moved
+
+    def discard(self, pipe: Pipe) -> int:
+        if self._null < 0:
+            self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        discarded = 0
+        while pipe.held:
+            moved = self.drain(pipe, self._null, pipe.held, more=False)
+            if moved <= 0:
+                return moved
+            discarded += moved
+        return discarded
+
+    def receive(self, number: int, buffers: Sequence[memoryview]) -> int:
+        try:
+            return os.readv(number, buffers)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+
+    def send(self, number: int, data: bytes | memoryview, *, more: bool) -> int:
+        flags = _SEND_FLAGS | socket.MSG_MORE if more else _SEND_FLAGS
+        if isinstance(data, memoryview):  # longer than a header, so it need not share a segment with what follows
+            try:
+                return os.write(number, data)
+            except OSError as error:
+                return -(error.errno or errno.EIO)
+        sent: int = _send(number, data, len(data), flags)
+        return sent if sent >= 0 else -ctypes.get_errno()
+
+    def _arrived(self, number: int) -> bool:
+        """Whether there is something to read at socket `number` (FIONREAD)."""
+        try:
+            fcntl.ioctl(number, termios.FIONREAD, self._answer)
+        except OSError:
+            return False  # whatever is wrong with it, the next call that reads will say
+        return any(self._answer)
