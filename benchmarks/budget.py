@@ -22,6 +22,10 @@ class Budget:
         self._end = now + seconds
         self._weights = dict(weights)
 
+    def is_spent(self, now: float) -> bool:
+        """Whether nothing is left for the parts that were not begun."""
+        return now >= self._end
+
     def begin(self, part: str, now: float) -> float:
         """`part`, which was not begun before, begins; until when its rounds may go on."""
         among = sum(self._weights.values())

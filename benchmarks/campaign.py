@@ -92,15 +92,22 @@ class Campaign:
     def _parts(self, start: float) -> None:
         weights = {name: TASKS[name].weight if name in TASKS else PARTS[name] for name in self.plan.names}
         budget = Budget(self.plan.seconds, weights, start)
+        left_out = []
         with scratch_folder() as folder:
             for name in (name for name in NAMES if name in weights):
                 began = time.monotonic()
+                if budget.is_spent(began):
+                    left_out.append(name)
+                    continue
                 try:
                     told = self._part(name, folder, budget.begin(name, began))
                 except FAILURES as error:
                     told = f"failed: {error}"
                     self.notes.append(f"{name} failed: {error}")
                 self.say(f"{name}: {told} ({time.monotonic() - began:.0f} s)")
+        if left_out:
+            self.notes.append(f"There was no time left for: {', '.join(left_out)}.")
+            self.say(self.notes[-1])
 
     def _part(self, name: str, folder: Path, deadline: float) -> str:
         """Measure one part; what came of it in a line."""

@@ -133,18 +133,18 @@ def _left_behind(results: Results) -> str:
     for row in results.rows:
         if row.skipped:
             continue
-        left = [_bytes(row.data_bytes.get(tool)) for tool in TOOLS]
+        left = [_bytes(row.data_bytes.get(tool)) for tool in (NBDSHARD, NBDCOPY)]
         proofs = [row.proofs.get(when, NONE) for when in (AFTER_ROUNDS, AFTER_ONE)]
         lines.append((row.name, *proofs, *left))
     if not lines:
         return ""
     text = (
         "## What the copies left behind\n\n"
-        "What `qemu-img compare` said, outside the timing, of the destination after the timed rounds, and of an empty "
-        "one after one more copy by nbdshard (nbdkit null keeps nothing). Where zeroes are looked for: how much of an "
-        "empty destination each tool left as data, by `nbdshard map --totals`.\n\n"
+        "What `qemu-img compare` said, outside the timing, of the destination after the timed rounds (if there was "
+        "time), and of an empty one after one more copy by nbdshard; nbdkit null keeps nothing. Where zeroes are "
+        "looked for: how much of an empty destination was data after one copy, by `nbdshard map --totals`.\n\n"
     )
-    head = ("work", "after the rounds", "after one copy", *(f"data, {tool}" for tool in TOOLS))
+    head = ("work", "after the rounds", "after one copy", f"data, {NBDSHARD}", f"data, {NBDCOPY}")
     return text + table(head, lines)
 
 
@@ -156,15 +156,15 @@ def _memory(results: Results) -> str:
         if ours is None:
             continue
         workers = ", ".join(format_bytes(peak) for peak in sorted(ours.workers, reverse=True)) or NONE
-        others = [_bytes(by_name[tool].main or None if tool in by_name else None) for tool in TOOLS[1:]]
-        lines.append((row.name, format_bytes(ours.main), workers, *others))
+        peer = by_name.get(NBDCOPY)
+        lines.append((row.name, format_bytes(ours.main), workers, _bytes(peer.main or None if peer else None)))
     if not lines:
         return ""
     text = (
         "## Memory\n\n"
         "The most that was resident in each process, shared libraries included, in one run that was not timed.\n\n"
     )
-    return text + table(("work", "coordinator", "each worker", *TOOLS[1:]), lines)
+    return text + table(("work", "coordinator", "each worker", NBDCOPY), lines)
 
 
 # -- scaling -----------------------------------------------------------------------------------------------------------

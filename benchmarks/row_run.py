@@ -1,13 +1,14 @@
 """One row of the table, from empty ends to a proven copy.
 
 First nbdcopy copies once, untimed: its memory is looked at, and a destination that keeps data has taken what memory it
-needs. Then the timed rounds. At the end the copy is proven: `qemu-img compare` of what the rounds left behind, and of a
-new, empty destination after one more copy by nbdshard, whose processes' memory is looked at. Where zeroes are looked
-for, the other tools copy to an empty destination as well, to see how much of it each of them leaves as data.
+needs. Then the timed rounds, and if there is time, `qemu-img compare` of what they left behind. At the end the proof:
+nbdshard copies once more, to a new and empty destination, which is compared; its processes' memory is looked at. Where
+zeroes are looked for, both empty destinations tell how much of them each of the two left as data.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -50,9 +51,11 @@ class RowRun:
                 self._watch(NBDCOPY, source, destination)
                 runners = self._runners(source, destination)
                 series = alternate(runners, rounds * self.task.rounds_factor, deadline, destination.reset)
-                if self.task.destination.keeps_data:
+                if self.task.destination.keeps_data and time.monotonic() < deadline:
                     self._compare(AFTER_ROUNDS, source, destination)
-            self._copy_once_more(source)
+            with self._destination() as destination:  # what an earlier copy left there would prove nothing
+                if self._watch(NBDSHARD, source, destination) and self.task.destination.keeps_data:
+                    self._compare(AFTER_ONE, source, destination)
         return self._row(series)
 
     def _destination(self) -> AbstractContextManager[Place]:
@@ -67,29 +70,19 @@ class RowRun:
         zeroes = self.task.detects_zeroes
         return copy_command(tool, source.address, destination.address, detects_zeroes=zeroes, more=more)
 
-    def _copy_once_more(self, source: Place) -> None:
-        """Each time to a new destination: what an earlier copy left there would prove nothing."""
-        is_kept = self.task.destination.keeps_data
-        for tool in TOOLS if is_kept and self.task.detects_zeroes else (NBDSHARD,):
-            with self._destination() as destination:
-                if not self._watch(tool, source, destination):
-                    continue
-                if is_kept and self.task.detects_zeroes:
-                    self._count_data(tool, destination)
-                if is_kept and tool == NBDSHARD:
-                    self._compare(AFTER_ONE, source, destination)
-
     def _watch(self, tool: str, source: Place, destination: Place) -> bool:
-        """Copy once, looking at the memory; whether that went well. The last look at each tool is what counts."""
+        """Copy once to an empty destination, looking at the memory and at what is there then; whether it went well."""
         destination.reset()
         try:
             memory, remark = watched(tool, self._command(tool, source, destination))
         except CommandFailed as error:
             self.notes.append(str(error))
             return False
-        self.memory = [one for one in self.memory if one.name != tool] + [memory]
+        self.memory.append(memory)
         if remark:
             self.notes.append(remark)
+        if self.task.destination.keeps_data and self.task.detects_zeroes:
+            self._count_data(tool, destination)
         return True
 
     def _count_data(self, tool: str, destination: Place) -> None:

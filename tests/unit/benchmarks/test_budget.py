@@ -25,6 +25,12 @@ def test_a_part_that_begins_too_late_gets_no_time() -> None:
     assert budget.begin("second", 20.0) == 20.0
 
 
+def test_a_budget_is_spent_at_its_end() -> None:
+    budget = Budget(10.0, {"only": 1.0}, now=5.0)
+    assert not budget.is_spent(14.9)
+    assert budget.is_spent(15.0)
+
+
 def made(wanted: int, deadline: float, round_seconds: float) -> int:
     """How many rounds are made that take so long each."""
     rounds, now = Rounds(wanted, deadline), 0.0

@@ -46,11 +46,11 @@ def test_other_options_stand_beside_the_default() -> None:
 
 def test_what_a_copy_left_behind_is_told_with_how_it_was_proven() -> None:
     (line,) = lines_with("| sparse |", "identical")
-    assert line == "| sparse | identical | not identical: Content mismatch at offset 4096! | 1 GiB | 2 GiB | - |"
+    assert line == "| sparse | identical | not identical: Content mismatch at offset 4096! | 1 GiB | 2 GiB |"
 
 
 def test_the_memory_of_each_process_is_told() -> None:
-    assert lines_with("| sparse | 20 MiB | 40 MiB, 30 MiB | 70 MiB | - |")
+    assert lines_with("| sparse | 20 MiB | 40 MiB, 30 MiB | 70 MiB |")
 
 
 def test_remarks_and_failures_are_listed() -> None:
