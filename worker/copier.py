@@ -85,6 +85,7 @@ class Copier:
             message.range,
             expires=now + message.seconds,
             alignment=self.shape.alignment,
+            hole_min=self.shape.hole_min,
             until_end=message.until_end,
         )
 
@@ -197,7 +198,7 @@ class Copier:
 
     def _begin_read(self, source: Source, lease: LeaseWork, where: Range) -> None:
         operation = self.begin(lease, where)
-        self.payloads.hold(operation, splice=self.shape.may_splice(where))
+        self.payloads.hold(operation, splice=lease.is_dense and self.shape.may_splice(where))
         lease.reads += 1
         source.begin(operation)
         operation.advance(OperationEvent.BEGIN_READ)

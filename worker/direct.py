@@ -12,9 +12,9 @@ from errno import EAGAIN
 
 from nbdshard.common import logs
 from nbdshard.common.errors import BugError
-from nbdshard.common.limits import RECEIVES_PER_TURN_MAX
+from nbdshard.common.limits import BUFFERS_PER_SEND_MAX, RECEIVES_PER_TURN_MAX
 from nbdshard.common.nbd.client import Client, Event
-from nbdshard.common.nbd.payload import Elsewhere, Piece
+from nbdshard.common.nbd.payload import Elsewhere, Piece, in_memory
 from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
 from nbdshard.worker.piped import PipedPayload, PipeRun
 from nbdshard.worker.pipes import Plumbing
@@ -77,25 +77,39 @@ class DirectStream:
         if not out:
             out = self._out = self._client.data_to_send()
         while out:
-            piece, more = out[0], len(out) > 1
+            piece = out[0]
             if isinstance(piece, PipeRun):
-                count = self._plumbing.drain(piece.pipe, self._number, piece.left, more=more)
+                count = self._plumbing.drain(piece.pipe, self._number, piece.left, more=len(out) > 1)
                 if count > 0:
                     piece.left -= count
-                is_whole = piece.left == 0
-            elif isinstance(piece, Elsewhere):
-                raise BugError("a piece that is in no pipe")
+                    if not piece.left:
+                        del out[0]
             else:
-                count = self._plumbing.send(self._number, piece, more=more)
-                is_whole = count == len(piece)
-                if 0 < count < len(piece):
-                    out[0] = memoryview(piece)[count:]
+                count = self._send_from_memory(out)
             if count <= 0:
                 self._could_not_send(count)
                 return
             self._sent += count
-            if is_whole:
-                del out[0]
+
+    def _send_from_memory(self, out: list[Piece]) -> int:
+        """Send from the front of `out` up to what is in a pipe, and drop what was sent: bytes, or -errno."""
+        end = 0
+        while end < len(out) and end < BUFFERS_PER_SEND_MAX and not isinstance(out[end], Elsewhere):
+            end += 1
+        if end == 0:
+            raise BugError("a piece that is in no pipe")
+        pieces = in_memory(out[:end])
+        count = self._plumbing.send(self._number, pieces, more=end < len(out))
+        left, index = count, 0
+        while left > 0:
+            length = len(pieces[index])
+            if left < length:
+                out[index] = memoryview(pieces[index])[left:]
+                break
+            left -= length
+            index += 1
+        del out[:index]
+        return count
 
     def _could_not_send(self, result: int) -> None:
         if result not in (0, -EAGAIN):

@@ -32,6 +32,8 @@ class LeaseWork:
         "until_end",
         "expires",
         "alignment",
+        "hole_min",
+        "is_dense",
         "segments",
         "known_until",
         "asking",
@@ -48,12 +50,23 @@ class LeaseWork:
         "reported",
     )
 
-    def __init__(self, lease: int, where: Range, *, expires: float, alignment: int, until_end: bool = False) -> None:
+    def __init__(
+        self,
+        lease: int,
+        where: Range,
+        *,
+        expires: float,
+        alignment: int,
+        until_end: bool = False,
+        hole_min: int = 1,
+    ) -> None:
         self.lease = lease
         self.where = where
         self.until_end = until_end
         self.expires = expires  # monotonic seconds; nothing is written for this lease from then on
         self.alignment = alignment
+        self.hole_min = hole_min  # shorter zeroes than this, in bytes, are read as if they were data
+        self.is_dense = True  # there were no zeroes in the last payload that was searched: none are likely in the next
         self.segments: deque[Segment] = deque()
         self.known_until = where.start
         self.asking = False  # a block status request is under way
@@ -100,8 +113,9 @@ class LeaseWork:
     def learn(self, extents: list[tuple[Range, int]]) -> None:
         """Take over what the source said of the bytes from `known_until` on.
 
-        Zeroes are cut to the alignment from within, what is cut off is data. An answer that ends off the alignment is
-        believed only up to there, so that the next question starts aligned; one too short for that is taken as data.
+        Zeroes are cut to the alignment from within, what is cut off is data; so are those shorter than `hole_min`. An
+        answer that ends off the alignment is believed only up to there, so that the next question starts aligned; one
+        too short for that is taken as data.
         No more than SEGMENTS_MAX stretches are kept: what is behind them is asked again when its turn comes.
         """
         limit = min(extents[-1][0].end, self.where.end)
@@ -128,7 +142,7 @@ class LeaseWork:
         start += -start % self.alignment
         end = min(extent.end, limit)
         end -= end % self.alignment
-        return Range(start, end) if start < end else None
+        return Range(start, end) if start + self.hole_min <= end else None
 
     def _append(self, where: Range, *, zero: bool) -> None:
         assert where.start == self.known_until

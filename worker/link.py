@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from nbdshard.common.dial import unreachable
 from nbdshard.common.errors import ConnectionLost, NbdshardError, TimedOut, UserError
@@ -65,8 +66,7 @@ class Timeouts:
     request: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Outstanding:
+class _Outstanding(NamedTuple):
     """One request: when it must be answered, what it does, in how many seconds, and its length in bytes."""
 
     deadline: float
@@ -240,7 +240,7 @@ class NbdLink:
         self._running().write(handle, where, [payload] if isinstance(payload, memoryview) else payload.pieces)
         self._unflushed_bytes += where.length
         self._expect(handle, "writing", where.length)
-        if self._stream is not None:
+        if self._stream is not None and not isinstance(payload, memoryview):
             self._stream.push()  # while it is in the CPU's cache
 
     def zero(self, handle: int, where: Range, *, allocated: bool) -> None:

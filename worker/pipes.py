@@ -56,8 +56,8 @@ class Plumbing(Protocol):
     def receive(self, number: int, buffers: Sequence[memoryview]) -> int:
         """readv(2) from socket `number`; 0 at the end of its stream."""
 
-    def send(self, number: int, data: bytes | memoryview, *, more: bool) -> int:
-        """send(2) to socket `number`; `more`: something follows at once (MSG_MORE)."""
+    def send(self, number: int, pieces: Sequence[bytes | memoryview], *, more: bool) -> int:
+        """Send from `pieces`, in order, to socket `number`; `more`: something follows at once (MSG_MORE)."""
 
     def close(self) -> None:
         """Close what it opened for its own use. Idempotent."""

@@ -14,7 +14,7 @@ from typing import Final
 from nbdshard.worker.pipes import Pipe
 
 _FILL_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
-_SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_SEND_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | socket.MSG_MORE)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _send = _libc.send
@@ -58,27 +58,24 @@ class SystemPlumbing:
             self._null = -1
 
     def fill(self, pipe: Pipe, number: int, count: int) -> int:
-        moved, pipe.is_full = 0, False
-        while True:
-            try:
-                piece = os.splice(number, pipe.write_end, count - moved, flags=_FILL_FLAGS)
-            except BlockingIOError:  # the pipe is full or the socket is empty
-                pipe.is_full = self._arrived(number)
-                return moved or -errno.EAGAIN
-            except OSError as error:
-                return moved or -(error.errno or errno.EIO)
-            moved += piece
-            pipe.held += piece
-            if moved == count or piece == 0 or not self._arrived(number):
-                return moved
+        moved, pipe.is_full, has_arrived = 0, False, False
+        while moved < count:
+            piece = _splice(number, pipe.write_end, count - moved, _FILL_FLAGS)
+            if piece > 0:
+                moved += piece
+                pipe.held += piece
+            elif piece != -errno.EAGAIN or has_arrived:
+                pipe.is_full = piece == -errno.EAGAIN  # there was something to take before it was tried
+                return moved or piece
+            has_arrived = moved < count and self._arrived(number)
+            if not has_arrived:
+                return moved or piece
+        return moved
 
     def drain(self, pipe: Pipe, number: int, count: int, *, more: bool) -> int:
-        flags = _FILL_FLAGS | os.SPLICE_F_MORE if more else _FILL_FLAGS
-        try:
-            moved = os.splice(pipe.read_end, number, count, flags=flags)
-        except OSError as error:
-            return -(error.errno or errno.EIO)
-        pipe.held -= moved
+        moved = _splice(pipe.read_end, number, count, _FILL_FLAGS | os.SPLICE_F_MORE if more else _FILL_FLAGS)
+        if moved > 0:
+            pipe.held -= moved
         return moved
 
     def peek(self, pipe: Pipe, buffer: memoryview) -> int:
@@ -106,7 +103,10 @@ class SystemPlumbing:
 
     def discard(self, pipe: Pipe) -> int:
         if self._null < 0:
-            self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            except OSError as error:
+                return -(error.errno or errno.EIO)
         discarded = 0
         while pipe.held:
             moved = self.drain(pipe, self._null, pipe.held, more=False)
@@ -121,15 +121,15 @@ class SystemPlumbing:
         except OSError as error:
             return -(error.errno or errno.EIO)
 
-    def send(self, number: int, data: bytes | memoryview, *, more: bool) -> int:
-        flags = _SEND_FLAGS | socket.MSG_MORE if more else _SEND_FLAGS
-        if isinstance(data, memoryview):  # longer than a header, so it need not share a segment with what follows
-            try:
-                return os.write(number, data)
-            except OSError as error:
-                return -(error.errno or errno.EIO)
-        sent: int = _send(number, data, len(data), flags)
-        return sent if sent >= 0 else -ctypes.get_errno()
+    def send(self, number: int, pieces: Sequence[bytes | memoryview], *, more: bool) -> int:
+        first = pieces[0]
+        if more and len(pieces) == 1 and isinstance(first, bytes):  # a header, to share a segment with its payload
+            sent: int = _send(number, first, len(first), _SEND_FLAGS)
+            return sent if sent >= 0 else -ctypes.get_errno()
+        try:
+            return os.writev(number, pieces)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
 
     def _arrived(self, number: int) -> bool:
         """Whether there is something to read at socket `number` (FIONREAD)."""
@@ -138,3 +138,11 @@ class SystemPlumbing:
         except OSError:
             return False  # whatever is wrong with it, the next call that reads will say
         return any(self._answer)
+
+
+def _splice(number_in: int, number_out: int, count: int, flags: int) -> int:
+    """splice(2): bytes, or -errno."""
+    try:
+        return os.splice(number_in, number_out, count, flags=flags)
+    except OSError as error:
+        return -(error.errno or errno.EIO)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.limits import SPARSE_UNIT_DEFAULT, SPLICE_BYTES_MIN, SPLICED_PER_CONNECTION
+from nbdshard.common.limits import HOLE_BYTES_MIN, SPARSE_UNIT_DEFAULT, SPLICE_BYTES_MIN, SPLICED_PER_CONNECTION
 from nbdshard.common.messages import EndpointDescription, JobOptions
 from nbdshard.common.ranges import Range
 
@@ -28,6 +28,7 @@ class CopyShape:
     queue_size: int  # payload in flight per connection
     alignment: int  # the larger minimum block size: where zeroes and data may be cut
     sparse_unit: int  # zero detection; 0: none
+    hole_min: int  # shorter holes of the source are read, and found again by zero detection
     merge_unit: int  # the destination's minimum block, for a tail shorter than it; 1: never
     zero_policy: ZeroPolicy
     allocated: bool
@@ -60,12 +61,14 @@ class CopyShape:
         policy = _zero_policy(destination, options)
         splice = splice and not synchronous and request_size >= SPLICE_BYTES_MIN
         depth = 1 if synchronous else max(1, min(options.requests, options.queue_size // request_size))
+        sparse_unit = _sparse_unit(destination, options, alignment, request_size, policy)
         return cls(
             request_size=request_size,
             depth=min(depth, SPLICED_PER_CONNECTION) if splice else depth,
             queue_size=max(options.queue_size, request_size),
             alignment=alignment,
-            sparse_unit=_sparse_unit(destination, options, alignment, request_size, policy),
+            sparse_unit=sparse_unit,
+            hole_min=HOLE_BYTES_MIN if sparse_unit else 1,
             merge_unit=destination.block_minimum,
             zero_policy=policy,
             allocated=options.allocated,

@@ -94,6 +94,7 @@ class Writer:
                 self.note_zeroes(operation.lease, Range(start + begin, start + end))
             else:
                 data.append((begin, end))
+        operation.lease.is_dense = data == [(0, operation.where.length)]
         return data
 
     def _merge(self, operation: Operation) -> None:
