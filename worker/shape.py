@@ -68,7 +68,7 @@ class CopyShape:
             queue_size=max(options.queue_size, request_size),
             alignment=alignment,
             sparse_unit=sparse_unit,
-            hole_min=HOLE_BYTES_MIN if sparse_unit else 1,
+            hole_min=min(HOLE_BYTES_MIN, request_size // 8) if sparse_unit else 1,
             merge_unit=destination.block_minimum,
             zero_policy=policy,
             allocated=options.allocated,

@@ -51,6 +51,7 @@ def test_plain_ends_and_options_make_this_shape() -> None:
         queue_size=16 * MIB,
         alignment=1,
         sparse_unit=4096,
+        hole_min=MIB // 8,
         merge_unit=1,
         zero_policy=ZeroPolicy.REQUEST,
         allocated=False,
@@ -58,7 +59,7 @@ def test_plain_ends_and_options_make_this_shape() -> None:
         synchronous=False,
         splice=False,
     )
-    assert len(fields(CopyShape)) == 11
+    assert len(fields(CopyShape)) == 12
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
