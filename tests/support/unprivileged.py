@@ -1,18 +1,25 @@
 """Run nbdshard as a user without privileges, although the checkout may lie where only root can read.
 
 The packages and what they depend on are copied to a folder that everybody can read, and run by an interpreter that
-everybody can run.
+everybody can run. A single function needs no such folder (`call_as_nobody`).
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import traceback
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 NOBODY = 65534
 SYSTEM_PYTHON = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
@@ -58,6 +65,40 @@ def install_for_everybody(folder: Path) -> None:
             continue
         copied.add(name)
         wanted += _copy_distribution(name, folder)
+
+
+def call_as_nobody(function: Callable[[], Value]) -> Value:
+    """What `function` returns in a child process without privileges; AssertionError with what it raised there.
+
+    The child opens no file of the checkout: all it needs was imported before.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _answer_and_exit(function, reading, writing)
+    os.close(writing)
+    with open(reading, "rb") as stream:
+        answer = stream.read()
+    os.waitpid(child, 0)
+    succeeded, value = pickle.loads(answer)
+    assert succeeded, f"in the child process:\n{value}"
+    result: Value = value
+    return result
+
+
+def _answer_and_exit(function: Callable[[], Value], reading: int, writing: int) -> None:
+    try:
+        os.close(reading)
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        answer = (True, function())
+    except BaseException:
+        answer = (False, traceback.format_exc())  # type: ignore[assignment]
+    with open(writing, "wb") as stream:
+        stream.write(pickle.dumps(answer))
+    os._exit(0)  # nothing of the parent's is ended, flushed or removed twice
 
 
 def _name(requirement: str) -> str:
