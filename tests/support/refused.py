@@ -1,7 +1,8 @@
 """Run as a program: `python refused.py ERRNO WISH` opens a ring where a seccomp filter answers io_uring_setup(2).
 
 A real filter, as Docker's default profile is one, installed for this process only and for good. ERRNO is a name
-("EPERM"); "module" hides the module liburing instead, "nothing" changes nothing.
+("EPERM"); "register" refuses io_uring_register(2) with EPERM instead, "module" hides the module liburing, "nothing"
+changes nothing.
 Prints the ring's line, or "UserError: ..." and the error's line.
 """
 
@@ -13,7 +14,7 @@ import os
 import struct
 import sys
 
-IO_URING_SETUP = 425  # on every architecture
+IO_URING_SETUP, IO_URING_REGISTER = 425, 427  # on every architecture
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 RETURN_ERRNO, RETURN_ALLOW = 0x00050000, 0x7FFF0000
 LOAD_WORD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
@@ -23,13 +24,13 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def refuse_io_uring(number: int) -> None:
-    """From now on io_uring_setup(2) fails with errno `number` in this process."""
+def refuse(call: int, number: int) -> None:
+    """From now on the system call with the number `call` fails with errno `number` in this process."""
     code = b"".join(
         struct.pack("HBBI", *instruction)
         for instruction in (
             (LOAD_WORD, 0, 0, 0),  # the number of the system call
-            (JUMP_IF_EQUAL, 0, 1, IO_URING_SETUP),
+            (JUMP_IF_EQUAL, 0, 1, call),
             (RETURN, 0, 0, RETURN_ERRNO | number),
             (RETURN, 0, 0, RETURN_ALLOW),
         )
@@ -47,8 +48,10 @@ def main(cause: str, wish: str) -> None:
 
     if cause == "module":
         sys.modules["liburing"] = None  # type: ignore[assignment]  # an import of it raises ImportError now
+    elif cause == "register":
+        refuse(IO_URING_REGISTER, errno.EPERM)
     elif cause != "nothing":
-        refuse_io_uring(getattr(errno, cause))
+        refuse(IO_URING_SETUP, getattr(errno, cause))
     try:
         ring, line = open_ring(wish)
     except UserError as error:

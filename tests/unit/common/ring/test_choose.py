@@ -26,6 +26,7 @@ REFUSALS = [
     ("EMFILE", "io_uring is refused: EMFILE; too many open files"),
     ("EINVAL", "io_uring is refused: EINVAL; the kernel does not know the flags it is opened with"),
     ("ENOMEM", "io_uring is refused: ENOMEM; not enough memory for its queues, see ulimit -l and ulimit -v"),
+    ("register", "io_uring is refused: EPERM; a seccomp profile forbids it"),
     ("module", "the Python module liburing is not installed"),
 ]
 
