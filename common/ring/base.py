@@ -13,18 +13,19 @@ from time import monotonic
 
 from nbdshard.common.errors import BugError
 from nbdshard.common.limits import RING_BUFFERS_MAX, RING_CLOSE_SECONDS, RING_OPERATIONS_MAX
-from nbdshard.common.ring.interface import Descriptor, Kind, Operation
+from nbdshard.common.ring.interface import Descriptor, Kind, Operation, Splice
 from nbdshard.common.ring.threads import Threads, call
 from nbdshard.common.ring.wake import Waker
 
 # A module's name is found faster than an attribute of an enum, and these are looked up for every operation.
 RECEIVE, SEND, READ, WRITE = Kind.RECEIVE, Kind.SEND, Kind.READ, Kind.WRITE
 POLL, SYNC, CALL, CLOSE = Kind.POLL, Kind.SYNC, Kind.CALL, Kind.CLOSE
-WATCH = Kind.WATCH
+WATCH, SPLICE = Kind.WATCH, Kind.SPLICE
 
-MOVES_BYTES = frozenset((RECEIVE, SEND, READ, WRITE))
 EDGE = select.EPOLLET
 OFFSET_MAX = (1 << 63) - 1  # off_t
+SPLICE_BYTES_MAX = 0x7FFFF000  # MAX_RW_COUNT: the kernel moves no more at once, and io_uring's field has 32 bits
+SPLICE_FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE  # the first is about the pipe only
 
 Pins = list[memoryview]
 NOTHING: Pins = []
@@ -80,7 +81,8 @@ class RingBase(ABC):
             raise BugError(f"{operation.kind.name} {objection}")
         kind = operation.kind
         descriptor = operation.descriptor
-        pins = _pin(operation) if kind in MOVES_BYTES else NOTHING
+        moves_buffers = kind is RECEIVE or kind is SEND or kind is READ or kind is WRITE
+        pins = _pin(operation) if moves_buffers else NOTHING
         if descriptor is not None:
             if kind is RECEIVE:
                 descriptor.receiving = True
@@ -203,6 +205,8 @@ class RingBase(ABC):
             return f"would be one more than the {RING_OPERATIONS_MAX} operations allowed in flight"
         if descriptor is None:
             return "" if kind is CALL else "without a descriptor"
+        if kind is SPLICE and (objection := _objection_to_splice(operation, descriptor)):
+            return objection
         if descriptor.closing:
             return f"for descriptor {descriptor.number}, which is closing or closed"
         if self._attached.get(descriptor.number) is not descriptor:
@@ -291,6 +295,19 @@ def _pin(operation: Operation) -> Pins:
     if (kind is READ or kind is WRITE) and not 0 <= operation.offset <= OFFSET_MAX:
         raise BugError(f"{kind.name} at offset {operation.offset}")
     return pins
+
+
+def _objection_to_splice(operation: Operation, descriptor: Descriptor) -> str:
+    """What is wrong with what a SPLICE asks for; "" if nothing is."""
+    if descriptor.is_socket:
+        return f"for descriptor {descriptor.number}, which is a socket"
+    if not isinstance(operation, Splice) or operation.pipe < 0:
+        return "without a pipe"
+    if not 0 < operation.length <= SPLICE_BYTES_MAX:
+        return f"of {operation.length} bytes"
+    if not 0 <= operation.offset <= OFFSET_MAX:
+        return f"at offset {operation.offset}"
+    return ""
 
 
 def shut_down(descriptor: Descriptor) -> None:

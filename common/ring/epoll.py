@@ -11,7 +11,7 @@ How a stream is read and written depends on what it is:
   preadv2 and pwritev2 with RWF_NOWAIT. Where the kernel has no such thing for the file (terminals; pipes before Linux
   6.4) poll first, then read what is there, or write at most PIPE_BUF bytes: neither waits, unless another process
   that shares the stream takes the data, or the room, in between.
-- Regular files and block devices, which are always "ready" and may wait for a disk: threads.
+- Regular files and block devices, which are always "ready" and may wait for a disk: threads, for SPLICE too.
 """
 
 from __future__ import annotations
@@ -24,9 +24,22 @@ from errno import EAGAIN, ECANCELED, EOPNOTSUPP
 from functools import partial
 
 from nbdshard.common.limits import RING_EVENTS_MAX
-from nbdshard.common.ring.base import CALL, CLOSE, EDGE, POLL, READ, RECEIVE, SEND, SYNC, WATCH, Pins, RingBase
-from nbdshard.common.ring.interface import Descriptor, Operation
-from nbdshard.common.ring.threads import system_call
+from nbdshard.common.ring.base import (
+    CALL,
+    CLOSE,
+    EDGE,
+    POLL,
+    READ,
+    RECEIVE,
+    SEND,
+    SPLICE_FLAGS,
+    SYNC,
+    WATCH,
+    Pins,
+    RingBase,
+)
+from nbdshard.common.ring.interface import Descriptor, Operation, Splice
+from nbdshard.common.ring.threads import Job, system_call
 
 EDGES = select.EPOLLIN | select.EPOLLOUT | select.EPOLLPRI | select.EPOLLET
 ENDED = select.EPOLLERR | select.EPOLLHUP  # reported whether asked for or not, and both directions must look
@@ -130,6 +143,8 @@ class EpollRing(RingBase):
             self._begin_close(operation)
         elif kind is SYNC:
             self._threads.start(operation, partial(system_call, os.fdatasync, number))
+        elif isinstance(operation, Splice):
+            self._threads.start(operation, _splice_call(operation, number))
         else:
             function = os.preadv if kind is READ else os.pwritev
             self._threads.start(operation, partial(system_call, function, number, pins, operation.offset))
@@ -224,6 +239,13 @@ class EpollRing(RingBase):
 
     def _free(self) -> None:
         self._epoll.close()
+
+
+def _splice_call(operation: Splice, number: int) -> Job:
+    pipe, length, offset = operation.pipe, operation.length, operation.offset
+    if operation.into_pipe:
+        return partial(system_call, os.splice, number, pipe, length, offset, None, SPLICE_FLAGS)
+    return partial(system_call, os.splice, pipe, number, length, None, offset, SPLICE_FLAGS)
 
 
 def _mode_of(number: int) -> Mode:

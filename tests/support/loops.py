@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
+from nbdshard.common.ring import Descriptor, Kind, Operation, Ring, Splice
 from nbdshard.common.ring.choose import Unusable, open_io_uring
 
 SECONDS_MAX = 20.0  # no test needs a second of it; a machine under load may
@@ -105,6 +105,16 @@ def read(descriptor: Descriptor, offset: int, *buffers: bytearray | memoryview) 
 
 def write(descriptor: Descriptor, offset: int, *buffers: bytes | memoryview) -> Operation:
     return Operation(Kind.WRITE, descriptor, buffers=list(buffers), offset=offset)
+
+
+def splice_in(pipe: int, disk: Descriptor, offset: int, length: int) -> Splice:
+    """From the file into the pipe."""
+    return Splice(disk, pipe, offset=offset, length=length, into_pipe=True)
+
+
+def splice_out(pipe: int, disk: Descriptor, offset: int, length: int) -> Splice:
+    """Out of the pipe into the file."""
+    return Splice(disk, pipe, offset=offset, length=length, into_pipe=False)
 
 
 def poll(descriptor: Descriptor, mask: int) -> Operation:

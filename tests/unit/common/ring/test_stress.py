@@ -1,7 +1,8 @@
 """Everything at once, at random, against a model of what each stream and file must hold.
 
 Connections whose both ends are in the ring send to each other, in pieces of any size; operations are cancelled and
-descriptors closed at any moment, and their numbers used again at once; files are written and read beside them.
+descriptors closed at any moment, and their numbers used again at once; files are written and read beside them, with
+buffers and through pipes.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 import pytest
 
 from nbdshard.common.ring import Descriptor, Operation
-from support.loops import Loop, call, close, poll, read, receive, send, sync, write
+from support.loops import Loop, call, close, poll, read, receive, send, splice_in, splice_out, sync, write
+from support.pipe_states import Pipe
 
 CONNECTIONS = 12
+PIPES = 8
 STEPS = 15_000
 PERIOD = 1 << 16
 BLOCKS, BLOCK = 32, 4096
@@ -54,6 +57,7 @@ class World:
         self.then: dict[Operation, Callable[[Operation], None]] = {}
         self.blocks = [bytes(BLOCK)] * BLOCKS
         self.busy_blocks: set[int] = set()
+        self.idle_pipes = [Pipe() for _ in range(PIPES)]
         self.closing_time = False
         self.moved = 0
         self.ended: list[End] = []  # those that received their peer's end
@@ -199,6 +203,39 @@ class World:
 
         self.submit(read(self.disk, index * BLOCK, *self.pieces(memoryview(buffer))), been_read)
 
+    def splice_from_disk(self) -> None:
+        index = self.rng.randrange(BLOCKS)
+        if index in self.busy_blocks or not self.idle_pipes:
+            return
+        self.busy_blocks.add(index)
+        pipe = self.idle_pipes.pop()
+
+        def spliced(operation: Operation) -> None:
+            assert operation.result == BLOCK
+            assert pipe.drain() == self.blocks[index]
+            self.busy_blocks.discard(index)
+            self.idle_pipes.append(pipe)
+
+        self.submit(splice_in(pipe.writing, self.disk, index * BLOCK, BLOCK), spliced)
+
+    def splice_to_disk(self) -> None:
+        index = self.rng.randrange(BLOCKS)
+        if index in self.busy_blocks or not self.idle_pipes:
+            return
+        self.busy_blocks.add(index)
+        pipe = self.idle_pipes.pop()
+        content = self.rng.randbytes(BLOCK)
+        os.write(pipe.writing, content)
+
+        def spliced(operation: Operation) -> None:
+            assert operation.result == BLOCK
+            assert pipe.content == 0
+            self.blocks[index] = content
+            self.busy_blocks.discard(index)
+            self.idle_pipes.append(pipe)
+
+        self.submit(splice_out(pipe.reading, self.disk, index * BLOCK, BLOCK), spliced)
+
     def call(self) -> None:
         token = object()
 
@@ -227,8 +264,9 @@ class World:
             self.cancel(end)
         elif end is not None and dice < 0.81:
             self.close(end)
-        elif dice < 0.86:
-            self.rng.choice([self.write, self.read, self.call, self.sync])()
+        elif dice < 0.88:
+            files = [self.write, self.read, self.splice_from_disk, self.splice_to_disk, self.sync]
+            self.rng.choice([*files, self.call])()
         else:
             self.turn(self.rng.choice([0, 0, 0.001]))
 
@@ -255,6 +293,9 @@ def test_any_mixture_completes_each_operation_once_and_moves_each_byte_to_its_pl
     assert world.moved > 1 << 20
     world.finish()
     assert not loop.pending
+    assert len(world.idle_pipes) == PIPES
+    for pipe in world.idle_pipes:
+        pipe.close()
     assert world.ended
     for end in world.ended:
         assert end.peer is not None
