@@ -13,6 +13,8 @@ import pytest
 
 from support.loops import SECONDS_MAX, Loop, call, receive, send
 
+DELAY_SECONDS = 0.05  # until something happens that is to find the loop waiting
+
 
 @pytest.fixture
 def on_signal() -> Iterator[Callable[[Callable[[], None]], None]]:
@@ -30,7 +32,7 @@ def on_signal() -> Iterator[Callable[[Callable[[], None]], None]]:
 
 
 def later(function: Callable[[], None]) -> threading.Thread:
-    timer = threading.Timer(0.05, function)
+    timer = threading.Timer(DELAY_SECONDS, function)
     timer.start()
     return timer
 
@@ -131,9 +133,14 @@ def test_a_handler_that_raises_loses_no_completion(loop: Loop, on_signal: Callab
     on_signal(interrupt)
     operation = receive(ours, bytearray(1))
     loop.submit(operation)
-    timer = later(lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    with pytest.raises(KeyboardInterrupt):
+    timer = threading.Timer(DELAY_SECONDS, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+    def wait() -> None:
+        timer.start()  # in here: on a busy machine the signal comes before the wait, and would end the whole run
         loop.turn()
+
+    with pytest.raises(KeyboardInterrupt):
+        wait()
     timer.join()
     theirs.sendall(b"x")
     assert loop.finish(operation) == [1]
