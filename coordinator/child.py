@@ -3,74 +3,66 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Final
 
 from nbdshard.common import logs
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import KILLED_CHILD_SECONDS
 
 # What a terminal, a supervisor or timeout(1) sends to the whole group: the coordinator's to act on, nobody else's.
-GROUP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+GROUP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+NOTHING: Final = -1  # in the place of a descriptor: /dev/null
+
+_STDIN: Final = 0
+_STDOUT: Final = 1
+_STDERR: Final = 2
+_IGNORED_BY_PYTHON: Final = (signal.SIGPIPE, signal.SIGXFSZ)  # programs expect them to be as they are in a shell
 
 
 class Child:
     """A running child process. `descriptor` (a pidfd) becomes readable when it ends."""
 
-    def __init__(
-        self,
-        argv: Sequence[str],
-        *,
-        stdin: int | None,
-        stdout: int | None,
-        environment: Mapping[str, str] | None = None,
-        new_session: bool = False,
-        shield_from_group_signals: bool = False,
-    ) -> None:
-        """Start `argv`; `stdin` and `stdout` as for subprocess.Popen, standard error is ours.
+    def __init__(self, pid: int, name: str) -> None:
+        """Watch the child `pid`, for which nobody else waits. Raises UserError, about `name`, if it cannot be watched.
 
-        `shield_from_group_signals`: it starts, and stays, with GROUP_SIGNALS blocked. Raises UserError if it cannot be
-        started.
+        Then it is ended.
         """
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS) if shield_from_group_signals else None
+        self.pid = pid
+        self._exit_status: int | None = None  # minus the number of the signal that killed it
         try:
-            self._process = subprocess.Popen(
-                list(argv),
-                stdin=stdin,
-                stdout=stdout,
-                env=environment,
-                start_new_session=new_session,
-            )
+            self.descriptor = os.pidfd_open(pid)
         except OSError as error:
-            raise UserError(f"cannot be started: {error.strerror}", argv[0]) from None
-        finally:
-            if before is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        try:
-            self.descriptor = os.pidfd_open(self._process.pid)
-        except OSError as error:
-            self._process.kill()
-            self._process.wait()
-            raise UserError(f"cannot be watched: {error.strerror}", argv[0]) from None
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+            with suppress(ProcessLookupError, ChildProcessError):  # it ended already and was reaped by the kernel
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise UserError(f"cannot be watched: {error.strerror}", name) from None
 
     def ended(self) -> bool:
         """Whether it has ended; then it is reaped too. Never blocks."""
-        return self._process.poll() is not None
+        if self._exit_status is None and self.descriptor >= 0:
+            try:
+                result = os.waitid(os.P_PIDFD, self.descriptor, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:  # whoever started us has SIGCHLD ignored: the kernel reaped it and tells nothing
+                self._exit_status = 0
+            else:
+                if result is not None:
+                    exited = result.si_code == os.CLD_EXITED
+                    self._exit_status = result.si_status if exited else -result.si_status
+        return self._exit_status is not None
 
     @property
     def succeeded(self) -> bool:
         """Whether it ended with status 0. Only when `ended`."""
-        return self._process.returncode == 0
+        return self._exit_status == 0
 
     def story(self) -> str:
         """How it ended, in words: "was killed by SIGKILL". Only when `ended`."""
-        status = self._process.returncode
+        status = self._exit_status
         if status is None:
             return "still runs"
         if status >= 0:
@@ -99,18 +91,62 @@ class Child:
             return
         if not self.ended():
             self.kill()
-            try:
-                self._process.wait(KILLED_CHILD_SECONDS)
-            except subprocess.TimeoutExpired:  # in an uninterruptible system call, on a dead disk perhaps
+            _await_ends([self], KILLED_CHILD_SECONDS)
+            if not self.ended():  # in an uninterruptible system call, on a dead disk perhaps
                 logs.error(f"process {self.pid} does not end although it was killed {KILLED_CHILD_SECONDS:g} s ago")
         os.close(self.descriptor)
         self.descriptor = -1
 
 
+def spawn(
+    argv: Sequence[str],
+    *,
+    stdin: int | None,
+    stdout: int | None,
+    environment: Mapping[str, str] | None = None,
+    new_session: bool = False,
+    shield_from_group_signals: bool = False,
+) -> Child:
+    """Start the program `argv`. `stdin`, `stdout`: a descriptor, NOTHING, or None for ours; standard error is ours.
+
+    No other descriptor of ours reaches it. `shield_from_group_signals`: it starts, and stays, with GROUP_SIGNALS
+    blocked. Raises UserError if it cannot be started.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    actions: list[tuple[object, ...]] = []
+    for descriptor, place in ((stdin, _STDIN), (stdout, _STDOUT)):
+        if descriptor == NOTHING:
+            actions.append((os.POSIX_SPAWN_OPEN, place, os.devnull, os.O_RDWR, 0))
+        elif descriptor is not None:
+            actions.append((os.POSIX_SPAWN_DUP2, descriptor, place))
+    actions += [(os.POSIX_SPAWN_CLOSE, number) for number in _other_descriptors()]
+    try:
+        pid = os.posix_spawnp(
+            argv[0],
+            list(argv),
+            os.environ if environment is None else environment,
+            file_actions=actions,
+            setsid=new_session,
+            setsigmask=mask | GROUP_SIGNALS if shield_from_group_signals else mask,
+            setsigdef=_IGNORED_BY_PYTHON,
+        )
+    except OSError as error:
+        raise UserError(f"cannot be started: {error.strerror}", argv[0]) from None
+    return Child(pid, argv[0])
+
+
 def close_all(children: Sequence[Child], patience_seconds: float) -> None:
     """End all of them: `patience_seconds` in all to end by themselves, then SIGKILL; reap them, close the pidfds."""
-    import select
+    _await_ends(children, patience_seconds)
+    for child in children:
+        if child.descriptor >= 0 and not child.ended():
+            child.kill()
+    for child in children:
+        child.close()
 
+
+def _await_ends(children: Sequence[Child], patience_seconds: float) -> None:
+    """Wait until all have ended, but not for longer than `patience_seconds`."""
     poller = select.poll()
     running = {child.descriptor: child for child in children if child.descriptor >= 0 and not child.ended()}
     for descriptor in running:
@@ -120,7 +156,11 @@ def close_all(children: Sequence[Child], patience_seconds: float) -> None:
         for descriptor, _ in poller.poll(left * 1000):
             poller.unregister(descriptor)
             running.pop(descriptor).ended()
-    for child in running.values():
-        child.kill()
-    for child in children:
-        child.close()
+
+
+def _other_descriptors() -> list[int]:
+    """Every open descriptor but the standard ones; and that of the listing itself, which is closed again."""
+    try:
+        return [number for number in map(int, os.listdir("/proc/self/fd")) if number > _STDERR]
+    except OSError:  # without /proc a program inherits what we inherited; what we opened is closed by execve(2)
+        return []

@@ -17,7 +17,7 @@ from nbdshard.common import logs
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import COMMAND_EXIT_SECONDS, CONNECTIONS_MAX
 from nbdshard.common.messages import Side
-from nbdshard.coordinator.child import Child, close_all
+from nbdshard.coordinator.child import close_all, spawn
 from nbdshard.coordinator.private_directory import PrivateDirectory
 
 # The listening socket comes as standard input and moves to descriptor 3. The shell never parses the command ("$@").
@@ -45,7 +45,7 @@ class CommandServer:
             listening.bind(path)
             listening.listen(CONNECTIONS_MAX)
             environment = {**os.environ, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "nbd"}
-            self._child = Child(
+            self._child = spawn(
                 [_SHELL, "-c", _TRAMPOLINE, "nbdshard", *argv],
                 stdin=listening.fileno(),
                 stdout=STDERR,  # ours may be the destination

@@ -9,13 +9,12 @@ for that itself, `--parent`; see cli.worker).
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 
 from nbdshard.common.limits import WORKER_EXIT_SECONDS
 from nbdshard.common.machine import new_worker_name
-from nbdshard.coordinator.child import Child, close_all
+from nbdshard.coordinator.child import NOTHING, Child, close_all, spawn
 
 STDERR = 2
 
@@ -64,9 +63,9 @@ class Launcher:
 
     def _start(self) -> str:
         name = new_worker_name()
-        self._children[name] = Child(
+        self._children[name] = spawn(
             self._command.argv(name, os.getpid()),
-            stdin=None if self._command.inherits_stdin else subprocess.DEVNULL,
+            stdin=None if self._command.inherits_stdin else NOTHING,
             stdout=None if self._command.inherits_stdout else STDERR,
             shield_from_group_signals=True,
         )

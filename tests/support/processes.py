@@ -99,13 +99,17 @@ def is_pending(pid: int, number: int) -> bool:
     return any(int(word, 16) >> (number - 1) & 1 for word in words)
 
 
-def _status(pid: int, field: str) -> list[str]:
-    """The words of one line of /proc/PID/status; none when the process is gone."""
+def status(pid: int) -> dict[str, str]:
+    """The lines of /proc/PID/status; none when the process is gone."""
     try:
         lines = (PROC / str(pid) / "status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return []
-    return next((line.split()[1:] for line in lines if line.startswith(field + ":")), [])
+        return {}
+    return {name: text.strip() for name, _, text in (line.partition(":") for line in lines)}
+
+
+def _status(pid: int, field: str) -> list[str]:
+    return status(pid).get(field, "").split()
 
 
 def descriptors(pid: int | str = "self") -> dict[int, str]:

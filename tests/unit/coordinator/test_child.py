@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +15,31 @@ from pathlib import Path
 import pytest
 
 from nbdshard.common.errors import UserError
-from nbdshard.coordinator.child import Child, close_all
+from nbdshard.coordinator.child import NOTHING, Child, close_all, spawn
 from support import processes
 from support.waiting import wait_for
+
+PROLOGUE = """
+import os, resource
+from nbdshard.common.errors import UserError
+from nbdshard.coordinator.child import spawn
+"""
+
+
+def in_a_process_of_its_own(script: str) -> list[str]:
+    """The lines that `script` prints. A test runner may have threads, and limits that others need."""
+    words = [sys.executable, "-c", PROLOGUE + script]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
 
 
 @contextlib.contextmanager
 def running(*argv: str, shield: bool = False, new_session: bool = False) -> Iterator[Child]:
-    child = Child(
+    child = spawn(
         argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdin=NOTHING,
+        stdout=NOTHING,
         shield_from_group_signals=shield,
         new_session=new_session,
     )
@@ -88,7 +103,52 @@ def test_signals_to_an_ended_child_go_nowhere() -> None:
 
 def test_a_command_that_does_not_exist_is_told() -> None:
     with pytest.raises(UserError, match="/no/such: cannot be started: No such file or directory"):
-        Child(["/no/such"], stdin=None, stdout=None)
+        spawn(["/no/such"], stdin=None, stdout=None)
+
+
+def test_a_child_that_cannot_be_watched_is_ended_and_told() -> None:
+    script = """
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+try:
+    spawn(["sleep", "100"], stdin=None, stdout=None)
+except UserError as error:
+    print(error)
+try:
+    os.waitpid(-1, 0)
+except ChildProcessError:
+    print("no child is left")
+"""
+    assert in_a_process_of_its_own(script) == ["sleep: cannot be watched: Too many open files", "no child is left"]
+
+
+def test_a_child_that_the_kernel_reaped_is_known_to_have_ended() -> None:
+    """It does when SIGCHLD is ignored, which a process may inherit."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with running("sleep", "100") as child:
+            child.kill()
+            assert ended(child) == "ended with exit status 0"  # nobody knows better
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_child_gets_the_signals_as_a_shell_would_give_them() -> None:
+    """The interpreter ignores SIGPIPE; `yes | head` would never end with that."""
+    with running("sleep", "100") as child:
+        ignored = int(processes.status(child.pid)["SigIgn"], 16)
+        assert ignored & (1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1)) == 0
+
+
+def test_a_child_has_the_standard_descriptors_and_no_other_of_ours(tmp_path: Path) -> None:
+    inheritable = os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR)
+    os.set_inheritable(inheritable, True)
+    try:
+        with running("sleep", "100") as child:
+            wait_for("the program to run", lambda: processes.command_line(child.pid) == "sleep 100")
+            # While it is loaded, its libraries are open.
+            wait_for("three descriptors", lambda: sorted(processes.descriptors(child.pid)) == [0, 1, 2])
+    finally:
+        os.close(inheritable)
 
 
 def test_a_shielded_child_does_not_hear_what_its_group_hears() -> None:
@@ -96,8 +156,7 @@ def test_a_shielded_child_does_not_hear_what_its_group_hears() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             child.send_signal(number)
         # All three are pending and blocked: SigPnd or ShdPnd and SigBlk of proc(5).
-        lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        status = processes.status(child.pid)
         wanted = sum(1 << (number - 1) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         assert int(status["SigBlk"], 16) & wanted == wanted
         assert int(status["ShdPnd"], 16) & wanted == wanted
