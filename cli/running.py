@@ -1,18 +1,20 @@
 """From a parsed command line to an exit code: what `nbdshard copy` and `nbdshard coordinator` have in common.
 
 Everything a job needs is acquired here and in cli.ends, in the order of the checks, and released here however the job
-ends. The first local worker is started before the scheduler and ZeroMQ are even imported (cli.jobs): both processes
-need a tenth of a second to load, and a small copy is over in three.
+ends. The first local worker is forked before the scheduler is even imported (cli.jobs): what both processes need is
+loaded once, what only one of them needs is loaded by both at the same time.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from nbdshard.cli.ends import Ends
 from nbdshard.cli.options import job_options, parse_operands
 from nbdshard.cli.setting import Crew, Setting
+from nbdshard.common import channel as _channel  # noqa: F401 (both processes need it: loaded once, before the fork)
 from nbdshard.common import logs
 from nbdshard.common.control_url import ControlUrl
 from nbdshard.coordinator.launcher import Launcher, WorkerCommand
@@ -41,12 +43,21 @@ def run_copy(args: Namespace, crew: Crew) -> int:
             url = ControlUrl("ipc", path=ends.directory().socket_path(_CONTROL_SOCKET))
             launcher = _launcher(args, crew.ring, url, ends)
             stack.callback(launcher.close, 0)
-            launcher.start_ahead()
+            launcher.start_ahead(_be_worker)
         from nbdshard.cli.jobs import conclude, run
 
         outcome, seconds = run(Setting(args, options, crew, ends, url, launcher, signals), stack)
         ends.settle(outcome)
     return conclude(outcome, seconds, signals.exit_code)
+
+
+def _be_worker(words: Sequence[str]) -> int:
+    """The whole life of a worker that was forked: what a process started with these words does."""
+    from nbdshard.cli.main import main
+    from nbdshard.cli.title import show_as
+
+    show_as("nbdshard worker", ["nbdshard", *words])
+    return main(words)
 
 
 def _launcher(args: Namespace, ring: str, url: ControlUrl, ends: Ends) -> Launcher:

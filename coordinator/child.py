@@ -1,14 +1,19 @@
-"""One child process: watched by a pidfd, ended for certain, reaped by whoever started it."""
+"""One child process: watched by a pidfd, ended for certain, reaped by whoever started it.
+
+`spawn` runs a program. `fork` makes a copy of this process, with everything loaded that is loaded here; it is for the
+time before there are threads, a ZeroMQ context, or anything else of which a copy would be of no use.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, NoReturn
 
 from nbdshard.common import logs
 from nbdshard.common.errors import UserError
@@ -22,6 +27,7 @@ _STDIN: Final = 0
 _STDOUT: Final = 1
 _STDERR: Final = 2
 _IGNORED_BY_PYTHON: Final = (signal.SIGPIPE, signal.SIGXFSZ)  # programs expect them to be as they are in a shell
+_EXIT_FAILURE: Final = 1
 
 
 class Child:
@@ -135,6 +141,33 @@ def spawn(
     return Child(pid, argv[0])
 
 
+def can_fork() -> bool:
+    """Whether a copy of this process would be whole: of several threads it would lack all but one."""
+    try:
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:  # there is no /proc
+        return False
+
+
+def fork(body: Callable[[], int], name: str, *, stdin: int | None, stdout: int | None) -> Child:
+    """Start a copy of this process that does `body` and exits with the status which that returns. Only if `can_fork`.
+
+    The copy keeps our memory and nothing else: of our descriptors the standard ones (`stdin` and `stdout` as for
+    `spawn`), of our signal handlers none. It stays with GROUP_SIGNALS blocked. What waits in Python's own buffers is
+    written by both. Raises UserError if it cannot be started; `name` is what the error calls it.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _be_the_copy(body, stdin, stdout)
+    except OSError as error:
+        raise UserError(f"cannot be started: {error.strerror}", name) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return Child(pid, name)
+
+
 def close_all(children: Sequence[Child], patience_seconds: float) -> None:
     """End all of them: `patience_seconds` in all to end by themselves, then SIGKILL; reap them, close the pidfds."""
     _await_ends(children, patience_seconds)
@@ -156,6 +189,23 @@ def _await_ends(children: Sequence[Child], patience_seconds: float) -> None:
         for descriptor, _ in poller.poll(left * 1000):
             poller.unregister(descriptor)
             running.pop(descriptor).ended()
+
+
+def _be_the_copy(body: Callable[[], int], stdin: int | None, stdout: int | None) -> NoReturn:
+    """The rest of the life of a process that was forked. It never returns to what its parent was doing."""
+    status = _EXIT_FAILURE
+    try:
+        gc.freeze()  # nothing of the parent's is ever collected here: it would close descriptors which are ours by then
+        signal.set_wakeup_fd(-1)
+        for number in GROUP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        for descriptor, place in ((stdin, _STDIN), (stdout, _STDOUT)):
+            if descriptor is not None:
+                os.dup2(os.open(os.devnull, os.O_RDWR) if descriptor == NOTHING else descriptor, place)
+        os.closerange(_STDERR + 1, max(_other_descriptors(), default=_STDERR) + 1)
+        status = body()
+    finally:
+        os._exit(status)
 
 
 def _other_descriptors() -> list[int]:

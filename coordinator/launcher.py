@@ -4,19 +4,25 @@ A local worker keeps to its coordinator's process group, so that a terminal's Ct
 signals that ask for an end (Ctrl-C, SIGTERM to the group) stay blocked in it: the coordinator asks its workers to stop
 by messages, so that they drain. When the coordinator dies of a SIGKILL, the kernel kills its workers (the worker asks
 for that itself, `--parent`; see cli.worker).
+
+Every worker is given the same command line. The first one of a job need not be started as a program, though: while this
+process is still young it can be forked, and then has loaded already what both need.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nbdshard.common.limits import WORKER_EXIT_SECONDS
 from nbdshard.common.machine import new_worker_name
-from nbdshard.coordinator.child import NOTHING, Child, close_all, spawn
+from nbdshard.coordinator.child import NOTHING, Child, can_fork, close_all, fork, spawn
 
 STDERR = 2
+
+WorkerMain = Callable[[Sequence[str]], int]  # given the words of a worker's command line, be it; the exit status
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +37,21 @@ class WorkerCommand:
     executable: str = sys.executable
 
     def argv(self, name: str, parent: int) -> list[str]:
-        """The command line of the worker called `name`; no secret is in it, others can read it."""
-        words = [self.executable, "-P", "-m", "nbdshard.cli.main", "worker"]
-        words += ["--connect", self.url, "--name", name, "--parent", str(parent), "--ring", self.ring]
+        """The program that is the worker called `name`, and its arguments."""
+        return [self.executable, "-P", "-m", "nbdshard.cli.main", *self.words(name, parent)]
+
+    def words(self, name: str, parent: int) -> list[str]:
+        """What follows `nbdshard` on the worker's command line; no secret is in it, others can read it."""
+        words = ["worker", "--connect", self.url, "--name", name, "--parent", str(parent), "--ring", self.ring]
         return [*words, "--verbose"] if self.verbose else words
+
+    @property
+    def stdin(self) -> int | None:
+        return None if self.inherits_stdin else NOTHING
+
+    @property
+    def stdout(self) -> int | None:
+        return None if self.inherits_stdout else STDERR
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +70,33 @@ class Launcher:
         self._children: dict[str, Child] = {}
         self._ahead: list[str] = []
 
-    def start_ahead(self) -> None:
-        """Start one worker that the next `start` gives out: it loads while its coordinator still does."""
-        self._ahead.append(self._start())
+    def start_ahead(self, main: WorkerMain) -> None:
+        """Start one worker that the next `start` gives out: it loads while its coordinator still does.
+
+        Where a copy of this process will do, it is that: a copy that calls `main`. Raises UserError as `start` does.
+        """
+        self._ahead.append(self._fork(main) if can_fork() else self._spawn())
 
     def start(self) -> str:
         """Start one worker; return its name. Raises UserError when there can be no new process."""
-        return self._ahead.pop() if self._ahead else self._start()
+        return self._ahead.pop() if self._ahead else self._spawn()
 
-    def _start(self) -> str:
+    def _spawn(self) -> str:
         name = new_worker_name()
+        command = self._command
         self._children[name] = spawn(
-            self._command.argv(name, os.getpid()),
-            stdin=None if self._command.inherits_stdin else NOTHING,
-            stdout=None if self._command.inherits_stdout else STDERR,
+            command.argv(name, os.getpid()),
+            stdin=command.stdin,
+            stdout=command.stdout,
             shield_from_group_signals=True,
         )
+        return name
+
+    def _fork(self, main: WorkerMain) -> str:
+        name = new_worker_name()
+        command = self._command
+        words = command.words(name, os.getpid())
+        self._children[name] = fork(lambda: main(words), "a worker", stdin=command.stdin, stdout=command.stdout)
         return name
 
     @property

@@ -20,9 +20,15 @@ from support import processes
 from support.waiting import wait_for
 
 PROLOGUE = """
-import os, resource
+import os, resource, signal, threading
 from nbdshard.common.errors import UserError
-from nbdshard.coordinator.child import spawn
+from nbdshard.coordinator.child import GROUP_SIGNALS, NOTHING, can_fork, fork, spawn
+
+def ended(child):
+    import select
+    assert select.select([child.descriptor], [], [], 20)[0]
+    assert child.ended()
+    return child.story()
 """
 
 
@@ -200,3 +206,127 @@ def test_a_stopped_child_is_ended_too() -> None:
         wait_for("the child to stop", lambda: processes.state(child.pid) == "T")
         child.close()
         assert child.story() == "was killed by SIGKILL"
+
+
+# -- a copy of this process --------------------------------------------------------------------------------------------
+
+
+def test_a_copy_does_what_it_is_given_and_exits_with_what_that_returns() -> None:
+    script = """
+read_end, write_end = os.pipe()
+seen = []
+def body():
+    seen.append(1)
+    print("the copy writes", seen, flush=True)
+    return 3
+child = fork(body, "a copy", stdin=NOTHING, stdout=write_end)
+print(ended(child), child.succeeded, seen)
+print(os.read(read_end, 99).decode(), end="")
+child.close()
+"""
+    assert in_a_process_of_its_own(script) == ["ended with exit status 3 False []", "the copy writes [1]"]
+
+
+def test_a_copy_never_goes_on_with_what_its_parent_was_doing() -> None:
+    script = """
+import atexit
+atexit.register(print, "at exit")
+for what in (SystemExit(0), KeyboardInterrupt(), ValueError("a fault")):
+    def body():
+        raise what
+    child = fork(body, "a copy", stdin=None, stdout=None)
+    print(ended(child))
+    child.close()
+print("the parent goes on")
+"""
+    expected = ["ended with exit status 1"] * 3 + ["the parent goes on", "at exit"]
+    assert in_a_process_of_its_own(script) == expected
+
+
+def test_a_copy_has_none_of_our_descriptors_but_the_standard_ones() -> None:
+    script = """
+ends = os.pipe()
+os.set_inheritable(ends[0], True)
+signal.set_wakeup_fd(os.pipe2(os.O_NONBLOCK)[1])
+def body():
+    names = {number: os.readlink(f"/proc/self/fd/{number}") for number in (0, 1, 2)}
+    held = [number for number in range(64) if os.path.lexists(f"/proc/self/fd/{number}")]
+    os.write(2, repr((names[0], names[1] == names[2], held, signal.set_wakeup_fd(-1))).encode())
+    return 0
+os.dup2(1, 2)
+child = fork(body, "a copy", stdin=NOTHING, stdout=2)
+ended(child)
+child.close()
+"""
+    assert in_a_process_of_its_own(script) == ["('/dev/null', True, [0, 1, 2], -1)"]
+
+
+def test_a_copy_hears_neither_the_group_nor_our_handlers() -> None:
+    script = """
+def handle(number, frame):
+    os.write(1, b"our handler")
+for number in GROUP_SIGNALS:
+    signal.signal(number, handle)
+def body():
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    for number in GROUP_SIGNALS:
+        os.kill(os.getpid(), number)
+    print(blocked >= GROUP_SIGNALS, {signal.getsignal(number) for number in GROUP_SIGNALS}, flush=True)
+    return 0
+mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+child = fork(body, "a copy", stdin=None, stdout=None)
+print(ended(child), signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask)
+child.close()
+"""
+    assert in_a_process_of_its_own(script) == [
+        "True {<Handlers.SIG_DFL: 0>}",
+        "ended with exit status 0 True",
+    ]
+
+
+def test_a_copy_collects_no_garbage_of_its_parents() -> None:
+    """What is garbage there may hold the number of a descriptor that means something else here."""
+    script = """
+import gc, socket
+gc.disable()
+class Cycle: pass
+cycle = Cycle()
+cycle.me, cycle.socket = cycle, socket.socket()
+number = cycle.socket.fileno()
+del cycle
+def body():
+    while os.open("/dev/null", os.O_RDONLY) != number: pass
+    gc.collect()
+    os.fstat(number)
+    return 0
+child = fork(body, "a copy", stdin=None, stdout=None)
+print(ended(child))
+child.close()
+"""
+    assert in_a_process_of_its_own(script) == ["ended with exit status 0"]
+
+
+def test_a_process_with_threads_is_not_to_be_copied() -> None:
+    script = """
+print(can_fork())
+end = threading.Event()
+thread = threading.Thread(target=end.wait)
+thread.start()
+print(can_fork())
+end.set()
+thread.join()
+"""
+    assert in_a_process_of_its_own(script) == ["True", "False"]
+
+
+def test_a_copy_that_cannot_be_made_is_told() -> None:
+    script = """
+if os.getuid() == 0:  # nothing limits root
+    os.setuid(65534)
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+try:
+    fork(lambda: 0, "a copy", stdin=None, stdout=None)
+except UserError as error:
+    print(error)
+"""
+    assert in_a_process_of_its_own(script) == ["a copy: cannot be started: Resource temporarily unavailable"]

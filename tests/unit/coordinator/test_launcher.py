@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import select
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,11 @@ def standing_in(tmp_path: Path, text: str) -> WorkerCommand:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return WorkerCommand("ipc:///x", "epoll", executable=str(path))
+
+
+def sleep(_words: Sequence[str]) -> int:
+    """A worker that is a copy of this process."""
+    os.execvp("sleep", ["sleep", "100"])
 
 
 def test_the_command_line_says_all_and_is_safe_from_the_current_directory() -> None:
@@ -63,13 +70,44 @@ def test_a_killed_worker_is_told_as_such_and_its_fellow_lives(tmp_path: Path) ->
 def test_a_worker_started_ahead_is_the_next_one_given_out(tmp_path: Path) -> None:
     launcher = Launcher(standing_in(tmp_path, "exec sleep 100"))
     try:
-        launcher.start_ahead()
+        launcher.start_ahead(sleep)
         (ahead,) = launcher.names()
         assert launcher.start() == ahead
         assert launcher.start() != ahead
         assert len(launcher.names()) == 2
     finally:
         launcher.close(0)
+
+
+def first_line_of_a_worker_started_ahead(prologue: str) -> str:
+    """What a worker writes: a copy of the process that starts it, or a program of its own."""
+    script = f"""
+import os, select, sys
+from nbdshard.coordinator.launcher import Launcher, WorkerCommand
+{prologue}
+def main(words):
+    os.write(2, ("a copy with " + " ".join(words)).encode())
+    return 0
+launcher = Launcher(WorkerCommand("ipc:///x", "epoll", executable="/bin/echo"))
+launcher.start_ahead(main)
+select.select(launcher.descriptors, [], [], 20)
+launcher.close()
+"""
+    words = [sys.executable, "-c", script]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == ""
+    return ended.stderr.splitlines()[0]
+
+
+def test_a_worker_started_ahead_is_a_copy_of_a_process_without_threads() -> None:
+    line = first_line_of_a_worker_started_ahead("")
+    assert line.startswith("a copy with worker --connect ipc:///x --name ")
+
+
+def test_a_worker_started_ahead_is_a_program_where_there_are_threads() -> None:
+    """As where a tool that looks into the interpreter has some of its own."""
+    line = first_line_of_a_worker_started_ahead("import threading; threading.Timer(1, int).start()")
+    assert line.startswith("-P -m nbdshard.cli.main worker --connect ipc:///x --name ")
 
 
 def test_a_worker_that_cannot_be_started_is_told() -> None:
