@@ -12,6 +12,7 @@ from nbdshard.cli.standard_streams import tell
 from nbdshard.common.errors import UserError
 from nbdshard.common.units import parse_size
 
+HELP_COLUMNS: Final = 78
 COUNT: Final = re.compile(r"[0-9]{1,18}")
 
 EXIT_OK: Final = 0
@@ -61,6 +62,13 @@ def take_out_commands(argv: Sequence[str]) -> Words:
     return Words(rest, commands)
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as our texts, and not as the terminal: to ask for that, argparse loads shutil with all its archivers."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=HELP_COLUMNS)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with GNU getopt's manners: one-line mistakes, and operands between the options."""
 
@@ -70,7 +78,7 @@ class Parser(argparse.ArgumentParser):
             usage=usage,
             description=description,
             epilog=epilog or None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_HelpFormatter,
             add_help=False,
         )
         self.value_unless_given: dict[str, str] = {}  # options with an optional value -> what it is without

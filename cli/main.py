@@ -21,7 +21,6 @@ import importlib
 import os
 import signal
 import sys
-import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Final, Protocol, cast
@@ -136,6 +135,8 @@ def _say(line: str, code: int) -> int:
 
 def _internal_error(error: Exception) -> int:
     if os.environ.get(DEBUG_VARIABLE):
+        import traceback
+
         traceback.print_exception(error)
     what = str(error) or "no text"
     hint = f"run with {DEBUG_VARIABLE}=1 for the traceback"

@@ -8,16 +8,19 @@ import signal
 import socket
 import time
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from nbdshard.common import logs
 from nbdshard.common.channel import WorkerChannel
-from nbdshard.common.keys import WorkerKeys
 from nbdshard.common.machine import machine_id
 from nbdshard.common.messages import PROTOCOL_VERSION, Hello
 from nbdshard.common.ring import Kind, Operation, Ring
 from nbdshard.common.ring.choose import open_ring
 from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.service import Worker, WorkerState
+
+if TYPE_CHECKING:
+    from nbdshard.common.keys import WorkerKeys
 
 
 def run_worker(connect: str, *, ring: str = "auto", name: str = "", keys: WorkerKeys | None = None) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from support import processes
 from support.command import Run, copy, started
 from support.servers import nbdkit
 from support.waiting import wait_for
@@ -218,17 +219,9 @@ def test_verbose_says_what_is_being_done_on_standard_error(image: Path) -> None:
     assert outcome.out == ""
 
 
-def test_a_copy_imports_no_more_than_it_uses(image: Path) -> None:
-    """Its start is what a small copy takes most of its time for."""
-    script = (
-        "import sys; from nbdshard.cli.main import main; code = main(sys.argv[1:]); "
-        "print(' '.join(sorted(sys.modules))); sys.exit(code)"
-    )
-    words = ["copy", str(image), "null:"]
-    ended = subprocess.run(
-        [sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=60, check=True
-    )
-    loaded = set(ended.stdout.split())
-    unwanted = {"rich", "asyncio", "logging", "liburing", "nbdshard.cli.info", "nbdshard.worker"}
-    assert loaded & unwanted == set()
-    assert "nbdshard.coordinator.service" in loaded
+def test_a_worker_goes_by_its_own_name() -> None:
+    with under_way("2M", "-T", "1") as run:
+        (worker,) = run.workers()
+        assert (processes.PROC / str(worker) / "comm").read_text() == "nbdshard worker\n"
+        assert processes.command_line(worker).startswith("nbdshard worker --connect ipc://")
+        assert " copy " in processes.command_line(run.pid)
