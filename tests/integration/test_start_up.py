@@ -21,7 +21,7 @@ def image(tmp_path: Path) -> Path:
 
 def imports_of_a_copy(*words: str | Path) -> Counter[str]:
     """Every module that the coordinator and its only worker import, and in how many of the two."""
-    script = "import sys; from nbdshard.cli.main import main; sys.exit(main())"
+    script = "from nbdshard.cli.main import command; command()"
     ended = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", script, "copy", *words],
         capture_output=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -130,3 +131,29 @@ def test_version_is_one_line(word: str, capfd: pytest.CaptureFixture[str]) -> No
 def test_a_wrong_command_line_exits_with_2(argv: list[str], line: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert capfd.readouterr().err == f"nbdshard: {line}\n"
+
+
+def test_the_command_ends_with_its_code_and_all_it_wrote() -> None:
+    """It does not wait for the interpreter to be taken apart; what is in its buffers has to leave all the same."""
+    script = """
+import sys
+from argparse import ArgumentParser
+from nbdshard.cli import main
+from nbdshard.common.errors import UserError
+
+class Double:
+    def build_parser(self, prog):
+        return ArgumentParser(prog)
+
+    def run(self, args):
+        print("written before the fault")
+        raise UserError("a fault")
+
+sys.argv = ["nbdshard", "double"]
+sys.modules["double"] = Double()
+main.SUBCOMMANDS["double"] = ("double", "")
+main.command()
+print("never reached")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "written before the fault\n", "nbdshard: a fault\n")
