@@ -44,7 +44,7 @@ def _job(setting: Setting) -> Job:
         destinations=(ends.destination,),
         options=setting.options,
         connections=1 if ends.has_stream else setting.args.connections,  # a stream has one reader or writer
-        workers=1 if ends.has_stream else setting.crew.count,
+        workers=setting.crew.count,
         range_size=setting.args.range_size,
         local_workers=setting.launcher is not None,
         destination_grows=ends.destination_grows,

@@ -1,8 +1,8 @@
 """From a parsed command line to an exit code: what `nbdshard copy` and `nbdshard coordinator` have in common.
 
 Everything a job needs is acquired here and in cli.ends, in the order of the checks, and released here however the job
-ends. The first local worker is forked before the scheduler is even imported (cli.jobs): what both processes need is
-loaded once, what only one of them needs is loaded by both at the same time.
+ends. The first local worker is forked before the scheduler is even imported (cli.jobs), and so are spares for a copy
+that turns out to be large: what both sides need is loaded once, what only one of them needs is loaded at the same time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from nbdshard.cli.ends import Ends
 from nbdshard.cli.options import job_options, parse_operands
@@ -37,13 +38,15 @@ def run_copy(args: Namespace, crew: Crew) -> int:
     endpoints = parse_operands(args)
     with SignalWatch() as signals, ExitStack() as stack:
         ends = Ends(*endpoints, stack)
+        if ends.has_stream:  # it has one reader or writer
+            crew = replace(crew, count=1)
         launcher: Launcher | None = None
         url = crew.listen
         if url is None:
             url = ControlUrl("ipc", path=ends.directory().socket_path(_CONTROL_SOCKET))
             launcher = _launcher(args, crew.ring, url, ends)
             stack.callback(launcher.close, 0)
-            launcher.start_ahead(_be_worker)
+            launcher.start_ahead(_be_worker, spares=crew.count - 1)
         from nbdshard.cli.jobs import conclude, run
 
         outcome, seconds = run(Setting(args, options, crew, ends, url, launcher, signals), stack)

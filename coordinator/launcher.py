@@ -5,8 +5,9 @@ signals that ask for an end (Ctrl-C, SIGTERM to the group) stay blocked in it: t
 by messages, so that they drain. When the coordinator dies of a SIGKILL, the kernel kills its workers (the worker asks
 for that itself, `--parent`; see cli.worker).
 
-Every worker is given the same command line. The first one of a job need not be started as a program, though: while this
-process is still young it can be forked, and then has loaded already what both need.
+Every worker is given the same command line. But those that are forked, while this process is still young, have loaded
+already what both need: the first one, and spares. A spare waits, as a copy of this process, until it is given out as a
+worker, or has been for nothing. Once all are given out, workers are started as programs.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nbdshard.common.limits import WORKER_EXIT_SECONDS
+from nbdshard.common.errors import UserError
+from nbdshard.common.limits import SPARE_WORKERS_MAX, WORKER_EXIT_SECONDS
 from nbdshard.common.machine import new_worker_name
 from nbdshard.coordinator.child import NOTHING, Child, can_fork, close_all, fork, spawn
 
+STDIN = 0
 STDERR = 2
 
 WorkerMain = Callable[[Sequence[str]], int]  # given the words of a worker's command line, be it; the exit status
@@ -62,6 +65,45 @@ class Departure:
     reason: str
 
 
+class _Spare:
+    """A copy of this process that waits at a pipe, its standard input, until it is wanted as the worker `name`."""
+
+    def __init__(self, command: WorkerCommand, main: WorkerMain) -> None:
+        """Raises OSError or UserError when there can be no new pipe or process."""
+        self.name = new_worker_name()
+        words = command.words(self.name, os.getpid())
+
+        def wait() -> int:
+            if not os.read(STDIN, 1):  # it is not wanted, or there is no coordinator any more
+                return 0
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, STDIN)
+            os.close(nothing)
+            return main(words)
+
+        gate, self._opener = os.pipe()
+        try:
+            self.child = fork(wait, "a spare worker", stdin=gate, stdout=command.stdout)
+        except UserError:
+            os.close(self._opener)
+            raise
+        finally:
+            os.close(gate)
+
+    def want(self) -> bool:
+        """Have it begin. False if it does not wait any more, whatever ended it."""
+        try:
+            return os.write(self._opener, b"!") == 1
+        except BrokenPipeError:
+            return False
+        finally:
+            os.close(self._opener)
+
+    def dismiss(self) -> None:
+        """Let it go; instead of `want`."""
+        os.close(self._opener)
+
+
 class Launcher:
     """The local workers. Owns their processes: `close` leaves none behind."""
 
@@ -69,17 +111,35 @@ class Launcher:
         self._command = command
         self._children: dict[str, Child] = {}
         self._ahead: list[str] = []
+        self._spares: list[_Spare] = []
 
-    def start_ahead(self, main: WorkerMain) -> None:
+    def start_ahead(self, main: WorkerMain, spares: int = 0) -> None:
         """Start one worker that the next `start` gives out: it loads while its coordinator still does.
 
-        Where a copy of this process will do, it is that: a copy that calls `main`. Raises UserError as `start` does.
+        Where copies of this process will do, it is one, and so are up to SPARE_WORKERS_MAX of `spares`, which cost next
+        to nothing until `start` gives them out; a copy calls `main`. Raises UserError as `start` does.
         """
-        self._ahead.append(self._fork(main) if can_fork() else self._spawn())
+        if not can_fork():
+            self._ahead.append(self._spawn())
+            return
+        self._ahead.append(self._fork(main))
+        for _ in range(min(spares, SPARE_WORKERS_MAX)):
+            try:
+                self._spares.append(_Spare(self._command, main))
+            except (OSError, UserError):  # nobody has asked for it yet; `start` will tell
+                return
 
     def start(self) -> str:
         """Start one worker; return its name. Raises UserError when there can be no new process."""
-        return self._ahead.pop() if self._ahead else self._spawn()
+        if self._ahead:
+            return self._ahead.pop()
+        while self._spares:
+            spare = self._spares.pop()
+            if spare.want():
+                self._children[spare.name] = spare.child
+                return spare.name
+            spare.child.close()
+        return self._spawn()
 
     def _spawn(self) -> str:
         name = new_worker_name()
@@ -126,5 +186,8 @@ class Launcher:
 
     def close(self, patience_seconds: float = WORKER_EXIT_SECONDS) -> None:
         """Wait up to `patience_seconds` for the workers to leave by themselves, kill the rest, reap all."""
-        close_all(list(self._children.values()), patience_seconds)
+        for spare in self._spares:
+            spare.dismiss()
+        close_all([*self._children.values(), *(spare.child for spare in self._spares)], patience_seconds)
         self._children.clear()
+        self._spares.clear()

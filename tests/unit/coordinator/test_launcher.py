@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nbdshard.common.errors import UserError
+from nbdshard.common.limits import SPARE_WORKERS_MAX
 from nbdshard.coordinator.launcher import Launcher, WorkerCommand
 from support import processes
 from support.waiting import wait_for
@@ -79,35 +82,152 @@ def test_a_worker_started_ahead_is_the_next_one_given_out(tmp_path: Path) -> Non
         launcher.close(0)
 
 
-def first_line_of_a_worker_started_ahead(prologue: str) -> str:
-    """What a worker writes: a copy of the process that starts it, or a program of its own."""
-    script = f"""
-import os, select, sys
+PROLOGUE = """
+import os, resource, select, signal, threading
 from nbdshard.coordinator.launcher import Launcher, WorkerCommand
-{prologue}
+
 def main(words):
-    os.write(2, ("a copy with " + " ".join(words)).encode())
+    os.write(2, f"a copy with {' '.join(words)}, reading {os.readlink('/proc/self/fd/0')}\\n".encode())
     return 0
+
+def close_when_all_have_ended():
+    while launcher.descriptors:
+        select.select(launcher.descriptors, [], [], 20)
+        launcher.reap()
+    launcher.close()
+
+def children():
+    return [int(pid) for pid in open("/proc/thread-self/children").read().split()]
+
 launcher = Launcher(WorkerCommand("ipc:///x", "epoll", executable="/bin/echo"))
-launcher.start_ahead(main)
-select.select(launcher.descriptors, [], [], 20)
-launcher.close()
 """
-    words = [sys.executable, "-c", script]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
-    assert ended.stdout == ""
-    return ended.stderr.splitlines()[0]
+COPY = r"a copy with worker --connect ipc:///x --name {} --parent \d+ --ring epoll, reading /dev/null"
+PROGRAM = r"-P -m nbdshard.cli.main worker --connect ipc:///x --name {} --parent \d+ --ring epoll"
+
+
+def in_a_process_of_its_own(script: str) -> tuple[list[str], list[str]]:
+    """The lines `script` prints, and those of its workers. A test runner may have threads, and so cannot be copied."""
+    words = [sys.executable, "-c", PROLOGUE + script]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    return ran.stdout.splitlines(), ran.stderr.splitlines()
+
+
+def assert_match(lines: list[str], patterns: list[str]) -> None:
+    """Each line is one of `patterns`, in whatever order."""
+    assert len(lines) == len(patterns), lines
+    for pattern in patterns:
+        assert sum(re.fullmatch(pattern, line) is not None for line in lines) == 1, (pattern, lines)
 
 
 def test_a_worker_started_ahead_is_a_copy_of_a_process_without_threads() -> None:
-    line = first_line_of_a_worker_started_ahead("")
-    assert line.startswith("a copy with worker --connect ipc:///x --name ")
+    ((name,), lines) = in_a_process_of_its_own("""
+launcher.start_ahead(main)
+print(launcher.start())
+close_when_all_have_ended()
+""")
+    assert_match(lines, [COPY.format(name)])
 
 
 def test_a_worker_started_ahead_is_a_program_where_there_are_threads() -> None:
     """As where a tool that looks into the interpreter has some of its own."""
-    line = first_line_of_a_worker_started_ahead("import threading; threading.Timer(1, int).start()")
-    assert line.startswith("-P -m nbdshard.cli.main worker --connect ipc:///x --name ")
+    ((name, other), lines) = in_a_process_of_its_own("""
+end = threading.Event()
+threading.Thread(target=end.wait).start()
+launcher.start_ahead(main, spares=1)
+print(launcher.start(), launcher.start(), sep="\\n")
+close_when_all_have_ended()
+end.set()
+""")
+    assert_match(lines, [PROGRAM.format(name), PROGRAM.format(other)])
+
+
+def test_spares_are_given_out_before_programs_are_started() -> None:
+    (names, lines) = in_a_process_of_its_own("""
+launcher.start_ahead(main, spares=2)
+print(*[launcher.start() for _ in range(4)], sep="\\n")
+close_when_all_have_ended()
+""")
+    assert len(set(names)) == 4
+    assert_match(lines, [*(COPY.format(name) for name in names[:3]), PROGRAM.format(names[3])])
+
+
+def test_a_spare_is_no_worker_until_it_is_given_out() -> None:
+    ((counts,), lines) = in_a_process_of_its_own("""
+launcher.start_ahead(main, spares=1)
+print(len(children()), len(launcher.names()), len(launcher.descriptors))
+close_when_all_have_ended()
+""")
+    assert counts == "2 1 1"
+    assert len(lines) == 1
+
+
+def test_a_spare_that_cannot_be_had_is_done_without() -> None:
+    ((name, count), lines) = in_a_process_of_its_own("""
+free = os.dup(0)
+os.close(free)
+before = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, before[1]))  # a pidfd, and nothing beside it
+launcher.start_ahead(main, spares=1)
+print(launcher.start())
+resource.setrlimit(resource.RLIMIT_NOFILE, before)
+print(len(children()))
+close_when_all_have_ended()
+""")
+    assert_match(lines, [COPY.format(name)])
+    assert count == "1"
+
+
+def test_there_is_a_most_of_spares() -> None:
+    ((count,), _) = in_a_process_of_its_own("""
+launcher.start_ahead(main, spares=1000)
+print(len(children()))
+launcher.close()
+""")
+    assert int(count) == 1 + SPARE_WORKERS_MAX
+
+
+def test_spares_that_nobody_wanted_leave_by_themselves_and_are_reaped() -> None:
+    ((none_left,), _) = in_a_process_of_its_own("""
+launcher.start_ahead(main, spares=3)
+waits = children()
+def kill(*_):
+    raise AssertionError("a spare is killed that would have left")
+signal.pidfd_send_signal = kill
+launcher.close(20)
+print(children())
+""")
+    assert none_left == "[]"
+
+
+def test_a_program_takes_the_place_of_a_spare_that_was_killed() -> None:
+    ((first, second, none_left), lines) = in_a_process_of_its_own("""
+launcher.start_ahead(main, spares=1)
+_, spare = children()
+os.kill(spare, signal.SIGKILL)
+os.waitid(os.P_PID, spare, os.WEXITED | os.WNOWAIT)
+print(launcher.start(), launcher.start(), sep="\\n")
+close_when_all_have_ended()
+print(children())
+""")
+    assert_match(lines, [COPY.format(first), PROGRAM.format(second)])
+    assert none_left == "[]"
+
+
+def test_spares_do_not_outlive_a_coordinator_that_is_killed() -> None:
+    script = """
+launcher.start_ahead(main, spares=2)
+print(*children(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with processes.adopting_orphans():
+        words = [sys.executable, "-c", PROLOGUE + script]
+        ran = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert ran.returncode == -signal.SIGKILL
+        pids = [int(word) for word in ran.stdout.split()]
+        assert len(pids) == 3
+        wait_for("the copies to end", lambda: not any(processes.alive(pid) for pid in pids))
+        for pid in pids:
+            processes.reap(pid)
 
 
 def test_a_worker_that_cannot_be_started_is_told() -> None:
