@@ -7,12 +7,16 @@ behind what was sent; ECONNRESET when the peer closed with something unread, or 
 from __future__ import annotations
 
 import random
+import select
 from collections.abc import Callable
 from dataclasses import dataclass
 from errno import ECONNREFUSED, ECONNRESET, EPIPE
 from typing import Protocol
 
 from simulation.clock import Pace, SimClock
+
+FAILED_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+ENDED_EVENTS = select.EPOLLIN | select.EPOLLRDHUP
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Pipe:
         self.shut = False  # nothing more may be written
         self.read_closed = False  # nobody will read any more
         self.on_arrival: Callable[[], None] = _nothing
+        self.on_end: Callable[[], None] = _nothing
         self.on_room: Callable[[], None] = _nothing
         self.on_waste: Callable[[], None] = _nothing  # something arrived where nobody reads
 
@@ -48,6 +53,11 @@ class Pipe:
     @property
     def room(self) -> int:
         return self._weather.capacity - len(self._here) - self._under_way
+
+    @property
+    def is_roomy(self) -> bool:
+        """Whether poll(2) calls it writable: a third of a socket's buffer has to be free for that, or there about."""
+        return self.shut or 3 * self.room >= self._weather.capacity
 
     @property
     def unread(self) -> int:
@@ -102,11 +112,14 @@ class Pipe:
 
     def _arrive_end(self) -> None:
         self.ended = True
-        self.on_arrival()
+        self.on_end()
 
 
 class Socket:
-    """One end of a connection. `on_change` is called whenever a receive, send or poll may do better than before."""
+    """One end of a connection. `on_change` is called whenever a receive, send or poll may do better than before.
+
+    `on_edge` is called with what has changed, as events of epoll(7).
+    """
 
     def __init__(self, clock: SimClock, pace: Pace) -> None:
         self._clock = clock
@@ -117,6 +130,7 @@ class Socket:
         self.error = 0  # the errno that ended it
         self.closed = False
         self.on_change: Callable[[], None] = _nothing
+        self.on_edge: Callable[[int], None] = _ignore
 
     @property
     def connected(self) -> bool:
@@ -139,6 +153,24 @@ class Socket:
     def room(self) -> int:
         """How many bytes a send could take at most."""
         return self._outbound.room if self._outbound is not None else 0
+
+    @property
+    def unread(self) -> int:
+        """How many bytes have arrived and were not received."""
+        return self._inbound.unread if self._inbound is not None else 0
+
+    @property
+    def events(self) -> int:
+        """What is true now, as events of epoll(7)."""
+        if self.error:
+            return FAILED_EVENTS
+        if self._inbound is None or self._outbound is None:
+            return 0
+        events = select.EPOLLIN if self._inbound.readable else 0
+        events |= select.EPOLLOUT if self._outbound.is_roomy else 0
+        if self._inbound.ended:
+            events |= select.EPOLLRDHUP | (select.EPOLLHUP if self._outbound.shut else 0)
+        return events
 
     def receive(self, limit: int) -> bytes | int | None:
         """Bytes, b"" at the end, -errno, or None where it would block."""
@@ -182,23 +214,29 @@ class Socket:
     def _reset(self, error: int) -> None:
         if not self.error and not self.closed:
             self.error = error
-            self.on_change()
+            self._changed(FAILED_EVENTS)
 
     def refuse(self, error: int) -> None:
         """Connecting has failed."""
         self.error = error
-        self.on_change()
+        self._changed(FAILED_EVENTS)
+
+    def arrive_again(self) -> None:
+        """What is unread has in fact only just arrived: the last receive could not have it."""
+        self._clock.after(self._pace.seconds(), lambda: self._changed(select.EPOLLIN))
 
     def _join(self, inbound: Pipe, outbound: Pipe, peer: Socket) -> None:
         self._inbound, self._outbound, self._peer = inbound, outbound, peer
-        inbound.on_arrival = self._changed
-        outbound.on_room = self._changed
+        inbound.on_arrival = lambda: self._changed(select.EPOLLIN)
+        inbound.on_end = lambda: self._changed(ENDED_EVENTS)
+        outbound.on_room = lambda: self._changed(select.EPOLLOUT if outbound.is_roomy else 0)
         inbound.on_waste = self._reset_peer
-        self.on_change()
+        self._changed(select.EPOLLOUT)
 
-    def _changed(self) -> None:
+    def _changed(self, events: int) -> None:
         if not self.closed:
             self.on_change()
+            self.on_edge(events)
 
 
 class Listener(Protocol):
@@ -256,4 +294,8 @@ class SimNetwork:
 
 
 def _nothing() -> None:
+    return None
+
+
+def _ignore(_: int) -> None:
     return None

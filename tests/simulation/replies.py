@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 import struct
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -15,8 +17,10 @@ if TYPE_CHECKING:
 
 NONE, OFFSET_DATA, OFFSET_HOLE, BLOCK_STATUS, BLOCK_STATUS_EXT, ERROR, ERROR_OFFSET = 0, 1, 2, 5, 6, 0x8001, 0x8002
 DONE = 1
+CHUNKS_MAX = 6
 CHUNK_BYTES_MIN = 512  # smaller ones are within the specification, but clients may take many of them for babble
 CONTEXT_ID = 7
+ZEROES = re.compile(rb"\0{%d,}" % CHUNK_BYTES_MIN)
 
 Chunk = tuple[int, bytes]  # type, payload
 
@@ -73,24 +77,30 @@ def _read(session: Session, request: Request, error: int, chance: random.Random)
     """The data in chunks, in any order; with an error, some of them filled with rubbish and the error behind them."""
     data = _content(session, request)
     chunks = []
-    for start, end in _cuts(len(data), chance):
+    for start, end in _cuts(data, chance):
         piece = data[start:end]
         offset = struct.pack(">Q", request.offset + start)
         if not any(piece) and chance.random() < 0.7:
             chunks.append((OFFSET_HOLE, offset + struct.pack(">I", end - start)))
         else:
             chunks.append((OFFSET_DATA, offset + (b"\xee" * len(piece) if error else piece)))
-    chance.shuffle(chunks)
+    if chance.random() < 0.5:
+        chance.shuffle(chunks)
     if error:
         return [*chunks[: chance.randint(0, len(chunks))], _error(request, error, chance)]
     return chunks
 
 
-def _cuts(length: int, chance: random.Random) -> list[tuple[int, int]]:
-    if chance.random() < 0.5 or length < 2 * CHUNK_BYTES_MIN:
+def _cuts(data: bytes, chance: random.Random) -> list[tuple[int, int]]:
+    """Where a reply is cut: nowhere, anywhere, or where zeroes begin and end."""
+    length = len(data)
+    if chance.random() < 0.4 or length < 2 * CHUNK_BYTES_MIN:
         return [(0, length)]
-    count = chance.randint(1, min(5, length // CHUNK_BYTES_MIN))
-    marks = [0, *sorted(chance.sample(range(1, length), count - 1)), length]
+    count = min(CHUNKS_MAX, length // CHUNK_BYTES_MIN)
+    places: Sequence[int] = range(1, length)
+    if chance.random() < 0.5:
+        places = sorted({at for zeroes in ZEROES.finditer(data) for at in zeroes.span()} - {0, length})
+    marks = [0, *sorted(chance.sample(places, min(len(places), chance.randint(0, count - 1)))), length]
     return list(pairwise(marks))
 
 

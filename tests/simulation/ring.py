@@ -3,6 +3,9 @@
 An operation takes effect some time after it was started, and its completion is seen some time after that: so replies
 overtake the completion of the send that asked for them. Completions of different descriptors come in any order, counts
 are short, a closing descriptor's operations end with a result or without one.
+
+A WATCH is told of changes as epoll(7) tells edges: some time later, several of them at once, with what is true by then,
+and nothing a second time unless it changed again. Now and then it is told of something that is true no more.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import select
 from collections import deque
 from collections.abc import Callable
 from errno import ECANCELED, EPIPE
+from itertools import count
 from math import inf
 
 from nbdshard.common.errors import BugError
@@ -21,6 +25,11 @@ from nbdshard.worker.sockets import Address
 from simulation.clock import Pace, SimClock
 from simulation.network import SimNetwork, Socket
 
+ALWAYS_TOLD = select.EPOLLHUP | select.EPOLLERR
+ENDING = select.EPOLLRDHUP | ALWAYS_TOLD
+FALSE_ALARMS = 0.1  # of the changes nobody waits for
+ENDING_SECONDS_MAX = 3.0  # from the end of a watched connection to its being closed
+
 
 class SimSystem:
     """The descriptors of one process. Implements `worker.sockets.Connector`; the lowest free number is given out."""
@@ -28,14 +37,23 @@ class SimSystem:
     def __init__(self, network: SimNetwork) -> None:
         self._network = network
         self.open: dict[int, Socket] = {}
+        self.pipe_ends: set[int] = set()
 
     def resolve(self, host: str, port: int) -> list[Address]:
         """Every host has two addresses, the first of which nobody listens at."""
         return [(0, 0, 0, "", f"nobody:{port}"), (0, 0, 0, "", f"{host}:{port}")]
 
     def begin(self, address: Address) -> int:
-        number = next(number for number in range(3, len(self.open) + 4) if number not in self.open)
+        number = self._free_number()
         self.open[number] = self._network.connect(address[4])
+        return number
+
+    def _free_number(self) -> int:
+        return next(number for number in count(3) if number not in self.open and number not in self.pipe_ends)
+
+    def take_pipe_end(self) -> int:
+        number = self._free_number()
+        self.pipe_ends.add(number)
         return number
 
     def error(self, number: int) -> int:
@@ -48,12 +66,13 @@ class SimSystem:
         """The process has ended."""
         for number in list(self.open):
             self.close(number)
+        self.pipe_ends.clear()
 
 
 class _State:
     """What the ring knows about one descriptor."""
 
-    __slots__ = ("at", "busy", "close", "ends", "polls", "socket", "waiting")
+    __slots__ = ("at", "busy", "close", "ends", "is_false_alarm", "is_noticed", "polls", "socket", "waiting", "watch")
 
     def __init__(self, socket: Socket) -> None:
         self.socket = socket
@@ -61,6 +80,9 @@ class _State:
         self.busy: dict[Kind, bool] = {Kind.RECEIVE: False, Kind.SEND: False}  # a try is scheduled
         self.at: dict[Kind, float] = {}  # when the last completion of the kind is seen: they keep their order
         self.polls: list[Operation] = []
+        self.watch: Operation | None = None  # once it has begun
+        self.is_noticed = False  # something has changed on the socket since the WATCH was last returned
+        self.is_false_alarm = False  # nothing that it waits for
         self.close: Operation | None = None
         self.ends = 0.0
 
@@ -68,7 +90,7 @@ class _State:
 class SimRing:
     """One worker's ring. `wait` never blocks: it notes until when it would have (`wake_at`) and returns what there is.
 
-    `on_event` is called when a wait would have returned.
+    `on_event` is called when a wait would have returned. `is_waiting`: the last wait found nothing, and would go on.
     """
 
     name = "simulated"
@@ -77,6 +99,8 @@ class SimRing:
         self, clock: SimClock, chance: random.Random, pace: Pace, system: SimSystem, on_event: Callable[[], None]
     ) -> None:
         self.wake_at = inf
+        self.is_waiting = False
+        self.paused_until = -inf
         self.in_flight = 0
         self.calls = 0  # of them on a thread
         self._clock = clock
@@ -88,6 +112,7 @@ class SimRing:
         self._states: dict[Descriptor, _State] = {}
         self._queue: list[Operation] = []
         self._done: list[Operation] = []
+        self._noticed: list[_State] = []  # whose WATCH is to be returned
         self._dead = False
 
     # -- the contract --------------------------------------------------------------------------------------------------
@@ -99,6 +124,7 @@ class SimRing:
         self._attached[number] = descriptor
         state = self._states[descriptor] = _State(self._system.open[number])
         state.socket.on_change = lambda: self._try(state)
+        state.socket.on_edge = lambda events: self._notice(state, events)
         return descriptor
 
     def submit(self, operation: Operation) -> None:
@@ -112,14 +138,24 @@ class SimRing:
         if descriptor is not None:
             if descriptor.closing or self._attached.get(descriptor.number) is not descriptor:
                 raise BugError(f"{operation.kind.name} for descriptor {descriptor.number}, which is closing or closed")
+            if operation.kind is not Kind.CLOSE and _is_taken(descriptor, operation.kind):
+                raise BugError(f"{operation.kind.name} for descriptor {descriptor.number}, which has others pending")
             descriptor.pending += 1
-            descriptor.closing = operation.kind is Kind.CLOSE
+            _mark(descriptor, operation.kind, pending=True)
         if operation.kind in (Kind.RECEIVE, Kind.SEND) and not sum(map(len, operation.buffers)):
             raise BugError(f"{operation.kind.name} of no bytes")
         operation.pending = True
         self.in_flight += 1
         self.calls += operation.kind is Kind.CALL
         self._queue.append(operation)
+
+    def change_watch(self, operation: Operation, mask: int) -> None:
+        descriptor = operation.descriptor
+        if not operation.pending or operation.kind is not Kind.WATCH or descriptor is None:
+            raise BugError("changing a watch that is not pending")
+        operation.mask = mask
+        state = self._states[descriptor]
+        self._notice(state, state.socket.events)
 
     def cancel(self, operation: Operation) -> None:
         descriptor = operation.descriptor
@@ -138,10 +174,13 @@ class SimRing:
         done, self._done = self._done, []
         for operation in done:
             self._reap(operation)
+        done += self._watched()
+        self.is_waiting = not done
         self.wake_at = self._clock.now if done else self._clock.now + timeout
         return self._shuffled(done)
 
     def wake(self) -> None:
+        self.is_waiting = False
         self._on_event()
 
     def close(self) -> None:
@@ -149,11 +188,19 @@ class SimRing:
         self._dead = True
         self._queue.clear()
         self._done.clear()
+        self._noticed.clear()
 
     @property
     def ready(self) -> bool:
         """Whether `wait` has something to return."""
-        return bool(self._done)
+        return bool(self._done or self._noticed)
+
+    def watched(self, number: int) -> Socket:
+        """The socket whose owner makes the system calls: it is watched, and nothing else is under way on it."""
+        descriptor = self._attached.get(number)
+        if descriptor is None or descriptor.closing or not descriptor.watched:
+            raise BugError(f"a system call for descriptor {number}, which is closing, closed or not watched")
+        return self._states[descriptor].socket
 
     # -- operations ----------------------------------------------------------------------------------------------------
 
@@ -168,6 +215,9 @@ class SimRing:
         elif operation.kind is Kind.POLL:
             state.polls.append(operation)
             self._try(state)
+        elif operation.kind is Kind.WATCH:
+            state.watch = operation
+            self._notice(state, state.socket.events)
         else:
             state.waiting[operation.kind].append(operation)
             self._try(state)
@@ -213,6 +263,48 @@ class SimRing:
             self._complete(operation, result)
         self._try(state)
 
+    def _notice(self, state: _State, changes: int) -> None:
+        """Something has changed on the socket: its WATCH is told a little later, and of all by then at once."""
+        watch = state.watch
+        if self._dead or watch is None or not changes:
+            return
+        if changes & ENDING:
+            self._clock.after(ENDING_SECONDS_MAX, lambda: self._check_ending(state))
+        concerns = bool(changes & (watch.mask | ALWAYS_TOLD))
+        if not state.is_noticed and (concerns or self._chance.random() < FALSE_ALARMS):
+            state.is_noticed = state.is_false_alarm = True
+            self._clock.after(self._pace.seconds(), lambda: self._tell(state))
+        if concerns:
+            state.is_false_alarm = False
+
+    def _check_ending(self, state: _State) -> None:
+        """Who sleeps may overlook the end of a connection; who works may not wait for a time-out to find it."""
+        paused = self.paused_until - self._clock.now
+        if paused > -ENDING_SECONDS_MAX:
+            self._clock.after(paused + 2 * ENDING_SECONDS_MAX, lambda: self._check_ending(state))
+        else:
+            assert self._dead or state.socket.closed, "a connection that has ended is not closed"
+
+    def _tell(self, state: _State) -> None:
+        if not self._dead and state.watch is not None:
+            self._noticed.append(state)
+            self._on_event()
+
+    def _watched(self) -> list[Operation]:
+        """The WATCHes to be told of what is true now."""
+        told = []
+        noticed, self._noticed = self._noticed, []
+        for state in noticed:
+            watch, state.is_noticed = state.watch, False
+            if watch is None:
+                continue
+            events = state.socket.events & (watch.mask | ALWAYS_TOLD)
+            if events and state.is_false_alarm:
+                continue  # else it would be the one to find what was overlooked
+            watch.result = events or select.EPOLLIN
+            told.append(watch)
+        return told
+
     def _complete(self, operation: Operation, result: int) -> None:
         """The effect is there; its completion will be."""
         operation.result = result
@@ -237,6 +329,7 @@ class SimRing:
         if descriptor is None:
             return
         descriptor.pending -= 1
+        _mark(descriptor, operation.kind, pending=False)
         state = self._states[descriptor]
         if operation.kind is Kind.CLOSE:
             descriptor.closed = True
@@ -269,6 +362,9 @@ class SimRing:
         for poll in state.polls:
             self._complete(poll, self._chance.choice((-ECANCELED, select.POLLOUT | select.POLLHUP)))
         state.polls.clear()
+        if state.watch is not None:
+            self._complete(state.watch, -ECANCELED)
+            state.watch = None
         state.socket.close()
         self._finish_close(state)
 
@@ -285,11 +381,37 @@ class SimRing:
     @staticmethod
     def _withdraw(state: _State, operation: Operation) -> bool:
         """Whether `operation` had not taken effect yet."""
+        if state.watch is operation:
+            state.watch = None
+            return True
         for queue in (state.waiting[Kind.RECEIVE], state.waiting[Kind.SEND], state.polls):
             if operation in queue:
                 queue.remove(operation)
                 return True
         return False
+
+
+def _is_taken(descriptor: Descriptor, kind: Kind) -> bool:
+    """Whether what is pending for `descriptor` leaves no room for an operation of this kind."""
+    if kind is Kind.WATCH:
+        return descriptor.pending > 0
+    if descriptor.watched:
+        return True
+    return (descriptor.receiving and kind is Kind.RECEIVE) or (descriptor.sending and kind is Kind.SEND)
+
+
+def _mark(descriptor: Descriptor, kind: Kind, *, pending: bool) -> None:
+    match kind:
+        case Kind.RECEIVE:
+            descriptor.receiving = pending
+        case Kind.SEND:
+            descriptor.sending = pending
+        case Kind.WATCH:
+            descriptor.watched = pending
+        case Kind.CLOSE:
+            descriptor.closing = True
+        case _:
+            pass
 
 
 def _receive(socket: Socket, operation: Operation) -> int | None:

@@ -6,16 +6,18 @@ import random
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from nbdshard.common.limits import HEARTBEAT_SECONDS, LEASE_SECONDS
+from nbdshard.common.limits import HEARTBEAT_SECONDS, LEASE_SECONDS, SPLICE_BYTES_MIN
 from nbdshard.common.messages import EndpointAddress, JobOptions
 from nbdshard.coordinator.job import Job, Verdict
 from simulation.channel import Mischief
 from simulation.disk import DATA, ZERO, Disk, Extent
+from simulation.plumbing import PipeRules
 from simulation.server_rules import Extents, Full, ServerRules
 
 KIB = 1 << 10
 MIB = 1 << 20
 REQUESTS_PER_RUN = 100  # about: a run should take well below a second of real time
+LONG_REQUESTS_PER_RUN = 16
 
 
 class Trouble(Enum):
@@ -90,8 +92,13 @@ class Scenario:
     mischief: Mischief
     capacity: int
     split_share: float
+    pipes: PipeRules | None  # of every worker; None: they splice nothing
     verdicts: tuple[Verdict, ...]  # those it may end with
     error_words: tuple[str, ...] = ()  # all of which must be in the error of a failure
+
+    @property
+    def may_splice(self) -> bool:
+        return self.pipes is not None and self.job.options.data_path != "buffer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +119,18 @@ class _Maker:
         self.trouble = self.chance.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
         self.verdicts = {Verdict.COMPLETE}
         self.error_words: tuple[str, ...] = ()
+        self.favours_pipes = self.chance.random() < 0.5  # else few requests are long enough for them
 
     def make(self) -> tuple[Scenario, Disks]:
         chance = self.chance
         request_size = chance.choice((4, 8, 8, 16, 64)) * KIB
+        if self.favours_pipes:
+            request_size = SPLICE_BYTES_MIN * chance.choice((1, 1, 2))
         source = self._rules("source", request_size)
         destination = self._rules("destination", request_size)
         size = self._size(source, request_size)
-        options = self._options(request_size)
+        pipes = self._pipes()
+        options = self._options(request_size, has_pipes=pipes is not None)
         job = self._job(options)
         disks = self._disks(size, source, destination, options, job)
         source, destination = self._limits(source, options), self._limits(destination, options)
@@ -134,6 +145,7 @@ class _Maker:
             mischief=self._mischief(),
             capacity=chance.choice((4, 16, 64, 256)) * KIB,
             split_share=chance.choice((0.0, 0.1, 0.5)),
+            pipes=pipes,
             verdicts=tuple(sorted(self.verdicts, key=lambda verdict: verdict.value)),
             error_words=self.error_words,
         )
@@ -146,7 +158,8 @@ class _Maker:
         knows_go = chance.random() < 0.9
         minimum = chance.choice((1, 1, 1, 512, 4096)) if knows_go else 1
         structured = chance.random() < 0.85
-        maximum = chance.choice((max(4 * KIB, request_size // 2), request_size, 12 * KIB, 64 * KIB, 64 * KIB, 1 << 25))
+        maxima = [max(4 * KIB, request_size // 2), request_size, 12 * KIB, 64 * KIB, 64 * KIB, 1 << 25]
+        maximum = chance.choice([each for each in maxima if each >= request_size] if self.favours_pipes else maxima)
         return ServerRules(
             name,
             block_minimum=minimum,
@@ -158,14 +171,16 @@ class _Maker:
             multi_conn=chance.random() < 0.85,
             can_flush=chance.random() < 0.9,
             can_zero=chance.random() < 0.85,
-            extents=chance.choice(list(Extents)),
+            extents=chance.choice(
+                [*Extents, Extents.NONE, Extents.EXACT, Extents.EXACT] if self.favours_pipes else list(Extents)
+            ),
             error_share=self._error_share(),
             refuses_zeroes=chance.random() < 0.05,
         )
 
     def _error_share(self) -> float:
         if self.trouble is Trouble.ERRORS:
-            return self.chance.choice((0.01, 0.05, 0.2))
+            return self.chance.choice((0.05, 0.2, 0.4) if self.favours_pipes else (0.01, 0.05, 0.2))
         if self.trouble in _WITH_ERRORS and self.chance.random() < 0.3:
             return 0.03
         return 0.0
@@ -184,25 +199,39 @@ class _Maker:
 
     def _size(self, source: ServerRules, request_size: int) -> int:
         chance = self.chance
-        most = min(3 * MIB, request_size * REQUESTS_PER_RUN)
-        size = chance.choice((0, 1, chance.randint(2, 5000), *(chance.randint(1, most) for _ in range(9))))
+        most = LONG_REQUESTS_PER_RUN * SPLICE_BYTES_MIN
+        if not self.favours_pipes:
+            most = min(3 * MIB, request_size * REQUESTS_PER_RUN)
+        size = chance.choice((0, 1, chance.randint(2, 5000), *(chance.randint(1, most) for _ in range(15))))
         if chance.random() < 0.3:
-            size -= size % (64 * KIB)
+            size -= size % request_size
         return size - size % source.block_minimum
 
-    def _options(self, request_size: int) -> JobOptions:
+    def _pipes(self) -> PipeRules | None:
+        chance = self.chance
+        if not self.favours_pipes and chance.random() < 0.3:
+            return None
+        return PipeRules(
+            full_early_share=chance.choice((0.0, 0.1, 0.5)),
+            short_share=chance.choice((0.0, 0.1, 0.5)),
+            pipes_max=chance.choice((0, 1, chance.randint(2, 10), *[1000] * 17)),
+            large_max=chance.choice((0, 1, chance.randint(2, 10), *[1000] * 17)),
+        )
+
+    def _options(self, request_size: int, *, has_pipes: bool) -> JobOptions:
         chance = self.chance
         is_zero = chance.random() < 0.15
         return JobOptions(
             request_size=request_size,
             requests=chance.choice((1, 2, 4, 16, 64)),
             queue_size=request_size * chance.choice((1, 2, 5, 16, 64)),
-            sparse_unit=chance.choice((None, None, 0, 512, 4096, 64 * KIB)),
+            sparse_unit=chance.choice((None, 0 if self.favours_pipes else None, 0, 512, 4096, 64 * KIB)),
             allocated=chance.random() < 0.15,
             destination_is_zero=is_zero,
             extents=chance.random() < 0.85,
             synchronous=chance.random() < 0.08,
             flush=chance.random() < 0.85,
+            data_path=chance.choice(("auto", "auto", "auto", "splice", "splice", "buffer")) if has_pipes else "auto",
             connect_seconds=2.0,
             handshake_seconds=2.0,
             request_seconds=chance.choice((10.0, 30.0)),
@@ -210,6 +239,7 @@ class _Maker:
 
     def _job(self, options: JobOptions) -> Job:
         chance = self.chance
+        unit = max(64 * KIB, options.request_size)
         lease, heartbeat = chance.choice(((LEASE_SECONDS, HEARTBEAT_SECONDS), (1.5, 0.3)))
         workers = chance.choice((1, 2, 3, 4, 4))
         is_local = self.trouble is not Trouble.VANISHING
@@ -223,7 +253,7 @@ class _Maker:
             options=options,
             connections=chance.choice((1, 2, 4, 6, 8)),
             workers=workers,
-            range_size=chance.choice((64 * KIB, 64 * KIB, 64 * KIB, 128 * KIB, None)),
+            range_size=chance.choice((unit, unit, unit, 2 * unit, 4 * unit, None)),
             local_workers=is_local,
             machine="machine",
             lease_seconds=lease,
@@ -252,12 +282,12 @@ class _Maker:
         chance = self.chance
         data, at = bytearray(size), 0
         layout: list[Extent] = []
-        kinds = chance.choice(("d", "z", "dz", "dzn", "ddnz", "dn"))
-        longest = max(1, size // chance.choice((1, 3, 10, 40)))
+        kinds = chance.choice(("d", "z", "dz", "dzn", "ddnz", "dn", *(("d", "d", "d", "ddddn") * self.favours_pipes)))
+        longest = max(1, size // chance.choice((1, 3) if self.favours_pipes else (1, 3, 10, 40)))
         while at < size:
             length = chance.randint(1, longest)
             if chance.random() < 0.5:
-                length += -length % 4096
+                length += -length % chance.choice((4 * KIB, 64 * KIB))
             end = min(size, at + length + -length % unit)
             kind = chance.choice(kinds)
             if kind == "d":

@@ -21,6 +21,8 @@ class SimServer:
         self.errors = Errors(rules, chance)
         self.sessions: list[Session] = []
         self.connections_most = 0
+        self.deserted = 0  # connections that ended without a word
+        self.expected: bytes | None = None  # what every write must bring
         self.reads = self.writes = self.flushes = 0
         self._unserved: list[Socket] = []
         self._clock = clock

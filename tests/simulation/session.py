@@ -88,6 +88,9 @@ class Session:
         self._unflushed: list[Write] = []
         self._answered = 0
         self._leaving = False
+        self._incomplete: Request | None = None  # a write whose payload is arriving
+        self._is_cut = False
+        self._is_used = False  # something was asked
         self._talk = self._serve()
         self._need = next(self._talk)
         socket.on_change = self._changed
@@ -168,12 +171,27 @@ class Session:
         if not self.closed:
             self.closed = True
             self._socket.close()
+            if self._incomplete is not None:
+                self._check_payload(self._incomplete, bytes(self._buffer))
+            if self._is_used and not self._leaving and not self._is_cut:
+                self.server.deserted += 1
             self.server.left(self)
 
     def cut(self) -> None:
         """The network drops it."""
         if not self.closed:
+            self._is_cut = True
             self._socket.cut()
+
+    def hang_up(self) -> None:
+        """The server closes it, in the middle of whatever it is."""
+        self._is_cut = True
+        self.close()
+
+    @property
+    def is_half_way(self) -> bool:
+        """Some of a reply is sent, or some of a write has come."""
+        return bool(self._out) or self._incomplete is not None
 
     # -- the handshake -------------------------------------------------------------------------------------------------
 
@@ -238,6 +256,7 @@ class Session:
         magic_expected = 0x21E41C71 if self.extended else 0x25609513
         while True:
             magic, flags, command, cookie, offset, length = layout.unpack((yield layout.size))
+            self._is_used = True
             assert magic == magic_expected, f"a request with magic number {magic:#x}"
             request = Request(command, flags, cookie, offset, length)
             if command == CMD_DISC:
@@ -247,7 +266,10 @@ class Session:
             self.running.append(request)
             self._check_load(rules)
             if command == CMD_WRITE:
+                self._incomplete = request
                 request.payload = yield length
+                self._incomplete = None
+                self._check_payload(request, request.payload)
             elif command == CMD_FLUSH:
                 request.covers = [write for write in self._unflushed if write.acknowledged]
             if rules.silent_after is None or self._answered < rules.silent_after:
@@ -276,6 +298,16 @@ class Session:
         if command in (CMD_WRITE, CMD_WRITE_ZEROES):
             self.server.check_writer(self)
             self.server.check_overlap(self, request, story)
+
+    def _check_payload(self, request: Request, payload: bytes) -> None:
+        """All of it, or what came before the connection ended, is the source's: no header is inside, and no rubbish."""
+        expected, start = self.server.expected, request.offset
+        if expected is None or payload == expected[start : start + len(payload)]:
+            return
+        wrong = next(at for at, byte in enumerate(payload) if byte != expected[start + at])
+        raise AssertionError(
+            f"the write of [{start}, {start + request.length}) brings something else than the source has, from {wrong}"
+        )
 
     def _check_load(self, rules: ServerRules) -> None:
         assert len(self.running) <= rules.requests_max, f"{rules.name}: {len(self.running)} requests under way"

@@ -12,7 +12,9 @@ from nbdshard.coordinator.job import Outcome, Verdict
 from simulation.clock import Pace, SimClock
 from simulation.coordinator import SimCoordinator
 from simulation.network import SimNetwork, Weather
+from simulation.plumbing import PipeRules, SimPlumbing
 from simulation.process import SimProcess
+from simulation.ring import SimRing, SimSystem
 from simulation.scenario import Disks, Scenario, Trouble, make_scenario
 from simulation.server import SimServer
 from simulation.server_rules import ServerRules
@@ -24,6 +26,7 @@ AFTER_SECONDS_MAX = 60.0  # for the workers to leave when the job is over
 EVENTS_MAX = 2_000_000
 LEAVES_MAX = 2  # of workers: three in a row that opened nothing are taken for workers that cannot be started
 DEATHS_MAX = 2  # of workers: a range that is lost once more fails the job
+NOTHING_IS_LOST = (Trouble.NOTHING, Trouble.ERRORS, Trouble.LEAVES)  # no connection, that is
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +69,16 @@ class Simulation:
         self.network = SimNetwork(self.clock, self.chance, weather)
         self.source = self._serve(scenario.source, job.source)
         self.destination = self._serve(scenario.destination, job.destinations[0])
+        # A test may put others in their place, to see what is found out.
+        self.make_plumbing: Callable[[SimSystem, SimRing], SimPlumbing] = lambda system, ring: SimPlumbing(
+            system, ring, self.chance, scenario.pipes or PipeRules()
+        )
         self._paces = (self._pace(speeds.ring), self._pace(speeds.process))
         self._pids = 100
         self._before = bytes(disks.destination.data)
         self._content = bytes(disks.source.data)
+        size = len(self._content)
+        self.destination.expected = (self._content + self._before[size:])[: self.destination.size]
         self.coordinator = SimCoordinator(
             job, self.clock, self.chance, self._pace(speeds.control), scenario.mischief, self._spawn, self.log
         )
@@ -87,7 +96,17 @@ class Simulation:
         self, name: str, to_coordinator: Callable[[FromWorker], None], on_end: Callable[[SimProcess, str], None]
     ) -> SimProcess:
         self._pids += 1
-        return SimProcess(name, self._pids, self.clock, self.chance, self._paces, self.network, to_coordinator, on_end)
+        return SimProcess(
+            name,
+            self._pids,
+            self.clock,
+            self.chance,
+            self._paces,
+            self.network,
+            self.make_plumbing if self.scenario.pipes is not None else None,
+            to_coordinator,
+            on_end,
+        )
 
     def log(self, line: str) -> None:
         line = f"{self.clock.now:12.6f} {line}"
@@ -189,10 +208,17 @@ class Simulation:
 
     def _cut(self) -> None:
         sessions = [*self.source.sessions, *self.destination.sessions]
-        if sessions:
-            session = self.chance.choice(sessions)
+        if not sessions:
+            return
+        if self.chance.random() < 0.5:  # in the middle of a reply or a write, if there is one
+            sessions = [session for session in sessions if session.is_half_way] or sessions
+        session = self.chance.choice(sessions)
+        if self.chance.random() < 0.5:
             self.log(f"a connection to the {session.rules.name} is cut")
             session.cut()
+        else:
+            self.log(f"the {session.rules.name} hangs up")
+            session.hang_up()
 
     # -- what must be true ---------------------------------------------------------------------------------------------
 
@@ -203,6 +229,7 @@ class Simulation:
         size, room = len(self._content), self.disks.destination
         assert room.data[size:] == self._before[size:], "bytes behind the end of the copy have changed"
         assert outcome.counters.total <= size
+        assert outcome.counters.spliced <= (outcome.counters.copied if scenario.may_splice else 0)
         if self.coordinator.stopped_at is not None:
             took = seconds - self.coordinator.stopped_at
             assert took <= STOP_SECONDS_MAX, f"stopping took {took:.1f} s"
@@ -213,11 +240,19 @@ class Simulation:
             assert "\n" not in outcome.error
         if outcome.verdict is Verdict.COMPLETE or outcome.error.startswith("every byte was copied"):
             self._check_copy(outcome, size)
+            self._check_connections()
         else:
             assert not outcome.durable
         if outcome.verdict is Verdict.FAILED:
             missing = [word for word in scenario.error_words if word not in outcome.error]
             assert not missing, f"{missing} is not in: {outcome.error}"
+
+    def _check_connections(self) -> None:
+        """Where no connection is cut and nobody is killed or hurried, all of them are left in good order."""
+        hurried = any(process.leaves > 1 for process in self.coordinator.processes.values())
+        if self.scenario.trouble in NOTHING_IS_LOST and not hurried:
+            for server in (self.source, self.destination):
+                assert not server.deserted, f"{server.deserted} connections to the {server.rules.name} were given up"
 
     def _check_copy(self, outcome: Outcome, size: int) -> None:
         disk = self.disks.destination

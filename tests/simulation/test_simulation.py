@@ -8,11 +8,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nbdshard.common.limits import MIB, SPLICE_BYTES_MIN
+from nbdshard.worker.pipes import Pipe
 from simulation.disk import ZERO, Disk
+from simulation.plumbing import PipeRules, SimPlumbing
 from simulation.run import replay
 from simulation.scenario import Disks, Scenario, Trouble, make_scenario
 from simulation.server_rules import Extents
@@ -56,10 +61,13 @@ class ForgetfulDisk(Disk):
         pass
 
 
+def scenarios() -> Iterator[tuple[Scenario, Disks]]:
+    return (make_scenario(seed) for seed in range(1, 1000))
+
+
 def plain_job() -> tuple[Scenario, Disks]:
     """The first scenario in which nothing goes wrong, block status is asked, and a flush is due."""
-    for seed in range(1, 1000):
-        scenario, disks = make_scenario(seed)
+    for scenario, disks in scenarios():
         options, source = scenario.job.options, scenario.source
         is_plain = scenario.trouble is Trouble.NOTHING and scenario.destination.can_flush and options.flush
         asks = options.extents and source.structured and source.extents is Extents.EXACT
@@ -80,6 +88,61 @@ def test_a_source_that_calls_data_zeroes_is_found_out() -> None:
     source = Disk(disks.source.data, [(0, len(disks.source.data), ZERO)])
     with pytest.raises(AssertionError, match="the destination differs from the source"):
         Simulation(scenario, Disks(source, disks.destination)).run()
+
+
+def spliced_job() -> tuple[Scenario, Disks]:
+    """The first scenario in which nothing goes wrong, and some megabytes without zeroes may be spliced."""
+    for scenario, disks in scenarios():
+        is_plain = scenario.trouble is Trouble.NOTHING and scenario.may_splice and not scenario.job.options.synchronous
+        is_long = len(disks.source.data) > 2 * MIB and disks.source.data.count(0) < len(disks.source.data) // 100
+        if is_plain and is_long and scenario.job.options.request_size >= SPLICE_BYTES_MIN:
+            return replace(scenario, pipes=PipeRules()), disks
+    raise AssertionError("no seed makes a spliced job")
+
+
+class Scrambling(SimPlumbing):
+    """A bit is another one when it comes out of a pipe."""
+
+    def drain(self, pipe: Pipe, number: int, count: int, *, more: bool) -> int:
+        self._mine(pipe).content[0] ^= 1
+        return super().drain(pipe, number, count, more=more)
+
+
+class Hoarding(SimPlumbing):
+    """Closes no pipe."""
+
+    def close_pipe(self, pipe: Pipe) -> None:
+        pass
+
+
+class Curt(SimPlumbing):
+    """Takes less than there is, and lets nobody know."""
+
+    def receive(self, number: int, buffers: Sequence[memoryview]) -> int:
+        first = buffers[0][:16]
+        return super().receive(number, [first])
+
+
+@pytest.mark.parametrize(
+    ("double", "words"),
+    [
+        (Scrambling, "brings something else than the source has"),
+        (Hoarding, "has left pipes .* open"),
+        (Curt, "timed out"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_pipes_that_break_a_promise_are_found_out(double: type[SimPlumbing], words: str) -> None:
+    simulation = Simulation(*spliced_job())
+    chance = simulation.chance
+    simulation.make_plumbing = lambda system, ring: double(system, ring, chance, PipeRules())
+    with pytest.raises(AssertionError, match=words):
+        simulation.run()
+
+
+def test_an_honest_run_of_the_spliced_job_splices_most_of_it() -> None:
+    counters = Simulation(*spliced_job()).run().outcome.counters
+    assert counters.spliced > counters.copied / 2
 
 
 def test_an_honest_run_of_the_same_job_passes() -> None:
