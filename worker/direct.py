@@ -1,7 +1,7 @@
 """One connection's socket, moved by direct calls whenever it is ready: what payload that may be spliced needs.
 
-The ring watches the socket, edge-triggered, so all that can be moved is moved each time: whoever stops earlier comes
-back by itself (`move` tells). The link owns the connection's life; this is its hands.
+The ring watches the socket, edge-triggered, so all that can be moved is moved each time; whoever stops earlier has to
+come back by itself (`has_more`). The link owns the connection's life; this is its hands.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 class DirectStream:
     """Watches `descriptor`; `changed(operation)` is called when something about it has, and shall call `take_note`.
 
-    `error` is the -errno that ended it, `ended` that the server has closed the connection.
+    `error` is the -errno that ended it, `ended` that the server has closed the connection, `has_more` that `receive`
+    has something left to do.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class DirectStream:
         self._out: list[Piece] = []
         self._sent = 0  # bytes the client was not told of
         self._is_full = False  # the socket took no more
-        self._is_readable = True  # there may be something to receive
+        self.has_more = True  # there may be something to receive
+        self._payload: PipedPayload | None = None  # what is arriving, if it goes into a pipe
+        self._left = self._taken = 0  # bytes of that
         self._is_ending = False  # the other side has closed, or the connection has failed
         self._has_told_of_full_pipe = False
         self._watch = Operation(Kind.WATCH, descriptor, mask=_READABLE, owner=changed)
@@ -59,24 +62,25 @@ class DirectStream:
         """All that was queued is sent."""
         return not self._out
 
-    def take_note(self, events: int) -> None:
-        """The ring has reported `events` (select.EPOLL*) of the socket."""
+    def take_note(self, events: int) -> bool:
+        """The ring has reported `events` (select.EPOLL*) of the socket. Whether it takes more after it was full."""
         if events & _ENDING:
             self._is_ending = True
         if events & ~select.EPOLLOUT:
-            self._is_readable = True
+            self.has_more = True
         if self._is_full and events & ~select.EPOLLIN:
             self._is_full = False
             self._ring.change_watch(self._watch, _READABLE)
+            return True
+        return False
 
     def push(self) -> None:
-        """Send what is queued as far as the socket takes it; `move` reports it, and any failure."""
+        """Send what is queued as far as the socket takes it; `send` reports it, and any failure."""
         if self._is_full or self.error:
             return
         out = self._out
-        if not out:
-            out = self._out = self._client.data_to_send()
-        while out:
+        while out or (out := self._client.data_to_send()):  # also what was queued while the socket was full
+            self._out = out
             piece = out[0]
             if isinstance(piece, PipeRun):
                 count = self._plumbing.drain(piece.pipe, self._number, piece.left, more=len(out) > 1)
@@ -118,55 +122,76 @@ class DirectStream:
         self._is_full = True
         self._ring.change_watch(self._watch, _READABLE | select.EPOLLOUT)
 
-    def move(self, dispatch: Callable[[list[Event]], None]) -> bool:
-        """Move what can be moved now, both ways; events go to `dispatch`. Whether there were any, or more is to do.
-
-        Raises ProtocolError where the server breaks the protocol; look at `error` and `ended` afterwards.
-        """
-        told = self._move_out(dispatch)
-        if self._is_readable and not self.error:
-            told = self._move_in(dispatch) or told
-        return told
-
-    def _move_out(self, dispatch: Callable[[list[Event]], None]) -> bool:
+    def send(self, dispatch: Callable[[list[Event]], None]) -> bool:
+        """Send what is queued; events go to `dispatch`. Whether there were any. Look at `error` afterwards."""
         self.push()
         count, self._sent = self._sent, 0
         if count:
             dispatch(self._client.sent(count))
         return count > 0
 
-    def _move_in(self, dispatch: Callable[[list[Event]], None]) -> bool:
-        client, plumbing, number = self._client, self._plumbing, self._number
-        told = False
+    def receive(self, dispatch: Callable[[list[Event]], None]) -> bool:
+        """Take what has arrived; events go to `dispatch`. Whether there were any.
+
+        Raises ProtocolError where the server breaks the protocol. Look at `error`, `ended` and `has_more` afterwards.
+        """
+        client, told = self._client, False
         for _ in range(RECEIVES_PER_TURN_MAX):
-            target = client.receive_target()
-            payload: PipedPayload | None = None
-            if target:
-                wanted = sum(map(len, target))
-                count = plumbing.receive(number, target)
+            if not self.has_more:
+                break
+            payload = self._payload
+            if payload is not None:
+                taken = self._take_into_pipe(payload)
+            elif target := client.receive_target():
+                taken = self._take_into_memory(target)
             else:
-                wanted, sink = client.payload_left, client.payload_sink
-                assert isinstance(sink, PipedPayload)
-                payload = sink
-                count = plumbing.fill(payload.pipe, number, wanted)
-            if count > 0:
-                events = client.received(count)
+                payload = self._begin_payload()
+                taken = self._take_into_pipe(payload)
+            if taken:
+                events = client.received(taken)
                 if events:
                     dispatch(events)
                     told = True
-                if count == wanted:
-                    continue
-            elif count == 0:
-                self.ended = True
-            elif count != -EAGAIN:
-                self.error = count
             if payload is not None and payload.pipe.is_full:
                 self._spill(payload)
-            elif count <= 0 or not self._is_ending:
-                # All that had arrived was taken: what comes later makes an edge of its own.
-                self._is_readable = False
-                return told
-        return True  # the others have their turn now
+        return told
+
+    def _begin_payload(self) -> PipedPayload:
+        payload = self._client.payload_sink
+        assert isinstance(payload, PipedPayload)
+        self._payload = payload
+        self._left = self._client.payload_left
+        self._taken = 0
+        return payload
+
+    def _take_into_pipe(self, payload: PipedPayload) -> int:
+        """What is in the pipe, once that is all there will be: the client need not know of every piece. Else 0."""
+        left = self._left
+        count = self._plumbing.fill(payload.pipe, self._number, left)
+        if count > 0:
+            self._left -= count
+            self._taken += count
+        if count < left and not payload.pipe.is_full:
+            self._took_less(count)
+            return 0
+        self._payload = None
+        return self._taken
+
+    def _take_into_memory(self, target: list[memoryview]) -> int:
+        count = self._plumbing.receive(self._number, target)
+        if count < sum(map(len, target)):
+            self._took_less(count)
+        return max(0, count)
+
+    def _took_less(self, count: int) -> None:
+        """All that had arrived was taken: what comes later makes an edge of its own. Unless the end has come."""
+        if count == 0:
+            self.ended = True
+        elif count < 0 and count != -EAGAIN:
+            self.error = count
+        elif count > 0 and self._is_ending:
+            return
+        self.has_more = False
 
     def _spill(self, payload: PipedPayload) -> None:
         payload.spill()

@@ -12,10 +12,11 @@ from functools import partial
 from nbdshard.common.errors import BugError, UserError
 from nbdshard.common.limits import BLOCK_BYTES_MAX_DEFAULT, FILE_OPERATIONS_MAX
 from nbdshard.common.messages import EndpointDescription, Side
-from nbdshard.common.ring import Kind, Operation
+from nbdshard.common.ring import Kind, Operation, Splice
 from nbdshard.worker.file_calls import NEVER, find_extents, zero_device, zero_file
 from nbdshard.worker.local import LocalConnection, Request, Task, refusal
 from nbdshard.worker.page_cache import PageCache
+from nbdshard.worker.piped import PipedPayload, PipeRun
 from nbdshard.worker.ports import Extents
 
 _PREFERRED_DEFAULT = 4096
@@ -81,6 +82,10 @@ class FileConnection(LocalConnection):
 
         self._call(function, over)
 
+    @property
+    def splices(self) -> bool:
+        return True
+
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def _may_begin(self) -> bool:
@@ -104,6 +109,9 @@ class FileConnection(LocalConnection):
 
     def _transfer(self, request: Request) -> None:
         """Read or write what is left of `request`."""
+        if request.piped is not None:
+            self._splice(request, request.piped)
+            return
         self._ring.submit(
             Operation(
                 Kind.READ if request.task is Task.READ else Kind.WRITE,
@@ -113,6 +121,51 @@ class FileConnection(LocalConnection):
                 owner=partial(self._transferred, request),
             )
         )
+
+    def _splice(self, request: Request, payload: PipedPayload) -> None:
+        """As `_transfer`, between the file and a pipe; what of the payload is in memory is read and written there."""
+        is_read, offset = request.task is Task.READ, request.where.start + request.moved
+        if is_read and request.moved == 0:
+            payload.begin(0, payload.length)
+        piece: PipeRun | memoryview | None = payload.target() or None if is_read else payload.rest(request.moved)
+        operation: Operation
+        if isinstance(piece, memoryview):
+            kind, then = Kind.READ if is_read else Kind.WRITE, partial(self._moved_in_memory, request, payload)
+            operation = Operation(kind, self._descriptor, buffers=[piece], offset=offset, owner=then)
+        else:
+            assert self._descriptor is not None
+            operation = Splice(
+                self._descriptor,
+                payload.pipe.write_end if is_read else payload.pipe.read_end,
+                offset=offset,
+                length=request.where.length - request.moved if piece is None else piece.left,
+                into_pipe=is_read,
+                owner=partial(self._spliced, request, payload, piece),
+            )
+        self._ring.submit(operation)
+
+    def _moved_in_memory(self, request: Request, payload: PipedPayload, operation: Operation) -> None:
+        if operation.result > 0 and request.task is Task.READ:
+            payload.advance(operation.result)
+        self._transferred(request, operation)
+
+    def _spliced(self, request: Request, payload: PipedPayload, run: PipeRun | None, operation: Operation) -> None:
+        pipe, moved = payload.pipe, operation.result
+        if moved == -errno.EAGAIN and run is None:
+            payload.spill()  # the pipe is full: from an offset inside a page, 1 MiB takes one slot more than it has
+            if self._is_under_way(request):
+                self._transfer(request)
+            return
+        if moved < 0:
+            pipe.is_unknown = True
+        elif run is None:
+            pipe.held += moved
+            if moved:
+                payload.advance(moved)
+        else:
+            pipe.held -= moved
+            run.left -= moved
+        self._transferred(request, operation)
 
     def _transferred(self, request: Request, operation: Operation) -> None:
         if not self._is_under_way(request):

@@ -324,28 +324,43 @@ class NbdLink:
 
     def _move(self, plumbing: Plumbing, client: Client, descriptor: Descriptor) -> bool:
         """Move what can be moved now, both ways; whether the listener was told something, or more is to do."""
-        if self._stream is None:
+        stream = self._stream
+        if stream is None:
             if self._sending.pending or self._receiving.pending:
                 return False  # of the negotiation; its end has `pump` called again
-            self._stream = DirectStream(self._ring, descriptor, plumbing, client, self.peer, self._changed)
-        stream = self._stream
-        told = stream.move(self._dispatch)
+            stream = DirectStream(self._ring, descriptor, plumbing, client, self.peer, self._changed)
+            self._stream = stream
+        told = stream.send(self._dispatch)
+        if stream.has_more and not stream.error:
+            told = stream.receive(self._dispatch) or told
+        return self._after_move(stream) or told
+
+    def _after_move(self, stream: DirectStream) -> bool:
+        """Act on what the stream came to; whether it has more to do at once."""
         if stream.error:
             raise self._broken(stream.error)
         if stream.ended:
             self._ended()
         elif self.state is LinkState.LEAVING and stream.idle and self.quiet:
             self.close()
-        self.has_work = told
-        return told
+        elif stream.has_more:
+            self.has_work = True
+            return True
+        return False
 
     def _changed(self, operation: Operation) -> bool:
-        """The socket has become readable or writable, or has failed."""
-        if operation.result < 0 or self.state is LinkState.CLOSED or self._stream is None:
+        """The socket has become readable or writable, or has failed. True where nobody was told of anything."""
+        stream = self._stream
+        if operation.result < 0 or stream is None or self.state is LinkState.CLOSED:
             return True
-        self._stream.take_note(operation.result)
-        self.has_work = True
-        return not self.pump(self._now)
+        try:
+            told = stream.take_note(operation.result) and stream.send(self._dispatch)
+            if stream.has_more and not stream.error:
+                told = stream.receive(self._dispatch) or told
+            return not (self._after_move(stream) or told)
+        except NbdshardError as error:
+            self._fail(error)
+            return False
 
     def _submit(self, operation: Operation, buffers: Sequence[memoryview | bytes]) -> None:
         operation.descriptor = self._descriptor

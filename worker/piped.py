@@ -109,6 +109,14 @@ class PipedPayload:
         self._buffer = memoryview(bytearray(self.length - self.filled))
         self.pieces.append(self._buffer)
 
+    def rest(self, at: int) -> PipeRun | memoryview:
+        """What comes next where all before offset `at` was taken out: the rest of one piece."""
+        for piece in self.pieces:
+            if at < len(piece):
+                return piece if isinstance(piece, PipeRun) else piece[at:]
+            at -= len(piece)
+        raise BugError(f"a payload of {self.length} bytes has none at its end")
+
     @property
     def in_memory(self) -> int:
         """Bytes of it that are not in the pipe, nor were."""
@@ -205,9 +213,9 @@ class PipePool:
         """Take the pipe of `payload` back, in whatever state it is."""
         pipe = payload.pipe
         self._used.discard(pipe)
-        if pipe.held:
+        if pipe.held and not pipe.is_unknown:
             self._plumbing.discard(pipe)
-        if pipe.held:
+        if pipe.held or pipe.is_unknown:
             self._plumbing.close_pipe(pipe)
             self._count += 1
         else:

@@ -13,10 +13,11 @@ from typing import Protocol
 class Pipe:
     """An open pipe. `capacity` is what it holds if it is filled by whole pages, `held` the bytes that are in it now.
 
-    `is_full`: at the last `fill` there was more than it had room for.
+    `is_full`: at the last `fill` there was more than it had room for. `is_unknown`: a call failed in the middle, and
+    nobody knows what is in it any more.
     """
 
-    __slots__ = ("capacity", "held", "is_full", "read_end", "write_end")
+    __slots__ = ("capacity", "held", "is_full", "is_unknown", "read_end", "write_end")
 
     def __init__(self, read_end: int, write_end: int, capacity: int) -> None:
         self.read_end = read_end
@@ -24,6 +25,7 @@ class Pipe:
         self.capacity = capacity
         self.held = 0
         self.is_full = False
+        self.is_unknown = False
 
 
 class Plumbing(Protocol):

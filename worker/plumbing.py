@@ -14,6 +14,7 @@ from typing import Final
 from nbdshard.worker.pipes import Pipe
 
 _FILL_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+_NOTHING: Final = bytes(4)
 _SEND_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | socket.MSG_MORE)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -137,7 +138,7 @@ class SystemPlumbing:
             fcntl.ioctl(number, termios.FIONREAD, self._answer)
         except OSError:
             return False  # whatever is wrong with it, the next call that reads will say
-        return any(self._answer)
+        return self._answer != _NOTHING
 
 
 def _splice(number_in: int, number_out: int, count: int, flags: int) -> int:

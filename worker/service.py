@@ -298,7 +298,8 @@ class Worker:
         try:
             if self._crew is None:
                 self.state = WorkerState.OPENING
-                self._crew = Crew(self._ring, message, self._opened, self._lost, self._connector, self._plumbing)
+                plumbing = self._plumbing if message.options.data_path != "buffer" else None
+                self._crew = Crew(self._ring, message, self._opened, self._lost, self._connector, plumbing)
             self._crew.want(message, now)
         except NbdshardError as error:
             self._open_failed(error, None)
