@@ -7,6 +7,9 @@ SEEDS ?= 2000
 FUZZ_SECONDS ?= 600
 
 BIN := .venv/bin
+# An editable install compiles nothing, and where PYTHONDONTWRITEBYTECODE is set no run keeps what it compiles: a third
+# of a short copy would be the compiler.
+COMPILE = $(BIN)/python -m compileall -q cli common coordinator worker
 STAMPS := .cache/stamps
 SHELL := /bin/sh
 # Debian keeps mke2fs and losetup where an ordinary user, and some machinery, does not look.
@@ -25,6 +28,7 @@ help:
 	@echo 'make format     format and mend what the linter can mend'
 
 demo: $(STAMPS)/packages-demo .venv/installed
+	@$(COMPILE)
 	@deploy/demo.sh
 
 test: $(STAMPS)/packages-test .venv/installed-dev
@@ -41,6 +45,7 @@ check: $(STAMPS)/packages-test .venv/installed-dev
 	$(BIN)/pytest -q -n $(JOBS) -m 'not long' tests/unit
 
 bench: $(STAMPS)/packages-bench .venv/installed
+	@$(COMPILE)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.main $(ARGS)
 
 fuzz: .venv/installed-dev
@@ -73,9 +78,11 @@ $(STAMPS)/packages-%: deploy/packages.sh
 .venv/installed: pyproject.toml | .venv/pyvenv.cfg
 	@echo 'installing nbdshard and its dependencies into .venv'
 	@$(BIN)/pip install -qq --disable-pip-version-check -e .
+	@$(COMPILE)
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/pyvenv.cfg
 	@echo 'installing nbdshard, its dependencies and its development tools into .venv'
 	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'
+	@$(COMPILE)
 	@touch .venv/installed $@
