@@ -13,6 +13,8 @@ from nbdshard.worker.pipes import Plumbing
 from support.listening import receive_exactly
 from support.waiting import WAIT_SECONDS
 
+PIECE_BYTES = 64 << 10  # what a socket's buffers hold in any case
+
 
 class Arrival:
     """One connection. `theirs` is the server's end; no piece may be larger than a socket's buffers."""
@@ -47,6 +49,25 @@ class Arrival:
                 sink.spill()
             elif count <= 0:
                 return events
+
+    def fill(self, payload: PipedPayload, data: bytes) -> None:
+        """`data`, from the start of `payload` on, arrives in its pipe, or where that is full early in memory."""
+        payload.begin(0, len(data))
+        for at in range(0, len(data), PIECE_BYTES):
+            piece = data[at : at + PIECE_BYTES]
+            self.theirs.sendall(piece)
+            while piece:
+                target = payload.target()
+                if target:
+                    count = self._plumbing.receive(self.ours.fileno(), [target])
+                else:
+                    count = self._plumbing.fill(payload.pipe, self.ours.fileno(), len(piece))
+                if count > 0:
+                    payload.advance(count)
+                    piece = piece[count:]
+                else:
+                    assert payload.pipe.is_full
+                    payload.spill()
 
     def leave(self, pieces: list[Piece]) -> bytes:
         """Everything in `pieces` is sent; what the other end got."""

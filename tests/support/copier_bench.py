@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.messages import EndpointDescription, FromWorker, JobOptions, Lease
+from nbdshard.common.nbd.payload import Piece
 from nbdshard.common.ranges import Range
 from nbdshard.worker.copier import Copier
-from nbdshard.worker.piped import PipedPayload
+from nbdshard.worker.piped import PipedPayload, PipePool
+from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.ports import Extents, Listener, Payload
 from nbdshard.worker.shape import CopyShape
+from support.arrival import Arrival, arrival
 
 KIB = 1 << 10
 JOB, EPOCH = "job", 1
@@ -30,14 +35,15 @@ class Call:
     buffer: memoryview | None = None
     piped: PipedPayload | None = None
     allocated: bool | None = None
+    left: bytes = b""  # the payload of a spliced write, once it has left
 
     def __repr__(self) -> str:
         return f"{self.connection.name}.{self.name}({self.handle}, {self.where})"
 
     @property
     def payload(self) -> bytes:
-        assert self.buffer is not None
-        return bytes(self.buffer)
+        """What a write carries; of a spliced one, after it was answered."""
+        return self.left if self.buffer is None else bytes(self.buffer)
 
 
 @dataclass(slots=True, eq=False)
@@ -89,8 +95,32 @@ def _held(payload: Payload) -> tuple[memoryview | None, PipedPayload | None]:
 OPTIONS = JobOptions(request_size=4 * KIB, requests=4, queue_size=64 * KIB, sparse_unit=0, extents=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Splicing:
+    """Real pipes between the recorders: what a read brings comes over `source`, what a write has goes to `target`."""
+
+    pipes: PipePool
+    source: Arrival
+    target: Arrival
+
+
+@contextlib.contextmanager
+def splicing(size: int, plumbing: SystemPlumbing | None = None) -> Iterator[Splicing]:
+    """With pipes of `size` bytes; everything is closed when the block ends."""
+    plumbing = plumbing or SystemPlumbing()
+    with arrival(plumbing) as source, arrival(plumbing) as target:
+        pipes = PipePool(plumbing, size)
+        try:
+            yield Splicing(pipes, source, target)
+        finally:
+            pipes.close()
+
+
 class Bench:
-    """One copier with `sources` and `targets` recorders, and a clock that stands still unless it is moved."""
+    """One copier with `sources` and `targets` recorders, and a clock that stands still unless it is moved.
+
+    `splicing`: both sides can splice, and this is what through.
+    """
 
     def __init__(
         self,
@@ -100,14 +130,17 @@ class Bench:
         targets: int = 1,
         source: EndpointDescription | None = None,
         destination: EndpointDescription | None = None,
+        splicing: Splicing | None = None,
     ) -> None:
         source = source or EndpointDescription("there", 1 << 30, can_extents=True, can_multi_conn=True)
         destination = destination or EndpointDescription("here", 1 << 30, can_zero=True, can_flush=True)
         self.now = 100.0
-        self.shape = CopyShape.of(source, destination, options)
-        self.copier = Copier(self.shape, JOB, EPOCH, self.now)
-        self.sources = [Recorder(f"source{index}", source) for index in range(sources)]
-        self.targets = [Recorder(f"target{index}", destination) for index in range(targets)]
+        self.splicing = splicing
+        splices = splicing is not None
+        self.shape = CopyShape.of(source, destination, options, splice=splices)
+        self.copier = Copier(self.shape, JOB, EPOCH, self.now, splicing.pipes if splicing else None)
+        self.sources = [Recorder(f"source{index}", source, splices=splices) for index in range(sources)]
+        self.targets = [Recorder(f"target{index}", destination, splices=splices) for index in range(targets)]
         for recorder in self.sources:
             recorder.listener = self.copier.add_source(recorder)
         for recorder in self.targets:
@@ -143,6 +176,7 @@ class Bench:
         """The request left, and this is the outcome; then the copier has its turn.
 
         `data` is what a read brings: all of it, or one byte that fills the buffer; without any it brings b"d".
+        A spliced read that fails may have brought something too. What a spliced write carries leaves in any case.
         """
         listener = call.connection.listener
         assert listener is not None
@@ -154,8 +188,18 @@ class Bench:
             content = data if len(data) > 1 else (data or b"d") * length
             call.buffer[: len(content)] = content
             listener.arriving(call.handle)
+        if call.piped is not None and self.splicing is not None:
+            self._move(self.splicing, call, call.piped, data if error or len(data) > 1 else (data or b"d") * length)
         listener.done(call.handle, error, length if count is None else count, extents)
         self.pump()
+
+    def _move(self, splicing: Splicing, call: Call, piped: PipedPayload, data: bytes) -> None:
+        if call.name == "write":
+            call.left = splicing.target.leave(list[Piece](piped.pieces))
+        elif data:
+            assert call.connection.listener is not None
+            call.connection.listener.arriving(call.handle)
+            splicing.source.fill(piped, data)
 
     def answer_all(self, *recorders: Recorder) -> None:
         """Everything asked, and what follows from it, succeeds; reads bring b"d", extents say that all is data."""
