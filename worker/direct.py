@@ -97,8 +97,8 @@ class DirectStream:
 
     def _send_from_memory(self, out: list[Piece]) -> int:
         """Send from the front of `out` up to what is in a pipe, and drop what was sent: bytes, or -errno."""
-        end = 0
-        while end < len(out) and end < BUFFERS_PER_SEND_MAX and not isinstance(out[end], Elsewhere):
+        end = 1 if not isinstance(out[0], Elsewhere) else 0
+        while 0 < end < len(out) and end < BUFFERS_PER_SEND_MAX and not isinstance(out[end], Elsewhere):
             end += 1
         if end == 0:
             raise BugError("a piece that is in no pipe")

@@ -31,7 +31,7 @@ from nbdshard.common.limits import (
     REQUEST_SECONDS_PER_MIB,
 )
 from nbdshard.common.messages import EndpointDescription, Side
-from nbdshard.common.nbd.client import Arriving, Client, Done, Event, Sent
+from nbdshard.common.nbd.client import Client, Done, Event, Sent
 from nbdshard.common.nbd.connecter import Connecter, Negotiated
 from nbdshard.common.nbd.constants import BASE_ALLOCATION, TransmissionFlag
 from nbdshard.common.nbd.export import Export
@@ -465,15 +465,14 @@ class NbdLink:
         if listener is None:
             return
         for event in events:
-            match event:
-                case Done(handle=handle, error=error, extents=extents):
-                    length = self._outstanding.pop(handle).length
-                    self._outstanding_bytes -= length
-                    listener.done(handle, error, length, extents)
-                case Sent(handle=handle):
-                    listener.sent(handle)
-                case Arriving(handle=handle):
-                    listener.arriving(handle)
+            if isinstance(event, Done):
+                length = self._outstanding.pop(event.handle).length
+                self._outstanding_bytes -= length
+                listener.done(event.handle, event.error, length, event.extents)
+            elif isinstance(event, Sent):
+                listener.sent(event.handle)
+            else:
+                listener.arriving(event.handle)
 
     def _ended(self) -> None:
         """The server closed the connection. The machine knows what was cut short."""

@@ -44,6 +44,8 @@ class Payloads:
         if operation.piped is None:
             assert operation.buffer is not None
             return find_runs(operation.buffer, length, unit, phase)
+        if phase == 0 and operation.piped.seems_dense(unit):
+            return [(0, length, False)]
         buffer = self._buffers.take()
         is_whole = operation.piped.look(memoryview(buffer)[:length])
         runs = find_runs(buffer, length, unit, phase)

@@ -12,8 +12,9 @@ from typing import Final
 from nbdshard.common.errors import BugError
 from nbdshard.common.limits import PIPES_MAX, ZERO_FILL_BYTES
 from nbdshard.common.nbd.payload import Elsewhere
-from nbdshard.worker.pipes import Pipe, Plumbing
+from nbdshard.worker.pipes import SAMPLE_BYTES, SAMPLES_MAX, Pipe, Plumbing
 
+_ZERO_SAMPLE: Final = bytes(SAMPLE_BYTES)
 _NO_TARGET: Final = memoryview(b"")
 _ZEROES: Final = memoryview(bytes(ZERO_FILL_BYTES))
 
@@ -123,6 +124,14 @@ class PipedPayload:
         return sum(len(piece) for piece in self.pieces if not isinstance(piece, PipeRun))
 
     # -- looking -------------------------------------------------------------------------------------------------------
+
+    def seems_dense(self, unit: int) -> bool:
+        """Whether samples of its units, all of them in the pipe, show that none is zero. Cheap; False says nothing."""
+        run = self.pieces[0] if len(self.pieces) == 1 else None
+        if not isinstance(run, PipeRun) or self.length % unit or self.length > SAMPLES_MAX * unit:
+            return False
+        samples = self._plumbing.sample(self.pipe, unit)
+        return samples != b"" and _ZERO_SAMPLE not in samples
 
     def look(self, buffer: memoryview) -> bool:
         """Copy the payload into `buffer`, exactly as long. Whether it is still whole here: else `buffer` has it all."""

@@ -7,7 +7,10 @@ can be moved now). So all of it may be called between two turns of the ring. `Pl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
+
+SAMPLE_BYTES: Final = 8  # random data has as many zero bytes in a row once in 2**64
+SAMPLES_MAX: Final = 500  # two vectors for each, and IOV_MAX is 1024
 
 
 class Pipe:
@@ -48,6 +51,12 @@ class Plumbing(Protocol):
 
     def peek(self, pipe: Pipe, buffer: memoryview) -> int:
         """Copy what is in the pipe into `buffer`, and leave it there: all of it, or as much as tee(2) gave."""
+
+    def sample(self, pipe: Pipe, unit: int) -> bytes:
+        """SAMPLE_BYTES out of each `unit` bytes in the pipe, of which there are SAMPLES_MAX at most, without a rest.
+
+        All stays in the pipe. b"" where the bytes could not be had.
+        """
 
     def read(self, pipe: Pipe, buffer: memoryview) -> int:
         """Take bytes out of the pipe into `buffer`."""

@@ -11,9 +11,10 @@ import termios
 from collections.abc import Sequence
 from typing import Final
 
-from nbdshard.worker.pipes import Pipe
+from nbdshard.worker.pipes import SAMPLE_BYTES, Pipe
 
 _FILL_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+SAMPLE_OFFSET: Final = 0x158  # inside the smallest unit: in much real data the first bytes of every block are zero
 _NOTHING: Final = bytes(4)
 _SEND_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | socket.MSG_MORE)
 
@@ -26,11 +27,43 @@ _tee.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
 _tee.restype = ctypes.c_ssize_t
 
 
+_readv = _libc.readv
+_readv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_readv.restype = ctypes.c_ssize_t
+
+
+class _IoVec(ctypes.Structure):
+    """struct iovec of sys/uio.h."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class Scatter:
+    """Where readv(2) puts `count` units of `unit` bytes: SAMPLE_BYTES of each side by side, the rest on one heap.
+
+    So a mebibyte is looked at without driving everything else out of the CPU's cache.
+    """
+
+    def __init__(self, unit: int, count: int) -> None:
+        self.unit = unit
+        self.count = count
+        self.samples = (ctypes.c_char * (count * SAMPLE_BYTES))()
+        self._heap = ctypes.create_string_buffer(unit)
+        start, heap = ctypes.addressof(self.samples), ctypes.addressof(self._heap)
+        before = min(SAMPLE_OFFSET, unit - SAMPLE_BYTES)
+        vectors = [(heap, before)]
+        for index in range(count):
+            after = unit - SAMPLE_BYTES if index + 1 < count else unit - SAMPLE_BYTES - before
+            vectors += [(start + index * SAMPLE_BYTES, SAMPLE_BYTES), (heap, after)]
+        self.vectors = (_IoVec * len(vectors))(*(_IoVec(*vector) for vector in vectors))
+
+
 class SystemPlumbing:
     """The kernel's own pipes."""
 
     def __init__(self) -> None:
         self._look: Pipe | None = None  # what `peek` tees into: empty between two calls
+        self._scatter: Scatter | None = None  # of the last `sample`; they are nearly always alike
         self._null = -1
         self._answer = bytearray(4)  # an int of the kernel's
 
@@ -68,10 +101,19 @@ class SystemPlumbing:
             elif piece != -errno.EAGAIN or has_arrived:
                 pipe.is_full = piece == -errno.EAGAIN  # there was something to take before it was tried
                 return moved or piece
-            has_arrived = moved < count and self._arrived(number)
+            has_arrived = moved < count and (self._arrived(number) or self._arrives(number))
             if not has_arrived:
                 return moved or piece
         return moved
+
+    def _arrives(self, number: int) -> bool:
+        """Let the sender run, if it waits for a processor: whether there is something to read then.
+
+        A server sends 1 MiB in five pieces, as its socket's buffer bids. To wait for each of them in the ring costs
+        more than to stand aside for a moment (tried: 2.8 s and 1.6 s of CPU for 8 GiB instead of 3.1 and 1.9).
+        """
+        os.sched_yield()
+        return self._arrived(number)
 
     def drain(self, pipe: Pipe, number: int, count: int, *, more: bool) -> int:
         moved = _splice(pipe.read_end, number, count, _FILL_FLAGS | os.SPLICE_F_MORE if more else _FILL_FLAGS)
@@ -80,12 +122,9 @@ class SystemPlumbing:
         return moved
 
     def peek(self, pipe: Pipe, buffer: memoryview) -> int:
-        look = self._look
-        if look is None:
-            opened = self.open_pipe(pipe.capacity)
-            if isinstance(opened, int):
-                return opened
-            self._look = look = opened
+        look = self._look_pipe(pipe.capacity)
+        if isinstance(look, int):
+            return look
         teed: int = _tee(pipe.read_end, look.write_end, pipe.held, os.SPLICE_F_NONBLOCK)
         if teed < 0:
             return -ctypes.get_errno()
@@ -93,6 +132,29 @@ class SystemPlumbing:
         while at < teed:
             at += os.readv(look.read_end, [buffer[at:teed]])
         return teed
+
+    def _look_pipe(self, capacity: int) -> Pipe | int:
+        if self._look is None:
+            opened = self.open_pipe(capacity)
+            if isinstance(opened, int):
+                return opened
+            self._look = opened
+        return self._look
+
+    def sample(self, pipe: Pipe, unit: int) -> bytes:
+        look = self._look_pipe(pipe.capacity)
+        if isinstance(look, int):
+            return b""
+        scatter = self._scatter
+        if scatter is None or (scatter.unit, scatter.count) != (unit, pipe.held // unit):
+            scatter = self._scatter = Scatter(unit, pipe.held // unit)
+        teed: int = _tee(pipe.read_end, look.write_end, pipe.held, os.SPLICE_F_NONBLOCK)
+        if teed <= 0:
+            return b""
+        read: int = _readv(look.read_end, scatter.vectors, len(scatter.vectors)) if teed == pipe.held else 0
+        look.held = teed - max(0, read)
+        self.discard(look)
+        return bytes(scatter.samples) if read == pipe.held else b""
 
     def read(self, pipe: Pipe, buffer: memoryview) -> int:
         try:

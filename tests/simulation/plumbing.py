@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from errno import EAGAIN, EMFILE
 
-from nbdshard.worker.pipes import Pipe
+from nbdshard.worker.pipes import SAMPLE_BYTES, Pipe
 from simulation.network import Socket
 from simulation.ring import SimRing, SimSystem
 
@@ -92,7 +92,7 @@ class SimPlumbing:
         mine, socket = self._mine(pipe), self._ring.watched(number)
         if not mine.content:
             mine.limit = self._limit(mine.capacity)
-        elif self._chance.random() < self._rules.full_early_share / 4:
+        if self._chance.random() < self._rules.full_early_share / 4:
             mine.limit = min(mine.limit, len(mine.content) + max(1, socket.unread))  # just what is here now
         moved, mine.is_full = 0, False
         while moved < count:
@@ -130,6 +130,12 @@ class SimPlumbing:
             count = self._chance.randint(0, count)
         buffer[:count] = mine.content[:count]
         return count or -EAGAIN
+
+    def sample(self, pipe: Pipe, unit: int) -> bytes:
+        content = bytes(self._mine(pipe).content)
+        if self._chance.random() < self._rules.short_share:
+            return b""
+        return b"".join(content[at + unit // 2 :][:SAMPLE_BYTES] for at in range(0, len(content), unit))
 
     def read(self, pipe: Pipe, buffer: memoryview) -> int:
         mine = self._mine(pipe)

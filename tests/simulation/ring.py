@@ -269,7 +269,8 @@ class SimRing:
         if self._dead or watch is None or not changes:
             return
         if changes & ENDING:
-            self._clock.after(ENDING_SECONDS_MAX, lambda: self._check_ending(state))
+            number = watch.descriptor.number if watch.descriptor is not None else -1
+            self._clock.after(ENDING_SECONDS_MAX, lambda: self._check_ending(state, number))
         concerns = bool(changes & (watch.mask | ALWAYS_TOLD))
         if not state.is_noticed and (concerns or self._chance.random() < FALSE_ALARMS):
             state.is_noticed = state.is_false_alarm = True
@@ -277,13 +278,14 @@ class SimRing:
         if concerns:
             state.is_false_alarm = False
 
-    def _check_ending(self, state: _State) -> None:
+    def _check_ending(self, state: _State, number: int) -> None:
         """Who sleeps may overlook the end of a connection; who works may not wait for a time-out to find it."""
         paused = self.paused_until - self._clock.now
         if paused > -ENDING_SECONDS_MAX:
-            self._clock.after(paused + 2 * ENDING_SECONDS_MAX, lambda: self._check_ending(state))
+            self._clock.after(paused + 2 * ENDING_SECONDS_MAX, lambda: self._check_ending(state, number))
         else:
-            assert self._dead or state.socket.closed, "a connection that has ended is not closed"
+            is_known = self._dead or state.socket.closed
+            assert is_known, f"descriptor {number} is not closed, though its connection has ended"
 
     def _tell(self, state: _State) -> None:
         if not self._dead and state.watch is not None:

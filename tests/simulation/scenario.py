@@ -393,7 +393,7 @@ class _Maker:
             network=one(2e-5, 5e-3),
             ring=one(2e-6, 5e-4),
             server=one(2e-5, 1e-2),
-            process=one(2e-6, 5e-4),
+            process=one(2e-6, 5e-3),
             control=one(1e-4, 5e-3),
         )
 

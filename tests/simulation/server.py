@@ -21,6 +21,7 @@ class SimServer:
         self.errors = Errors(rules, chance)
         self.sessions: list[Session] = []
         self.connections_most = 0
+        self.break_off: Callable[[Session], None] | None = None  # what is done once some session is half-way
         self.deserted = 0  # connections that ended without a word
         self.expected: bytes | None = None  # what every write must bring
         self.reads = self.writes = self.flushes = 0
@@ -71,6 +72,12 @@ class SimServer:
     def left(self, session: Session) -> None:
         if session in self.sessions:
             self.sessions.remove(session)
+
+    def half_way(self, session: Session) -> None:
+        """Some of a reply is sent, or some of a write has come."""
+        if self.break_off is not None and session in self.sessions and self._chance.random() < 0.3:
+            how, self.break_off = self.break_off, None
+            how(session)
 
     def later(self, action: Callable[[], None]) -> None:
         """Something takes its time."""

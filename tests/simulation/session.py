@@ -133,6 +133,8 @@ class Session:
                 assert not self._buffer, f"{self.rules.name}: something behind the request to disconnect"
                 self._leaving = True
                 self._send()
+        if self._incomplete is not None and self._buffer and not self.closed:
+            self.server.half_way(self)
 
     def _put(self, data: bytes) -> None:
         self._out += data
@@ -153,6 +155,8 @@ class Session:
                 self.close()
                 return
             del self._out[:count]
+            if self._out:
+                self.server.half_way(self)
 
     def _next_unit(self) -> None:
         """The next chunk of any reply."""
@@ -184,14 +188,9 @@ class Session:
             self._socket.cut()
 
     def hang_up(self) -> None:
-        """The server closes it, in the middle of whatever it is."""
+        """The server closes it, in the middle of whatever it does."""
         self._is_cut = True
         self.close()
-
-    @property
-    def is_half_way(self) -> bool:
-        """Some of a reply is sent, or some of a write has come."""
-        return bool(self._out) or self._incomplete is not None
 
     # -- the handshake -------------------------------------------------------------------------------------------------
 

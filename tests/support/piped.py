@@ -56,6 +56,9 @@ class Shallow(SystemPlumbing):
         super().__init__()
         self._depth = depth
 
+    def sample(self, pipe: Pipe, unit: int) -> bytes:
+        return b""
+
     def peek(self, pipe: Pipe, buffer: memoryview) -> int:
         if self._depth < 0:
             return self._depth
