@@ -79,6 +79,9 @@ class Speeds:
     control: float
 
 
+BURSTS = Speeds(network=2e-5, ring=2e-6, server=2e-5, process=5e-3, control=1e-3)
+
+
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """Everything about one run that is decided before it begins."""
@@ -120,12 +123,16 @@ class _Maker:
         self.verdicts = {Verdict.COMPLETE}
         self.error_words: tuple[str, ...] = ()
         self.favours_pipes = self.chance.random() < 0.5  # else few requests are long enough for them
+        # So many short replies come at once that a connection cannot take them all before the others' turn.
+        self.comes_in_bursts = not self.favours_pipes and self.chance.random() < 0.1
 
     def make(self) -> tuple[Scenario, Disks]:
         chance = self.chance
         request_size = chance.choice((4, 8, 8, 16, 64)) * KIB
         if self.favours_pipes:
             request_size = SPLICE_BYTES_MIN * chance.choice((1, 1, 2))
+        elif self.comes_in_bursts:
+            request_size = 4 * KIB
         source = self._rules("source", request_size)
         destination = self._rules("destination", request_size)
         size = self._size(source, request_size)
@@ -141,10 +148,10 @@ class _Maker:
             job=job,
             source=source,
             destination=destination,
-            speeds=self._speeds(),
+            speeds=BURSTS if self.comes_in_bursts else self._speeds(),
             mischief=self._mischief(),
-            capacity=chance.choice((4, 16, 64, 256)) * KIB,
-            split_share=chance.choice((0.0, 0.1, 0.5)),
+            capacity=chance.choice((4, 16, 64, 256)) * KIB if not self.comes_in_bursts else MIB,
+            split_share=chance.choice((0.0, 0.1, 0.5)) if not self.comes_in_bursts else 0.0,
             pipes=pipes,
             verdicts=tuple(sorted(self.verdicts, key=lambda verdict: verdict.value)),
             error_words=self.error_words,
@@ -213,7 +220,7 @@ class _Maker:
             return None
         return PipeRules(
             full_early_share=chance.choice((0.0, 0.1, 0.5)),
-            short_share=chance.choice((0.0, 0.1, 0.5)),
+            short_share=chance.choice((0.0, 0.1, 0.5)) if not self.comes_in_bursts else 0.0,
             pipes_max=chance.choice((0, 1, chance.randint(2, 10), *[1000] * 17)),
             large_max=chance.choice((0, 1, chance.randint(2, 10), *[1000] * 17)),
         )
@@ -223,8 +230,8 @@ class _Maker:
         is_zero = chance.random() < 0.15
         return JobOptions(
             request_size=request_size,
-            requests=chance.choice((1, 2, 4, 16, 64)),
-            queue_size=request_size * chance.choice((1, 2, 5, 16, 64)),
+            requests=chance.choice((1, 2, 4, 16, 64)) if not self.comes_in_bursts else 64,
+            queue_size=request_size * (chance.choice((1, 2, 5, 16, 64)) if not self.comes_in_bursts else 64),
             sparse_unit=chance.choice((None, 0 if self.favours_pipes else None, 0, 512, 4096, 64 * KIB)),
             allocated=chance.random() < 0.15,
             destination_is_zero=is_zero,
@@ -241,7 +248,7 @@ class _Maker:
         chance = self.chance
         unit = max(64 * KIB, options.request_size)
         lease, heartbeat = chance.choice(((LEASE_SECONDS, HEARTBEAT_SECONDS), (1.5, 0.3)))
-        workers = chance.choice((1, 2, 3, 4, 4))
+        workers = chance.choice((1, 2, 3, 4, 4)) if not self.comes_in_bursts else 1
         is_local = self.trouble is not Trouble.VANISHING
         if self.trouble in (Trouble.LEAVES, Trouble.NOTHING):
             is_local = chance.random() < 0.6
@@ -251,9 +258,9 @@ class _Maker:
             source=self._address("source"),
             destinations=(self._address("destination"),),
             options=options,
-            connections=chance.choice((1, 2, 4, 6, 8)),
+            connections=chance.choice((1, 2, 4, 6, 8)) if not self.comes_in_bursts else 1,
             workers=workers,
-            range_size=chance.choice((unit, unit, unit, 2 * unit, 4 * unit, None)),
+            range_size=MIB if self.comes_in_bursts else chance.choice((unit, unit, unit, 2 * unit, 4 * unit, None)),
             local_workers=is_local,
             machine="machine",
             lease_seconds=lease,
