@@ -10,7 +10,14 @@ PEER = "null:"
 
 
 class NullConnection(LocalConnection):
-    """Every request is done as soon as it is begun, at the next `pump`."""
+    """Every request is done as soon as it is begun, at the next `pump`.
+
+    A spliced payload stays in its pipe: who owns it empties that.
+    """
+
+    @property
+    def splices(self) -> bool:
+        return True
 
     def _open(self) -> None:
         description = EndpointDescription(

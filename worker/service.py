@@ -100,6 +100,7 @@ class Worker:
         self._connector = connector
         self._plumbing = plumbing
         self._pipes: PipePool | None = None
+        self._has_told_of_pipes = False
         self._assign: Assign | None = None
         self._crew: Crew | None = None
         self._copier: Copier | None = None
@@ -122,6 +123,7 @@ class Worker:
         if self._copier is not None and self.state is not WorkerState.LOSING:
             self._copier.pump(self._clock.true)
             self._collect(self._copier)
+            self._tell_of_pipes()
         told = self._crew is not None and self._crew.pump(now)
         self._advance(now)
         self._send()
@@ -218,6 +220,11 @@ class Worker:
 
     def _idle(self) -> bool:
         return self._copier is None or self._copier.idle
+
+    def _tell_of_pipes(self) -> None:
+        if self._pipes is not None and self._pipes.limited and not self._has_told_of_pipes:
+            self._has_told_of_pipes = True
+            logs.info(f"{self._pipes.limited}: the payload of other requests goes through buffers")
 
     def _close_pipes(self) -> None:
         """Every connection is closed: nothing uses them any more."""

@@ -24,7 +24,7 @@ from support.waiting import wait_for
 MIB = 1 << 20
 SUMMARY = re.compile(
     r"nbdshard: \S+ \S+ copied, \S+ \S+ zeroed, \S+ \S+ skipped in \S+ s \(\S+ \S+/s\); "
-    r"\d+ workers?; \d+\+\d+ connections; (spliced|buffered); (io_uring|epoll); flushed"
+    r"\d+ workers?; \d+\+\d+ connections; (\d+ % )?(spliced|buffered); (io_uring|epoll); flushed"
 )
 
 
