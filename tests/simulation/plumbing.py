@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from errno import EAGAIN, EMFILE
 
-from nbdshard.worker.pipes import SAMPLE_BYTES, Pipe
+from nbdshard.worker.pipes import SAMPLE_BYTES, SAMPLES_MAX, Pipe
 from simulation.network import Socket
 from simulation.ring import SimRing, SimSystem
 
@@ -57,7 +57,7 @@ class SimPlumbing:
         self._chance = chance
         self._rules = rules
         self._pipes: set[SimPipe] = set()
-        self._look: SimPipe | None = None  # what `peek` tees into
+        self._look: SimPipe | None = None
         self._announced: dict[int, Socket] = {}  # where more was to follow at once
 
     def check(self, free: Iterable[Pipe]) -> None:
@@ -120,22 +120,24 @@ class SimPlumbing:
 
     def peek(self, pipe: Pipe, buffer: memoryview) -> int:
         mine = self._mine(pipe)
-        if self._look is None:
-            opened = self.open_pipe(mine.capacity)
-            if isinstance(opened, int):
-                return opened
-            self._look = self._mine(opened)
-        count = min(len(mine.content), self._limit(self._look.capacity))
+        look = self._look_pipe(mine.capacity)
+        if isinstance(look, int):
+            return look
+        count = min(len(mine.content), self._limit(look.capacity))
         if self._chance.random() < self._rules.short_share:
             count = self._chance.randint(0, count)
         buffer[:count] = mine.content[:count]
         return count or -EAGAIN
 
     def sample(self, pipe: Pipe, unit: int) -> bytes:
-        content = bytes(self._mine(pipe).content)
-        if self._chance.random() < self._rules.short_share:
+        mine = self._mine(pipe)
+        units, rest = divmod(len(mine.content), unit)
+        assert 0 < units <= SAMPLES_MAX and not rest, f"a pipe with {len(mine.content)} bytes by units of {unit}"
+        if isinstance(self._look_pipe(mine.capacity), int) or self._chance.random() < self._rules.short_share:
             return b""
-        return b"".join(content[at + unit // 2 :][:SAMPLE_BYTES] for at in range(0, len(content), unit))
+        within = self._chance.randint(0, unit - SAMPLE_BYTES)
+        places = range(within, len(mine.content), unit)
+        return b"".join(mine.content[place : place + SAMPLE_BYTES] for place in places)
 
     def read(self, pipe: Pipe, buffer: memoryview) -> int:
         mine = self._mine(pipe)
@@ -172,6 +174,15 @@ class SimPlumbing:
 
     def send(self, number: int, pieces: Sequence[bytes | memoryview], *, more: bool) -> int:
         return self._send(number, b"".join(pieces), more=more)
+
+    def _look_pipe(self, capacity: int) -> SimPipe | int:
+        """Where `peek` and `sample` tee to."""
+        if self._look is None:
+            opened = self.open_pipe(capacity)
+            if isinstance(opened, int):
+                return opened
+            self._look = self._mine(opened)
+        return self._look
 
     # -- chance --------------------------------------------------------------------------------------------------------
 
