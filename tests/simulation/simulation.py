@@ -174,7 +174,10 @@ class Simulation:
                 for _ in range(chance.randint(1, 3)):
                     clock.after(self._moment(), self._cut)
             case Trouble.STOP:
-                clock.after(self._moment(), self.coordinator.stop)
+                stop_at = self._moment()
+                clock.after(stop_at, self.coordinator.stop)
+                if chance.random() < 0.3:  # while it drains
+                    clock.after(stop_at + 5 * self.scenario.speeds.control * chance.random(), self._cut)
                 if chance.random() < 0.5:
                     clock.after(self._moment() + self._moment(), self.coordinator.stop)
                 if chance.random() < 0.3:
