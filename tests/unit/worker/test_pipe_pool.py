@@ -161,3 +161,17 @@ def test_a_closed_pool_has_closed_the_pipes_in_use_too_and_gives_none(counted: C
     assert counted.pipes == []
     pool.close()
     assert pool.take(1) is None
+
+
+def test_a_pipe_of_which_nobody_knows_what_is_in_it_is_closed_and_another_one_opened() -> None:
+    """A call of the ring's failed in the middle: what is counted may be too little."""
+    plumbing = Counted()
+    with world(plumbing=plumbing) as one:
+        payload = one.filled(100, data(0, CONTENT[:100], done=True))
+        payload.pipe.held = 0
+        payload.pipe.is_unknown = True
+        one.pool.give(payload)
+        assert plumbing.pipes == []
+        again = one.begin(100)
+        assert again.pipe is not payload.pipe
+        assert (plumbing.attempts, again.pipe.is_unknown) == (2, False)

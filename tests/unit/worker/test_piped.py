@@ -183,6 +183,21 @@ def test_what_the_header_brought_is_not_changed_by_what_the_next_one_brings() ->
         assert one.left(payload) == b"abcd"
 
 
+def test_what_comes_next_is_the_rest_of_one_piece() -> None:
+    """For a destination that takes its payload piece by piece, and counts the bytes it took."""
+    with world() as one:
+        payload = one.filled(100, data(0, CONTENT[:40]), hole(40, 20), data(60, CONTENT[60:100], done=True))
+        first, _, last = payload.pieces
+        assert payload.rest(0) is payload.rest(39) is first
+        for at in (40, 59):
+            zeroes = payload.rest(at)
+            assert isinstance(zeroes, memoryview)
+            assert bytes(zeroes) == bytes(60 - at)
+        assert payload.rest(60) is payload.rest(99) is last
+        with pytest.raises(BugError, match="a payload of 100 bytes has none at its end"):
+            payload.rest(100)
+
+
 # -- pipes that are full early ----------------------------------------------------------------------------------------
 
 
