@@ -171,6 +171,8 @@ class DirectStream:
         if count > 0:
             self._left -= count
             self._taken += count
+        if count == -EAGAIN and self._is_ending:
+            payload.pipe.is_full = True  # or else the end would have been met
         if count < left and not payload.pipe.is_full:
             self._took_less(count)
             return 0

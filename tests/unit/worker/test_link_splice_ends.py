@@ -137,6 +137,33 @@ def test_the_end_that_comes_with_the_last_bytes_is_noticed(bench: LinkBench, tcp
             assert "idle" in str(error)
 
 
+class FillsAPipe(Double):
+    """Sends as many short pieces of its answer as a pipe has slots, and goes."""
+
+    slots = 0
+
+    def read(self, talk: Talk, request: Request) -> None:
+        header = talk.chunk_header(request, REPLY_OFFSET_DATA, request.length + 8)
+        talk.socket.sendall(header + struct.pack(">Q", request.offset))
+        for at in range(self.slots):
+            talk.socket.sendall(bytes(self.content[at * 100 : at * 100 + 100]))
+        talk.hang_up()
+
+
+def test_the_end_behind_a_pipe_that_is_just_full_is_noticed(ring: str) -> None:
+    """The pipe takes nothing, nothing is left to take, and the end is no more than an edge."""
+    server = FillsAPipe(bytearray(CONTENT))
+    with link_bench(ring, pipe_size=64 * KIB) as bench, double(server) as uri:
+        source = bench.open(uri, "source")
+        payload = bench.room(64 * KIB)
+        server.slots = payload.pipe.capacity // 4096
+        answer = source.read(0, Range.of(0, 64 * KIB), payload)
+        error = lost(bench, source)
+        assert isinstance(error, ConnectionLost)
+        assert payload.spilled_at == server.slots * 100
+        assert answer.done == 0
+
+
 def test_a_source_that_has_gone_before_the_loop_looks_has_given_all_it_sent(bench: LinkBench, tcp: bool) -> None:
     """All of it, end included, is there when the socket is looked at for the first time."""
     gone = threading.Event()
