@@ -134,6 +134,10 @@ class SystemPlumbing:
         return teed
 
     def _look_pipe(self, capacity: int) -> Pipe | int:
+        """An empty pipe for copies of what is in another; -errno where there is none."""
+        if self._look is not None and self._look.held:  # it could not be emptied
+            self.close_pipe(self._look)
+            self._look = None
         if self._look is None:
             opened = self.open_pipe(capacity)
             if isinstance(opened, int):

@@ -10,6 +10,7 @@ import pytest
 from nbdshard.worker.piped import PipedPayload
 from nbdshard.worker.pipes import SAMPLE_BYTES, SAMPLES_MAX, Pipe
 from nbdshard.worker.plumbing import SAMPLE_OFFSET, SystemPlumbing
+from support.descriptors import none_left
 from support.images import KIB, MIB, pattern, random_bytes
 from support.pipes import fill_up, opened, prepared, taken_out, unix_ends
 
@@ -70,6 +71,23 @@ def test_there_are_no_samples_where_a_copy_could_not_be_had_whole(plumbing: Syst
     assert not payload.seems_dense(4 * KIB)
     assert look.held == 0
     assert taken_out(plumbing, pipe) == data
+
+
+def test_a_copy_that_could_not_be_thrown_away_is_never_taken_for_the_next(plumbing: SystemPlumbing, pipe: Pipe) -> None:
+    put(plumbing, pipe, random_bytes(8 * KIB))
+    assert plumbing.sample(pipe, 4 * KIB) != b""
+    look = plumbing._look
+    assert look is not None
+    fcntl.fcntl(look.write_end, fcntl.F_SETPIPE_SZ, 4 * KIB)
+    with none_left():
+        assert plumbing.sample(pipe, 4 * KIB) == b""
+    assert look.held > 0
+    taken_out(plumbing, pipe)
+    data = random_bytes(64 * KIB, seed=2)
+    put(plumbing, pipe, data)
+    buffer = bytearray(64 * KIB)
+    assert plumbing.peek(pipe, memoryview(buffer)) == 64 * KIB
+    assert buffer == data
 
 
 def test_dense_data_seems_dense(plumbing: SystemPlumbing, pipe: Pipe) -> None:
