@@ -79,6 +79,8 @@ def test_a_copy_that_could_not_be_thrown_away_is_never_taken_for_the_next(plumbi
     look = plumbing._look
     assert look is not None
     fcntl.fcntl(look.write_end, fcntl.F_SETPIPE_SZ, 4 * KIB)
+    taken_out(plumbing, pipe)
+    put(plumbing, pipe, random_bytes(MIB))
     with none_left():
         assert plumbing.sample(pipe, 4 * KIB) == b""
     assert look.held > 0
