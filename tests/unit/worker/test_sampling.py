@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -81,6 +82,8 @@ def test_a_copy_that_could_not_be_thrown_away_is_never_taken_for_the_next(plumbi
     fcntl.fcntl(look.write_end, fcntl.F_SETPIPE_SZ, 4 * KIB)
     taken_out(plumbing, pipe)
     put(plumbing, pipe, random_bytes(MIB))
+    os.close(plumbing._null)
+    plumbing._null = -1
     with none_left():
         assert plumbing.sample(pipe, 4 * KIB) == b""
     assert look.held > 0
