@@ -138,13 +138,15 @@ def listens_on_unix(path: Path) -> bool:
 
 
 def listening_tcp_ports(pid: int) -> set[int]:
-    """TCP ports that the process itself listens on."""
+    """TCP ports that the process itself listens on, in its own network namespace."""
     own = {target for target in descriptors(pid).values() if target.startswith("socket:")}
     ports = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        if not Path(table).exists():
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = (PROC / str(pid) / "net" / table).read_text().splitlines()
+        except OSError:  # it is gone, or the kernel has no such protocol
             continue
-        for line in Path(table).read_text().splitlines()[1:]:
+        for line in lines[1:]:
             fields = line.split()
             if fields[3] == TCP_LISTEN and f"socket:[{fields[9]}]" in own:
                 ports.add(int(fields[1].rpartition(":")[2], 16))

@@ -1,11 +1,12 @@
 """Run nbdshard as a user without privileges, although the checkout may lie where only root can read.
 
 The packages and what they depend on are copied to a folder that everybody can read, and run by an interpreter that
-everybody can run. A single function needs no such folder (`call_as_nobody`).
+everybody can run. A single function needs no such folder (`as_lonely_user`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
@@ -67,38 +68,48 @@ def install_for_everybody(folder: Path) -> None:
         wanted += _copy_distribution(name, folder)
 
 
-def call_as_nobody(function: Callable[[], Value]) -> Value:
-    """What `function` returns in a child process without privileges; AssertionError with what it raised there.
+def lonely_user() -> int:
+    """A user without any process, and without privileges: what the kernel grants each user is all there."""
+    return 20_000 + os.getpid() % 40_000
 
-    The child opens no file of the checkout: all it needs was imported before.
+
+@contextlib.contextmanager
+def as_lonely_user(function: Callable[[], Value]) -> Iterator[Value]:
+    """What `function` returns in a child process of the lonely user, which keeps what it opened until the block ends.
+
+    AssertionError with what it raised there. The child opens no file of the checkout: all it needs was imported before.
+    Where we are not root, it is a child of our own user.
     """
-    reading, writing = os.pipe()
+    user, answers, is_over = lonely_user(), os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        _answer_and_exit(function, reading, writing)
-    os.close(writing)
-    with open(reading, "rb") as stream:
-        answer = stream.read()
-    os.waitpid(child, 0)
-    succeeded, value = pickle.loads(answer)
-    assert succeeded, f"in the child process:\n{value}"
-    result: Value = value
-    return result
-
-
-def _answer_and_exit(function: Callable[[], Value], reading: int, writing: int) -> None:
+        os.close(is_over[1])
+        _answer(function, user, answers[1])
+        os.read(is_over[0], 1)
+        os._exit(0)  # nothing of the parent's is ended, flushed or removed twice
+    os.close(answers[1])
+    os.close(is_over[0])
     try:
-        os.close(reading)
+        with open(answers[0], "rb") as stream:
+            succeeded, value = pickle.load(stream)
+        assert succeeded, f"in the child process:\n{value}"
+        yield value
+    finally:
+        os.close(is_over[1])
+        os.waitpid(child, 0)
+
+
+def _answer(function: Callable[[], object], user: int, writing: int) -> None:
+    try:
         if os.geteuid() == 0:
             os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-        answer = (True, function())
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+        answer: tuple[bool, object] = (True, function())
     except BaseException:
-        answer = (False, traceback.format_exc())  # type: ignore[assignment]
+        answer = (False, traceback.format_exc())
     with open(writing, "wb") as stream:
-        stream.write(pickle.dumps(answer))
-    os._exit(0)  # nothing of the parent's is ended, flushed or removed twice
+        pickle.dump(answer, stream)
 
 
 def _name(requirement: str) -> str:
