@@ -16,12 +16,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from itertools import count
+from math import inf
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.limits import (
     ATTEMPTS_PER_REQUEST,
     LEASES_PER_WORKER,
     RETRY_DELAY_SECONDS,
+    SPLICED_BYTES_PER_SECOND,
+    SPLICED_PER_CONNECTION,
     ZERO_BYTES_MAX,
 )
 from nbdshard.common.messages import ErrorReport, Failed, FromWorker, Lease, Progress, Side, Wanted, Written
@@ -181,9 +184,17 @@ class Copier:
             self._next_source += 1
             idle = 0 if source.active < source.depth and self._begin_next(source) else idle + 1
 
+    def _may_begin_spliced(self) -> bool:
+        """Whether another pipe may be taken: few are kept in use, unless the sources are slow to answer."""
+        latency = min(source.latency_seconds for source in self.sources)
+        needed = int(latency * SPLICED_BYTES_PER_SECOND / self.shape.request_size) if latency < inf else 0
+        return self.payloads.piped < max(SPLICED_PER_CONNECTION, needed) * len(self.sources)
+
     def _begin_next(self, source: Source) -> bool:
         """Begin the next read on `source`; zeroes met on the way are noted. False when there is nothing to read."""
         for lease in list(self.leases.values()):  # one that has expired may go while its zeroes are issued
+            if self.shape.splice and lease.is_dense and lease.has_data and not self._may_begin_spliced():
+                return False
             while not lease.abandoned and (piece := lease.next_piece(self.shape.request_size)):
                 if not piece.zero:
                     self._begin_read(source, lease, piece.where)

@@ -41,6 +41,7 @@ class Crew:
         lost: Callable[[Side, OpenConnection, NbdshardError], None],
         connector: Connector = SYSTEM_SOCKETS,
         plumbing: Plumbing | None = None,
+        look: Callable[[], object] = lambda: None,
     ) -> None:
         self._ring = ring
         self._assign = assign
@@ -48,6 +49,7 @@ class Crew:
         self._lost = lost
         self._connector = connector
         self._plumbing = plumbing
+        self._look = look
         self._members: list[_Member] = []
         self._is_ending = False  # nothing is opened any more
         self._now = 0.0
@@ -86,6 +88,7 @@ class Crew:
             self._on_lost,
             self._connector,
             self._plumbing,
+            self._look,
         )
         self._members.append(_Member(side, connection))
         # One handle more than requests: block status on a source, the flush on a destination.

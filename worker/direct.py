@@ -26,6 +26,7 @@ _ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 class DirectStream:
     """Watches `descriptor`; `changed(operation)` is called when something about it has, and shall call `take_note`.
 
+    `may_send` is asked before each piece is sent: we may have been stopped for long in the middle of all this.
     `error` is the -errno that ended it, `ended` that the server has closed the connection, `has_more` that `receive`
     has something left to do.
     """
@@ -38,6 +39,7 @@ class DirectStream:
         client: Client,
         peer: str,
         changed: Callable[[Operation], bool],
+        may_send: Callable[[], bool] = lambda: True,
     ) -> None:
         self.error = 0
         self.ended = False
@@ -46,6 +48,7 @@ class DirectStream:
         self._plumbing = plumbing
         self._client = client
         self._peer = peer
+        self._may_send = may_send
         self._out: list[Piece] = []
         self._sent = 0  # bytes the client was not told of
         self._is_full = False  # the socket took no more
@@ -81,6 +84,8 @@ class DirectStream:
         out = self._out
         while out or (out := self._client.data_to_send()):  # also what was queued while the socket was full
             self._out = out
+            if not self._may_send():
+                return
             piece = out[0]
             if isinstance(piece, PipeRun):
                 count = self._plumbing.drain(piece.pipe, self._number, piece.left, more=len(out) > 1)

@@ -20,6 +20,9 @@ from nbdshard.worker.piped import PipedPayload, PipeRun
 from nbdshard.worker.ports import Extents
 
 _PREFERRED_DEFAULT = 4096
+# The pipe is full: from an offset inside a page, 1 MiB takes one slot more than it has. Or nothing of this file system
+# can be spliced.
+_INTO_MEMORY = (-errno.EAGAIN, -errno.EINVAL)
 _NO_ZEROES = refusal(errno.EOPNOTSUPP, "the file system or device cannot make zeroes")
 
 
@@ -151,8 +154,8 @@ class FileConnection(LocalConnection):
 
     def _spliced(self, request: Request, payload: PipedPayload, run: PipeRun | None, operation: Operation) -> None:
         pipe, moved = payload.pipe, operation.result
-        if moved == -errno.EAGAIN and run is None:
-            payload.spill()  # the pipe is full: from an offset inside a page, 1 MiB takes one slot more than it has
+        if moved in _INTO_MEMORY and run is None:
+            payload.spill()
             if self._is_under_way(request):
                 self._transfer(request)
             return

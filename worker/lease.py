@@ -95,6 +95,11 @@ class LeaseWork:
         return self.known_until < self.where.end and not self.asking and len(self.segments) <= SEGMENTS_LOW
 
     @property
+    def has_data(self) -> bool:
+        """The next stretch is to be read."""
+        return bool(self.segments) and not self.segments[0].zero
+
+    @property
     def exhausted(self) -> bool:
         """Nothing is left to begin (what is under way may still fail, and come back as its own retry)."""
         known = self.known_until >= self.where.end and not self.segments and not self.asking

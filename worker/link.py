@@ -4,8 +4,9 @@
 
     RESOLVING -> CONNECTING -> NEGOTIATING -> READY -> LEAVING -> CLOSED
 
-The bytes are the business of common.nbd's connecter and client; this file moves them, keeps ONE receive outstanding,
-and looks at the clock. A link that fails in any state says so once (`on_lost`) and closes; nothing is heard of it then.
+The bytes are the business of common.nbd's connecter and client; this file moves them, by operations of the ring (ONE
+receive outstanding) or, where payload may be spliced, by direct calls (direct.py), and looks at the clock. A link that
+fails in any state says so once (`on_lost`) and closes; nothing is heard of it then.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple
 
 from nbdshard.common.dial import unreachable
 from nbdshard.common.errors import ConnectionLost, NbdshardError, TimedOut, UserError
@@ -33,13 +32,14 @@ from nbdshard.common.limits import (
 from nbdshard.common.messages import EndpointDescription, Side
 from nbdshard.common.nbd.client import Client, Done, Event, Sent
 from nbdshard.common.nbd.connecter import Connecter, Negotiated
-from nbdshard.common.nbd.constants import BASE_ALLOCATION, TransmissionFlag
 from nbdshard.common.nbd.export import Export
 from nbdshard.common.nbd.options import Wishes
 from nbdshard.common.nbd.payload import Elsewhere, Piece, in_memory
 from nbdshard.common.nbd.uri import NbdUri
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
+from nbdshard.worker.deadlines import Outstanding, Timeouts
+from nbdshard.worker.describing import describe
 from nbdshard.worker.direct import DirectStream
 from nbdshard.worker.pipes import Plumbing
 from nbdshard.worker.ports import Listener, Payload
@@ -55,24 +55,6 @@ class LinkState(Enum):
     READY = auto()
     LEAVING = auto()
     CLOSED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """Seconds; the names of the design's table."""
-
-    connect: float
-    handshake: float
-    request: float
-
-
-class _Outstanding(NamedTuple):
-    """One request: when it must be answered, what it does, in how many seconds, and its length in bytes."""
-
-    deadline: float
-    doing: str
-    seconds: float
-    length: int
 
 
 class NbdLink:
@@ -92,7 +74,9 @@ class NbdLink:
         on_lost: Callable[[NbdLink, NbdshardError], None],
         connector: Connector = SYSTEM_SOCKETS,
         plumbing: Plumbing | None = None,
+        look: Callable[[], object] = lambda: None,
     ) -> None:
+        """`plumbing`: None for a link that splices nothing. `look`: look at the clock; whoever does may `close` us."""
         self.peer = str(uri)
         self.side = side
         self.state = LinkState.RESOLVING
@@ -105,6 +89,7 @@ class NbdLink:
         self._on_lost = on_lost
         self._connector = connector
         self._plumbing = plumbing
+        self._look = look
         self._addresses: list[Address] = []
         self._attempt_by = 0.0  # until then the present address may take
         self._busy_address: Address | None = None  # its server has not yet accepted those before us
@@ -120,7 +105,7 @@ class NbdLink:
         self._receiving = Operation(Kind.RECEIVE, owner=self._received)
         self._stream: DirectStream | None = None  # once it is ready, if payload may be spliced
         self.has_work = False  # something was queued or completed since the last `pump`
-        self._outstanding: dict[int, _Outstanding] = {}
+        self._outstanding: dict[int, Outstanding] = {}
         self._outstanding_bytes = 0
         self._unflushed_bytes = 0
         self._now = 0.0
@@ -256,7 +241,7 @@ class NbdLink:
         self._running().flush(handle)
         seconds = FLUSH_SECONDS + self._unflushed_bytes / FLUSH_BYTES_PER_SECOND
         self._unflushed_bytes = 0
-        self._outstanding[handle] = _Outstanding(self._now + seconds, "flushing", seconds, 0)
+        self._outstanding[handle] = Outstanding(self._now + seconds, "flushing", seconds, 0)
 
     def _running(self) -> Client:
         assert self._client is not None
@@ -267,7 +252,7 @@ class NbdLink:
         # All that is under way goes over the same wire: a slow one is not a dead one.
         self._outstanding_bytes += size
         seconds = self._timeouts.request + self._outstanding_bytes / MIB * REQUEST_SECONDS_PER_MIB
-        self._outstanding[handle] = _Outstanding(self._now + seconds, doing, seconds, size)
+        self._outstanding[handle] = Outstanding(self._now + seconds, doing, seconds, size)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -328,15 +313,22 @@ class NbdLink:
         if stream is None:
             if self._sending.pending or self._receiving.pending:
                 return False  # of the negotiation; its end has `pump` called again
-            stream = DirectStream(self._ring, descriptor, plumbing, client, self.peer, self._changed)
+            stream = DirectStream(self._ring, descriptor, plumbing, client, self.peer, self._changed, self._may_send)
             self._stream = stream
         told = stream.send(self._dispatch)
         if stream.has_more and not stream.error:
             told = stream.receive(self._dispatch) or told
         return self._after_move(stream) or told
 
+    def _may_send(self) -> bool:
+        """Whether the connection may be written to, by a clock that is looked at now."""
+        self._look()
+        return self.state is not LinkState.CLOSED
+
     def _after_move(self, stream: DirectStream) -> bool:
         """Act on what the stream came to; whether it has more to do at once."""
+        if self.state is LinkState.CLOSED:
+            return False
         if stream.error:
             raise self._broken(stream.error)
         if stream.ended:
@@ -351,8 +343,11 @@ class NbdLink:
     def _changed(self, operation: Operation) -> bool:
         """The socket has become readable or writable, or has failed. True where nobody was told of anything."""
         stream = self._stream
-        if operation.result < 0 or stream is None or self.state is LinkState.CLOSED:
+        if stream is None or self.state is LinkState.CLOSED:
             return True
+        if operation.result < 0:  # it could not be watched
+            self._fail(self._broken(operation.result))
+            return False
         try:
             told = stream.take_note(operation.result) and stream.send(self._dispatch)
             if stream.has_more and not stream.error:
@@ -488,22 +483,3 @@ class NbdLink:
         if self._client is not None:
             doing = f"waiting for {self._client.pending} replies" if self._client.pending else "idle"
         return ConnectionLost(self.peer, doing, os.strerror(-result).lower())
-
-
-def describe(export: Export, peer: str) -> EndpointDescription:
-    """What a negotiated export means for a copy."""
-    flags = export.flags
-    return EndpointDescription(
-        peer=peer,
-        size=export.size,
-        read_only=TransmissionFlag.READ_ONLY in flags,
-        can_multi_conn=TransmissionFlag.CAN_MULTI_CONN in flags,
-        can_flush=TransmissionFlag.SEND_FLUSH in flags,
-        can_fua=TransmissionFlag.SEND_FUA in flags,
-        can_zero=TransmissionFlag.SEND_WRITE_ZEROES in flags,
-        can_extents=BASE_ALLOCATION in export.contexts,
-        block_minimum=export.block_sizes.minimum,
-        block_preferred=export.block_sizes.preferred,
-        block_maximum=export.block_sizes.maximum,
-        rotational=TransmissionFlag.ROTATIONAL in flags,
-    )

@@ -10,7 +10,8 @@ from nbdshard.common.messages import EndpointAddress, EndpointDescription, JobOp
 from nbdshard.common.nbd.uri import parse_uri
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Ring
-from nbdshard.worker.link import NbdLink, Timeouts
+from nbdshard.worker.deadlines import Timeouts
+from nbdshard.worker.link import NbdLink
 from nbdshard.worker.pipes import Plumbing
 from nbdshard.worker.ports import Listener, Payload
 from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
@@ -51,12 +52,15 @@ def make_connection(
     on_lost: Lost,
     connector: Connector = SYSTEM_SOCKETS,
     plumbing: Plumbing | None = None,
+    look: Callable[[], object] = lambda: None,
 ) -> OpenConnection:
     """A connection to `address`, not yet started. Raises UserError for an address no worker can open."""
     match address.kind:
         case "nbd":
             timeouts = Timeouts(options.connect_seconds, options.handshake_seconds, options.request_seconds)
-            return NbdLink(ring, parse_uri(address.address), side, timeouts, on_ready, on_lost, connector, plumbing)
+            return NbdLink(
+                ring, parse_uri(address.address), side, timeouts, on_ready, on_lost, connector, plumbing, look
+            )
         case "file":
             # Imported when needed: most copies are between servers, and start-up time counts.
             from nbdshard.worker.files import FileConnection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Generic, TypeVar
 
 from nbdshard.common.errors import BugError
@@ -61,6 +62,7 @@ class Operation:
     """
 
     __slots__ = (
+        "asked",
         "attempts",
         "buffer",
         "handle",
@@ -82,6 +84,7 @@ class Operation:
         self.handle = -1  # its row there
         self.buffer: bytearray | None = None
         self.piped: PipedPayload | None = None
+        self.asked = inf  # when its READ was sent
         self.attempts = 0  # failed reads
         self.writes_lost = 0  # failed writes whose payload was spliced
         self.parts_left = 0

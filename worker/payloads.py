@@ -21,6 +21,11 @@ class Payloads:
         if self._pipes is not None:
             self._pipes.grow(operations)
 
+    @property
+    def piped(self) -> int:
+        """Operations that hold a pipe."""
+        return self._pipes.used if self._pipes is not None else 0
+
     def hold(self, operation: Operation, *, splice: bool) -> None:
         """Give `operation` room for its `where`: a pipe if it may be spliced and there is one, else a buffer."""
         if splice and self._pipes is not None:
@@ -49,6 +54,9 @@ class Payloads:
         buffer = self._buffers.take()
         is_whole = operation.piped.look(memoryview(buffer)[:length])
         runs = find_runs(buffer, length, unit, phase)
+        if not is_whole and self._pipes is not None:
+            # As if by a rule: the pipe that copies go through is too small.
+            self._pipes.retire("no pipe could be had to look at spliced payload with")
         if is_whole and len(runs) == 1:
             self._buffers.give(buffer)
         else:

@@ -185,6 +185,7 @@ class PipePool:
         self.limited = ""  # why there are fewer than were wanted, for the log
         self._plumbing = plumbing
         self._count = 0  # that may still be opened
+        self._is_retired = False
         self._free: list[Pipe] = []
         self._used: set[Pipe] = set()
 
@@ -214,9 +215,24 @@ class PipePool:
             self.limited = f"no more than {have} pipes can be opened"
         else:
             self._plumbing.close_pipe(pipe)
-            self.limited = f"pipe {have + 1} can hold only {pipe.capacity} bytes (pipe-user-pages-soft)"
+            why = "pipe-max-size, pipe-user-pages-soft"
+            self.limited = f"pipe {have + 1} can hold only {pipe.capacity} bytes ({why})"
         self._count = 0
         return None
+
+    def retire(self, why: str) -> None:
+        """Give out no more pipes."""
+        self.limited = why
+        self._count = 0
+        for pipe in self._free:
+            self._plumbing.close_pipe(pipe)
+        self._free.clear()
+        self._is_retired = True
+
+    @property
+    def used(self) -> int:
+        """How many are out."""
+        return len(self._used)
 
     def give(self, payload: PipedPayload) -> None:
         """Take the pipe of `payload` back, in whatever state it is."""
@@ -226,7 +242,9 @@ class PipePool:
             self._plumbing.discard(pipe)
         if pipe.held or pipe.is_unknown:
             self._plumbing.close_pipe(pipe)
-            self._count += 1
+            self._count += 0 if self.limited else 1
+        elif self._is_retired:
+            self._plumbing.close_pipe(pipe)
         else:
             self._free.append(pipe)
 

@@ -99,7 +99,8 @@ class SystemPlumbing:
                 moved += piece
                 pipe.held += piece
             elif piece != -errno.EAGAIN or has_arrived:
-                pipe.is_full = piece == -errno.EAGAIN  # there was something to take before it was tried
+                # There was something to take before it was tried. Whatever else may be wrong, a receive will tell.
+                pipe.is_full = piece == -errno.EAGAIN or moved > 0
                 return moved or piece
             has_arrived = moved < count and (self._arrived(number) or self._arrives(number))
             if not has_arrived:

@@ -1,9 +1,9 @@
 """What the copier sees of the world: connections it queues requests on, and how it hears of their outcome.
 
 The shells implement `Connection` (an NBD link, a local file, a stream, `null:`); so do the simulations. Its methods
-only queue: they never block and never call back. Later the connection tells its `Listener`, for every request
-exactly one `done`, and before it `sent`, when the last byte of the request has left. A handle is an index into that
-connection's own vector, chosen by the copier, and free again from `done` on.
+only queue, or send at once what can be sent: they never block and never call back. Later the connection tells its
+`Listener`, for every request exactly one `done`, and before it `sent`, when the last byte of the request has left. A
+handle is an index into that connection's own vector, chosen by the copier, and free again from `done` on.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ class Worker:
             if self._crew is None:
                 self.state = WorkerState.OPENING
                 plumbing = self._plumbing if message.options.data_path != "buffer" else None
-                self._crew = Crew(self._ring, message, self._opened, self._lost, self._connector, plumbing)
+                self._crew = Crew(self._ring, message, self._opened, self._lost, self._connector, plumbing, self._look)
             self._crew.want(message, now)
         except NbdshardError as error:
             self._open_failed(error, None)

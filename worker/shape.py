@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.limits import HOLE_BYTES_MIN, SPARSE_UNIT_DEFAULT, SPLICE_BYTES_MIN, SPLICED_PER_CONNECTION
+from nbdshard.common.limits import HOLE_BYTES_MIN, SPARSE_UNIT_DEFAULT, SPLICE_BYTES_MIN
 from nbdshard.common.messages import EndpointDescription, JobOptions
 from nbdshard.common.ranges import Range
 
@@ -60,11 +60,10 @@ class CopyShape:
         synchronous = options.synchronous or source.is_stream or destination.is_stream
         policy = _zero_policy(destination, options)
         splice = splice and not synchronous and request_size >= SPLICE_BYTES_MIN
-        depth = 1 if synchronous else max(1, min(options.requests, options.queue_size // request_size))
         sparse_unit = _sparse_unit(destination, options, alignment, request_size, policy)
         return cls(
             request_size=request_size,
-            depth=min(depth, SPLICED_PER_CONNECTION) if splice else depth,
+            depth=1 if synchronous else max(1, min(options.requests, options.queue_size // request_size)),
             queue_size=max(options.queue_size, request_size),
             alignment=alignment,
             sparse_unit=sparse_unit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from typing import Protocol
 
 from nbdshard.common.errors import BugError, RequestError
@@ -15,6 +16,8 @@ from nbdshard.worker.states import OperationEvent
 
 class Decisions(Protocol):
     """What the sides tell the copier."""
+
+    now: float
 
     def read_done(self, operation: Operation, error: RequestError | None, count: int) -> None: ...
 
@@ -34,6 +37,7 @@ class Source:
         self.vector: Vector[Operation | LeaseWork] = Vector(depth + 1)  # one row more, for block status
         self.depth = depth
         self.active = 0  # operations that own a row
+        self.latency_seconds = inf  # of the fastest answer so far: what the source takes when nothing holds it up
         self._copier = copier
 
     def begin(self, operation: Operation) -> None:
@@ -62,11 +66,13 @@ class Source:
         entry = self.vector[handle]
         if isinstance(entry, Operation):
             entry.advance(OperationEvent.REQUEST_SENT)
+            entry.asked = self._copier.now
 
     def arriving(self, handle: int) -> None:
         entry = self.vector[handle]
         if isinstance(entry, Operation):
             entry.advance(OperationEvent.REPLY_ARRIVING)
+            self.latency_seconds = min(self.latency_seconds, max(0.0, self._copier.now - entry.asked))
 
     def done(self, handle: int, error: RequestError | None, count: int, extents: Extents | None) -> None:
         entry = self.vector[handle]

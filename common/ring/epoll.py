@@ -131,10 +131,14 @@ class EpollRing(RingBase):
                     watch.writer = ticket
                 self._register(watch)
         elif kind is WATCH:
-            if watch.registered:
-                self._epoll.modify(number, operation.mask | EDGE)
-            else:
-                self._epoll.register(number, operation.mask | EDGE)
+            try:
+                if watch.registered:
+                    self._epoll.modify(number, operation.mask | EDGE)
+                else:
+                    self._epoll.register(number, operation.mask | EDGE)
+            except OSError as error:  # the user's share of watches is used up (epoll(7))
+                self._complete(ticket, -(error.errno or 0))
+                return
             watch.registered = False  # `_end_watch` takes it out
             self._watching[number] = operation
         elif kind is POLL:

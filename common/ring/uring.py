@@ -200,8 +200,11 @@ class UringRing(RingBase):
             self._begin_close(operation)
         elif kind is WATCH:
             number = operation.descriptor.number  # type: ignore[union-attr]  # `submit` has checked it
-            self._epoll.register(number, operation.mask | EDGE)
-            self._watching[number] = operation
+            try:
+                self._epoll.register(number, operation.mask | EDGE)
+                self._watching[number] = operation
+            except OSError as error:  # the user's share of watches is used up (epoll(7))
+                self._complete(ticket, -(error.errno or 0))
         elif ticket in self._unwanted:
             self._complete(ticket, -ECANCELED)
         else:

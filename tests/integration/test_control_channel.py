@@ -22,11 +22,11 @@ from nbdshard.common.errors import ProtocolError, UserError
 from nbdshard.common.keys import CoordinatorKeys, KeyPair, WorkerKeys
 from nbdshard.common.machine import new_worker_name
 from nbdshard.common.messages import Alive, AliveToo, FromCoordinator, FromWorker, Goodbye, Hello, Refused, Stop
+from support.channels import LOOPBACK, connect, error_of, heard, hello, listen, told
 from support.listening import listening, wait_until_closed
 from support.servers import private_folder
 from support.waiting import wait_for
 
-LOOPBACK = ControlUrl("tcp", "127.0.0.1", 0)
 COORDINATOR = KeyPair.generate()
 WORKER = KeyPair.generate()
 STRANGER = KeyPair.generate()
@@ -46,64 +46,6 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[CoordinatorChannel, W
             coordinator = listen(stack, url)
             worker = connect(stack, coordinator)
         yield coordinator, worker
-
-
-def listen(
-    stack: contextlib.ExitStack, url: ControlUrl = LOOPBACK, keys: CoordinatorKeys | None = None
-) -> CoordinatorChannel:
-    channel = CoordinatorChannel(url, keys)
-    stack.callback(channel.close, 0)
-    return channel
-
-
-def connect(
-    stack: contextlib.ExitStack, to: CoordinatorChannel | str, keys: WorkerKeys | None = None, name: str = ""
-) -> WorkerChannel:
-    url = to if isinstance(to, str) else str(to.url)
-    channel = WorkerChannel(url, time.monotonic(), name=name, keys=keys)
-    stack.callback(channel.close, 0)
-    return channel
-
-
-def hello(worker: WorkerChannel) -> Hello:
-    return Hello(version=1, worker=worker.name, machine="m", host="h", pid=7, ring="epoll")
-
-
-def heard(coordinator: CoordinatorChannel, count: int = 1) -> list[tuple[str, FromWorker]]:
-    """The next `count` messages that the coordinator receives."""
-    got: list[tuple[str, FromWorker]] = []
-
-    def enough() -> bool:
-        got.extend(coordinator.receive())
-        return len(got) >= count
-
-    wait_for(f"{count} messages at the coordinator", enough)
-    return got
-
-
-def told(worker: WorkerChannel, coordinator: CoordinatorChannel | None = None) -> list[FromCoordinator]:
-    """The next messages that the worker receives; the coordinator's loop turns meanwhile if it is given."""
-
-    def some() -> list[FromCoordinator]:
-        if coordinator is not None:
-            coordinator.receive()
-        return worker.receive()
-
-    return wait_for("a message at the worker", some)
-
-
-def error_of(worker: WorkerChannel, turn: Callable[[], object] = lambda: None, late: float = 0.0) -> str:
-    """What `check` says is wrong, in the end; `late` seconds are put on the clock."""
-
-    def reason() -> str:
-        turn()
-        try:
-            worker.check(time.monotonic() + late)
-        except UserError as error:
-            return str(error)
-        return ""
-
-    return wait_for("the worker to give up", reason)
 
 
 def test_both_ends_hear_each_other(ends: tuple[CoordinatorChannel, WorkerChannel]) -> None:

@@ -230,7 +230,7 @@ def test_a_user_whose_share_of_pipes_is_used_up_copies_through_buffers_and_is_to
     images.assert_identical(source, destination)
     lines = [line for line in outcome.err.splitlines() if "the payload of other requests goes through buffers" in line]
     assert len(lines) == 1
-    assert re.search(r"pipe \d can hold only \d+ bytes \(pipe-user-pages-soft\)", lines[0])
+    assert re.search(r"pipe \d can hold only \d+ bytes \(pipe-max-size, pipe-user-pages-soft\)", lines[0])
     assert ("spliced" in data_path(outcome)) is (mib_left > 0)
 
 

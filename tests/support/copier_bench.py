@@ -215,3 +215,8 @@ class Bench:
     def told(self, kind: type[FromWorker]) -> list[FromWorker]:
         """All messages of one kind that the copier has queued so far."""
         return [message for message in self.copier.outbox if isinstance(message, kind)]
+
+
+def path_of(call: Call) -> str:
+    """Where the payload of a request is."""
+    return "pipe" if call.piped is not None else "buffer"

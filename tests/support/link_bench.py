@@ -13,7 +13,8 @@ from nbdshard.common.messages import Side
 from nbdshard.common.nbd.uri import parse_uri
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Ring, open_ring
-from nbdshard.worker.link import NbdLink, Timeouts
+from nbdshard.worker.deadlines import Timeouts
+from nbdshard.worker.link import NbdLink
 from nbdshard.worker.piped import PipedPayload, PipePool
 from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.ports import Extents

@@ -13,12 +13,13 @@ from nbdshard.common.limits import (
     KIB,
     RETRY_DELAY_SECONDS,
     SPLICE_BYTES_MIN,
+    SPLICED_BYTES_PER_SECOND,
     SPLICED_PER_CONNECTION,
 )
 from nbdshard.common.messages import EndpointDescription, ErrorReport, Failed, JobOptions, Written
 from nbdshard.common.ranges import Range
 from nbdshard.worker.plumbing import SystemPlumbing
-from support.copier_bench import EIO, Bench, Call, splicing
+from support.copier_bench import EIO, Bench, path_of, splicing
 from support.images import random_bytes
 from support.piped import Counted, Shallow
 
@@ -46,11 +47,6 @@ def bench(
     destination = EndpointDescription("here", 1 << 30, can_zero=True, can_flush=True, block_minimum=block_minimum)
     with splicing(SIZE, plumbing) as pipes:
         yield Bench(options, destination=destination, splicing=pipes, sources=sources, **changes)  # type: ignore[arg-type]
-
-
-def path_of(call: Call) -> str:
-    """Where the payload of a request is."""
-    return "pipe" if call.piped is not None else "buffer"
 
 
 def paths(one: Bench) -> list[str]:
@@ -115,6 +111,17 @@ def test_no_more_operations_are_under_way_than_stay_in_the_cache() -> None:
     with bench(requests=64) as one:
         one.lease(0, 64 * SIZE)
         assert paths(one) == ["pipe"] * SPLICED_PER_CONNECTION
+
+
+def test_a_source_that_is_slow_to_answer_is_asked_for_more_at_a_time() -> None:
+    with bench(requests=64) as one:
+        one.lease(0, 128 * SIZE)
+        assert one.source.listener is not None
+        one.source.listener.sent(one.source.open[0].handle)
+        one.pump(30 * SIZE / SPLICED_BYTES_PER_SECOND)
+        one.source.listener.arriving(one.source.open[0].handle)
+        one.pump()
+        assert paths(one) == ["pipe"] * 30
 
 
 def test_each_connection_has_pipes_of_its_own() -> None:

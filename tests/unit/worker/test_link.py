@@ -10,7 +10,8 @@ from pathlib import Path
 from nbdshard.common.errors import NbdshardError
 from nbdshard.common.nbd.uri import parse_uri
 from nbdshard.common.ring import Ring, open_ring
-from nbdshard.worker.link import LinkState, NbdLink, Timeouts
+from nbdshard.worker.deadlines import Timeouts
+from nbdshard.worker.link import LinkState, NbdLink
 from nbdshard.worker.sockets import SYSTEM_SOCKETS, Address, Sockets
 from support.waiting import wait_for
 

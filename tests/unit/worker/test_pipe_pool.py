@@ -137,7 +137,7 @@ def test_a_pool_whose_next_pipe_is_too_small_says_so_and_leaves_it_alone() -> No
     pool.grow(4)
     taken(pool)
     assert pool.take(1) is None
-    assert pool.limited == "pipe 2 can hold only 8192 bytes (pipe-user-pages-soft)"
+    assert pool.limited == "pipe 2 can hold only 8192 bytes (pipe-max-size, pipe-user-pages-soft)"
     assert plumbing.attempts == 2
     assert pool.take(1) is None
     assert plumbing.attempts == 2

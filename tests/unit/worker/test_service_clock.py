@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import pytest
 
 from nbdshard.common.messages import (
     PROTOCOL_VERSION,
@@ -24,8 +26,11 @@ from nbdshard.common.messages import (
 )
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Operation, Ring, open_ring
+from nbdshard.worker.pipes import Pipe, Plumbing
+from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.service import Worker, WorkerState
 from support.doubles import CMD_READ, CMD_WRITE, Double, Request, Talk, double
+from support.images import MIB
 from support.waiting import wait_for
 
 SIZE = 65_536
@@ -67,7 +72,7 @@ class Channel:
 class Stoppable:
     """A worker on a ring whose next wait with completions can be made to seem to take `stop_for` seconds."""
 
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: Ring, plumbing: Plumbing | None = None) -> None:
         self.now = 1000.0
         self.stop_for = 0.0
         self.channel = Channel()
@@ -75,7 +80,7 @@ class Stoppable:
         self.wait = ring.wait
         ring.wait = self.wait_and_stop  # type: ignore[method-assign]
         hello = Hello(PROTOCOL_VERSION, "a", "machine", "host", 1, ring.name)
-        self.worker = Worker(ring, self.channel, hello, lambda: self.now)
+        self.worker = Worker(ring, self.channel, hello, lambda: self.now, plumbing=plumbing)
 
     def wait_and_stop(self, timeout: float) -> list[Operation]:
         done = self.wait(min(timeout, 0.02))
@@ -136,3 +141,59 @@ def test_a_worker_that_was_stopped_for_long_goes_on_under_a_lease_that_lasts() -
         assert stage.worker.error is None
         assert stage.worker.state is WorkerState.WORKING
     assert target.content == b"\x5a" * SIZE
+
+
+# -- a stop in the middle of a turn ------------------------------------------------------------------------------------
+
+LONG = 4 * MIB
+
+
+class Stopping(SystemPlumbing):
+    """The process is stopped for 30 s within the first call of `name` that moves something."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.stop: Callable[[], None] | None = None
+        self.moved_since = 0  # bytes to the destination
+
+    def fill(self, pipe: Pipe, number: int, count: int) -> int:
+        return self._over("fill", super().fill(pipe, number, count))
+
+    def drain(self, pipe: Pipe, number: int, count: int, *, more: bool) -> int:
+        moved = super().drain(pipe, number, count, more=more)
+        if self.stop is None and number != self._null:  # what is thrown away goes there
+            self.moved_since += max(0, moved)
+        return self._over("drain", moved)
+
+    def _over(self, name: str, moved: int) -> int:
+        if name == self.name and moved > 0 and self.stop is not None:
+            stop, self.stop = self.stop, None
+            stop()
+        return moved
+
+
+@pytest.mark.parametrize("name", ["fill", "drain"])
+def test_nothing_is_spliced_under_a_lease_that_ended_in_the_middle_of_a_turn(name: str) -> None:
+    source, target = Double(bytearray(b"\x5a" * LONG)), Double(bytearray(LONG))
+    options = JobOptions(request_size=MIB, requests=4, queue_size=16 * MIB, sparse_unit=0, data_path="splice")
+    plumbing = Stopping(name)
+    ring, _ = open_ring("epoll")
+    with double(source) as one, double(target) as two:
+        stage = Stoppable(ring, plumbing)
+        ends = EndpointAddress(kind="nbd", address=one), [EndpointAddress(kind="nbd", address=two)]
+        stage.channel.to_worker.append(Assign("job", 1, *ends, options, 1, 1, 2.0, 10.0))
+        stage.until("both sides", Opened)
+        stage.until("a wish", Wanted)
+
+        def stop() -> None:
+            stage.now += 30.0
+
+        plumbing.stop = stop
+        stage.channel.to_worker.append(Lease("job", 1, 1, Range(0, LONG), 10.0))
+        (failure,) = stage.until("the worker to give up", OpenFailed)
+        assert isinstance(failure, OpenFailed)
+        assert "it was stopped for 30 s" in failure.error.text
+        assert plumbing.moved_since == 0
+        stage.end()
+    ring.close()

@@ -17,7 +17,6 @@ from nbdshard.common.limits import (
     REQUEST_BYTES_MIN,
     SPARSE_UNIT_MIN,
     SPLICE_BYTES_MIN,
-    SPLICED_PER_CONNECTION,
 )
 from nbdshard.common.messages import EndpointDescription, JobOptions
 from nbdshard.common.ranges import Range
@@ -127,12 +126,6 @@ def test_a_stream_on_either_side_makes_a_copy_synchronous(side: str) -> None:
 
 
 # -- splicing ---------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_spliced_is_few_operations_for_the_cpus_cache() -> None:
-    assert shape(splice=False).depth == 16
-    assert shape(splice=True).depth == SPLICED_PER_CONNECTION
-    assert shape(options={"requests": 2}, splice=True).depth == 2
 
 
 @pytest.mark.parametrize(
