@@ -54,6 +54,7 @@ class Copier:
         self.sources: list[Source] = []
         self.leases: dict[int, LeaseWork] = {}
         self.draining = False
+        self.has_work = False  # something has ended or begun since the last `pump`: more may be possible
         self.flushes = Flushes(self)
         self.payloads = Payloads(shape.request_size, pipes)
         self._writer = Writer(shape, self)
@@ -62,11 +63,14 @@ class Copier:
         self._wish = 0  # leases the coordinator knows we want
         self._operations = 0  # not EMPTY
         self._next_source = 0
+        self._latency_seconds = inf
+        self._pipes_per_source = SPLICED_PER_CONNECTION
 
     # -- the shell's side ----------------------------------------------------------------------------------------------
 
     def add_source(self, connection: Connection) -> Source:
         """Use one more connection to the source; the returned listener hears of its requests."""
+        self.has_work = True
         source = Source(len(self.sources), connection, self.shape.depth, self)
         self.sources.append(source)
         self.payloads.grow(self.shape.depth)
@@ -74,6 +78,7 @@ class Copier:
 
     def add_target(self, connection: Connection, requests: int) -> Target:
         """Use one more connection to the destination, with up to `requests` requests in flight."""
+        self.has_work = True
         target = Target(len(self.targets), connection, requests, self.shape.queue_size, self)
         self.targets.append(target)
         return target
@@ -82,6 +87,7 @@ class Copier:
         """Begin a lease. One that is known already is a repeated message."""
         if message.lease in self.leases or self.draining:
             return
+        self.has_work = True
         self._wish = max(0, self._wish - 1)
         self.leases[message.lease] = LeaseWork(
             message.lease,
@@ -141,6 +147,7 @@ class Copier:
     def pump(self, now: float) -> None:
         """Queue all requests that have become possible. Call after every batch of events, and at `deadline`."""
         self.now = now
+        self.has_work = False
         while self._delayed and self._delayed[0][0] <= now:
             heapq.heappop(self._delayed)[2]()
         self._writer.pump()
@@ -178,17 +185,20 @@ class Copier:
                 self._begin_next(self.sources[0])
             return
         # Each connection in turn, so that no one of them is filled while its neighbours starve.
-        idle = 0
-        while idle < len(self.sources):
+        full = 0
+        while full < len(self.sources):
             source = self.sources[self._next_source % len(self.sources)]
             self._next_source += 1
-            idle = 0 if source.active < source.depth and self._begin_next(source) else idle + 1
+            if source.active >= source.depth:
+                full += 1
+            elif self._begin_next(source):
+                full = 0
+            else:
+                return  # nor would there be anything for another one
 
     def _may_begin_spliced(self) -> bool:
         """Whether another pipe may be taken: few are kept in use, unless the sources are slow to answer."""
-        latency = min(source.latency_seconds for source in self.sources)
-        needed = int(latency * SPLICED_BYTES_PER_SECOND / self.shape.request_size) if latency < inf else 0
-        return self.payloads.piped < max(SPLICED_PER_CONNECTION, needed) * len(self.sources)
+        return self.payloads.piped < self._pipes_per_source * len(self.sources)
 
     def _begin_next(self, source: Source) -> bool:
         """Begin the next read on `source`; zeroes met on the way are noted. False when there is nothing to read."""
@@ -219,11 +229,21 @@ class Copier:
 
     def extents_done(self, lease: LeaseWork, error: RequestError | None, extents: Extents | None) -> None:
         """Block status of the lease's unknown part. One that failed says nothing: all of it is read as data."""
+        self.has_work = True
         lease.asking = False
         if error is not None or not extents:
             lease.learn_data()
         else:
             lease.learn(extents)
+
+    def read_arriving(self, operation: Operation) -> None:
+        """The fastest answer so far tells what the source takes when nothing holds it up."""
+        latency = max(0.0, self.now - operation.asked)
+        if latency < self._latency_seconds:
+            self.has_work = True
+            self._latency_seconds = latency
+            needed = int(latency * SPLICED_BYTES_PER_SECOND / self.shape.request_size)
+            self._pipes_per_source = max(SPLICED_PER_CONNECTION, needed)
 
     def read_done(self, operation: Operation, error: RequestError | None, count: int) -> None:
         """A read ended. Its payload is whole and held, or there was an error."""
@@ -293,6 +313,7 @@ class Copier:
 
     def release(self, operation: Operation) -> None:
         """An operation is EMPTY: free its row and its buffer."""
+        self.has_work = True
         if operation.source >= 0:
             self.sources[operation.source].end(operation)
             operation.lease.reads -= 1
@@ -324,6 +345,7 @@ class Copier:
     def abandon(self, lease: LeaseWork, error: ErrorReport | None) -> None:
         """Begin nothing more for `lease`; reported as failed with `error`, if any, once nothing is under way."""
         if not lease.abandoned:
+            self.has_work = True
             lease.abandoned = True
             lease.error = error
             self._forget_if_quiet(lease)
@@ -362,8 +384,10 @@ class Copier:
 
     def part_done(self, target: Target, part: Part, error: RequestError | None) -> None:
         """Passed on to the writer."""
+        self.has_work = True
         self._writer.part_done(target, part, error)
 
     def flush_done(self, target: Target, error: RequestError | None) -> None:
         """Passed on to the flush under way."""
+        self.has_work = True
         self.flushes.done(target, error)

@@ -129,13 +129,16 @@ class Crew:
         """How many connections to `side` are up."""
         return sum(1 for of, _ in self.ready() if of == side)
 
-    def pump(self, now: float) -> bool:
-        """Let every connection send and move what it can; whether the copier was told something."""
+    def pump(self, now: float) -> None:
+        """Let every connection send and move what it can."""
         self._now = now
-        told = False
         for member in self._members:
-            told = member.connection.pump(now) or told
-        return told
+            member.connection.pump(now)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a connection has more to do without anything having to happen first."""
+        return any(member.connection.has_work for member in self._members)
 
     def tick(self, now: float) -> None:
         for member in self._members:

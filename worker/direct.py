@@ -38,7 +38,7 @@ class DirectStream:
         plumbing: Plumbing,
         client: Client,
         peer: str,
-        changed: Callable[[Operation], bool],
+        changed: Callable[[Operation], None],
         may_send: Callable[[], bool] = lambda: True,
     ) -> None:
         self.error = 0
@@ -127,20 +127,19 @@ class DirectStream:
         self._is_full = True
         self._ring.change_watch(self._watch, _READABLE | select.EPOLLOUT)
 
-    def send(self, dispatch: Callable[[list[Event]], None]) -> bool:
-        """Send what is queued; events go to `dispatch`. Whether there were any. Look at `error` afterwards."""
+    def send(self, dispatch: Callable[[list[Event]], None]) -> None:
+        """Send what is queued; events go to `dispatch`. Look at `error` afterwards."""
         self.push()
         count, self._sent = self._sent, 0
         if count:
             dispatch(self._client.sent(count))
-        return count > 0
 
-    def receive(self, dispatch: Callable[[list[Event]], None]) -> bool:
-        """Take what has arrived; events go to `dispatch`. Whether there were any.
+    def receive(self, dispatch: Callable[[list[Event]], None]) -> None:
+        """Take what has arrived; events go to `dispatch`.
 
         Raises ProtocolError where the server breaks the protocol. Look at `error`, `ended` and `has_more` afterwards.
         """
-        client, told = self._client, False
+        client = self._client
         for _ in range(RECEIVES_PER_TURN_MAX):
             if not self.has_more:
                 break
@@ -156,10 +155,8 @@ class DirectStream:
                 events = client.received(taken)
                 if events:
                     dispatch(events)
-                    told = True
             if payload is not None and payload.pipe.is_full:
                 self._spill(payload)
-        return told
 
     def _begin_payload(self) -> PipedPayload:
         payload = self._client.payload_sink

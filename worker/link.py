@@ -104,7 +104,7 @@ class NbdLink:
         self._sending = Operation(Kind.SEND, owner=self._sent)
         self._receiving = Operation(Kind.RECEIVE, owner=self._received)
         self._stream: DirectStream | None = None  # once it is ready, if payload may be spliced
-        self.has_work = False  # something was queued or completed since the last `pump`
+        self.has_work = False  # there is something to do for `pump`
         self._outstanding: dict[int, Outstanding] = {}
         self._outstanding_bytes = 0
         self._unflushed_bytes = 0
@@ -265,25 +265,21 @@ class NbdLink:
         """No request is outstanding and nothing is queued."""
         return self._client is None or (self._client.pending == 0 and not self._out)
 
-    def pump(self, now: float) -> bool:
-        """Send what is queued, take what has arrived, and see to it that the ring tells when more can be done.
-
-        Whether the listener was told something, and may have more to do before anybody waits.
-        """
+    def pump(self, now: float) -> None:
+        """Send what is queued, take what has arrived, and see to it that the ring tells when more can be done."""
         self._now = now
         if not self.has_work:
-            return False
+            return
         self.has_work = False
         if self._descriptor is None or self.state is LinkState.CLOSED:
-            return False
+            return
         try:
             if self._plumbing is not None and self._client is not None:
-                return self._move(self._plumbing, self._client, self._descriptor)
-            self._keep_moving()
+                self._move(self._plumbing, self._client, self._descriptor)
+            else:
+                self._keep_moving()
         except NbdshardError as error:
             self._fail(error)
-            return True
-        return False
 
     # -- by operations of the ring: the negotiation, and payload that goes through buffers
 
@@ -307,28 +303,28 @@ class NbdLink:
 
     # -- by direct calls, whenever the socket is ready: payload that may be spliced
 
-    def _move(self, plumbing: Plumbing, client: Client, descriptor: Descriptor) -> bool:
-        """Move what can be moved now, both ways; whether the listener was told something, or more is to do."""
+    def _move(self, plumbing: Plumbing, client: Client, descriptor: Descriptor) -> None:
+        """Move what can be moved now, both ways."""
         stream = self._stream
         if stream is None:
             if self._sending.pending or self._receiving.pending:
-                return False  # of the negotiation; its end has `pump` called again
+                return  # of the negotiation; its end has `pump` called again
             stream = DirectStream(self._ring, descriptor, plumbing, client, self.peer, self._changed, self._may_send)
             self._stream = stream
-        told = stream.send(self._dispatch)
+        stream.send(self._dispatch)
         if stream.has_more and not stream.error:
-            told = stream.receive(self._dispatch) or told
-        return self._after_move(stream) or told
+            stream.receive(self._dispatch)
+        self._after_move(stream)
 
     def _may_send(self) -> bool:
         """Whether the connection may be written to, by a clock that is looked at now."""
         self._look()
         return self.state is not LinkState.CLOSED
 
-    def _after_move(self, stream: DirectStream) -> bool:
-        """Act on what the stream came to; whether it has more to do at once."""
+    def _after_move(self, stream: DirectStream) -> None:
+        """Act on what the stream came to."""
         if self.state is LinkState.CLOSED:
-            return False
+            return
         if stream.error:
             raise self._broken(stream.error)
         if stream.ended:
@@ -337,25 +333,23 @@ class NbdLink:
             self.close()
         elif stream.has_more:
             self.has_work = True
-            return True
-        return False
 
-    def _changed(self, operation: Operation) -> bool:
-        """The socket has become readable or writable, or has failed. True where nobody was told of anything."""
+    def _changed(self, operation: Operation) -> None:
+        """The socket has become readable or writable, or has failed."""
         stream = self._stream
         if stream is None or self.state is LinkState.CLOSED:
-            return True
+            return
         if operation.result < 0:  # it could not be watched
             self._fail(self._broken(operation.result))
-            return False
+            return
         try:
-            told = stream.take_note(operation.result) and stream.send(self._dispatch)
+            if stream.take_note(operation.result):
+                stream.send(self._dispatch)
             if stream.has_more and not stream.error:
-                told = stream.receive(self._dispatch) or told
-            return not (self._after_move(stream) or told)
+                stream.receive(self._dispatch)
+            self._after_move(stream)
         except NbdshardError as error:
             self._fail(error)
-            return False
 
     def _submit(self, operation: Operation, buffers: Sequence[memoryview | bytes]) -> None:
         operation.descriptor = self._descriptor

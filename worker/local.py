@@ -119,7 +119,6 @@ class LocalConnection(ABC):
         self._under_way: dict[Request, None] = {}  # begun and not answered, in order
         self._unflushed_bytes = 0
         self._opening_expires = 0.0
-        self._reported = False  # somebody was told something since `pump` began
 
     # -- what each kind adds -------------------------------------------------------------------------------------------
 
@@ -172,12 +171,13 @@ class LocalConnection(ABC):
             self.life = Life.STARTING
             self._opening_expires = now + HANDSHAKE_SECONDS
 
-    def pump(self, now: float) -> bool:
-        """Begin what is queued. Call once in every turn of the loop, before `Ring.wait`.
+    @property
+    def has_work(self) -> bool:
+        """There is something to do for `pump`."""
+        return self.life is Life.STARTING or (bool(self._queue) and self._may_begin())
 
-        Whether the listener was told something, and may have more to do before anybody waits.
-        """
-        self._reported = False
+    def pump(self, now: float) -> None:
+        """Begin what is queued. Call once in every turn of the loop, before `Ring.wait`."""
         if self.life is Life.STARTING:
             self.life = Life.OPENING
             self._open()
@@ -186,7 +186,6 @@ class LocalConnection(ABC):
             if not self._queue or not self._may_begin():
                 break
             self._start_request(self._queue.popleft(), now)
-        return self._reported
 
     def _start_request(self, request: Request, now: float) -> None:
         request.seconds = self._seconds_for(request)
@@ -256,19 +255,16 @@ class LocalConnection(ABC):
             return
         self.description = description
         self.life = Life.OPEN
-        self._reported = True
         self._on_ready(self)
 
     def _not_opened(self, error: NbdshardError) -> None:
         was_awaited = self.life is Life.OPENING
         self.life = Life.CLOSED
         if was_awaited:
-            self._reported = True
             self._on_lost(self, error)
 
     def _lose(self, error: NbdshardError) -> None:
         if self.life not in _OVER:
-            self._reported = True
             self.close()
             self._on_lost(self, error)
 
@@ -287,7 +283,6 @@ class LocalConnection(ABC):
             self._unflushed_bytes += request.where.length
         elif error is None and request.task is Task.FLUSH:
             self._unflushed_bytes = 0
-        self._reported = True
         if self.listener is not None:
             self.listener.done(request.handle, error, count, extents)
         self._leave_if_done()

@@ -76,9 +76,10 @@ def _watch(ring: Ring, number: int) -> None:
     """Make the ring's wait return whenever the channel's descriptor is readable."""
     descriptor = ring.attach(os.dup(number), is_socket=False)  # ZeroMQ closes its own
 
-    def again(operation: Operation) -> None:
+    def again(operation: Operation) -> bool:
         if operation.result >= 0:
             ring.submit(operation)
+        return True
 
     ring.submit(Operation(Kind.POLL, descriptor, mask=select.POLLIN, owner=again))
 

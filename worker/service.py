@@ -124,7 +124,8 @@ class Worker:
             self._copier.pump(self._clock.true)
             self._collect(self._copier)
             self._tell_of_pipes()
-        told = self._crew is not None and self._crew.pump(now)
+        if self._crew is not None:
+            self._crew.pump(now)
         self._advance(now)
         self._send()
         # A full queue must not swallow the Goodbye: without it nobody knows that we write no more.
@@ -132,21 +133,27 @@ class Worker:
             self.state = WorkerState.GONE
             return
         # Sending may have taken the edge off the channel's descriptor: look again before waiting for it.
-        timeout = 0.0 if told or self._read_channel(now) else max(0.0, self._next_deadline() - now)
-        self._rest(self._clock.steady + timeout)
+        self._rest(now if self._read_channel(now) else self._next_deadline())
 
     def _rest(self, until: float) -> None:
-        """Wait, and hand out completions, until one of them gives somebody else something to do, or `until`."""
+        """Wait, and let data move, until somebody else than the copier has something to do, or `until`."""
+        copier, crew = self._copier, self._crew
         while True:
-            timeout = max(0.0, until - self._clock.steady)
+            is_busy = (copier is not None and copier.has_work) or (crew is not None and crew.has_work)
+            timeout = 0.0 if is_busy else max(0.0, until - self._clock.steady)
             self._clock.waiting(timeout)
             completions = self._ring.wait(timeout)
             now = self._look()
-            concerns_all = not completions or now >= until
+            is_over = now >= until or not (completions or is_busy)
             for operation in completions:
-                if operation.owner is None or not operation.owner(operation):
-                    concerns_all = True
-            if concerns_all:
+                if operation.owner is None or operation.owner(operation):
+                    is_over = True
+            if is_over or copier is None or crew is None or self.state is not WorkerState.WORKING:
+                return
+            if copier.has_work:
+                copier.pump(self._clock.true)
+            crew.pump(now)
+            if copier.outbox or self._outbox or copier.deadline() is not None:
                 return
 
     def _look(self) -> float:

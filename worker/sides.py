@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from math import inf
 from typing import Protocol
 
 from nbdshard.common.errors import BugError, RequestError
@@ -18,6 +17,8 @@ class Decisions(Protocol):
     """What the sides tell the copier."""
 
     now: float
+
+    def read_arriving(self, operation: Operation) -> None: ...
 
     def read_done(self, operation: Operation, error: RequestError | None, count: int) -> None: ...
 
@@ -37,7 +38,6 @@ class Source:
         self.vector: Vector[Operation | LeaseWork] = Vector(depth + 1)  # one row more, for block status
         self.depth = depth
         self.active = 0  # operations that own a row
-        self.latency_seconds = inf  # of the fastest answer so far: what the source takes when nothing holds it up
         self._copier = copier
 
     def begin(self, operation: Operation) -> None:
@@ -72,7 +72,7 @@ class Source:
         entry = self.vector[handle]
         if isinstance(entry, Operation):
             entry.advance(OperationEvent.REPLY_ARRIVING)
-            self.latency_seconds = min(self.latency_seconds, max(0.0, self._copier.now - entry.asked))
+            self._copier.read_arriving(entry)
 
     def done(self, handle: int, error: RequestError | None, count: int, extents: Extents | None) -> None:
         entry = self.vector[handle]

@@ -120,13 +120,6 @@ class RingBase(ABC):
         if self._watching.get(descriptor.number) is operation:  # else it has not begun
             self._epoll.modify(descriptor.number, mask | EDGE)
 
-    def _changed(self, number: int, events: int) -> None:
-        """The epoll instance says something of descriptor `number`."""
-        operation = self._watching.get(number)
-        if operation is not None:
-            operation.result = events
-            self._done.append(operation)
-
     def _end_watch(self, ticket: int, operation: Operation) -> None:
         """A started WATCH is cancelled."""
         if operation.descriptor is not None:

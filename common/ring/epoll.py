@@ -91,23 +91,27 @@ class EpollRing(RingBase):
     # -- one turn of the loop
 
     def _turn(self, timeout: float) -> bool:
-        queue, self._queue = self._queue, []
-        for ticket in queue:
-            self._started = ticket
-            if ticket in self._held:  # else cancelled since
-                self._start(ticket)
-        self._harvest()
+        if self._queue:
+            queue, self._queue = self._queue, []
+            for ticket in queue:
+                self._started = ticket
+                if ticket in self._held:  # else cancelled since
+                    self._start(ticket)
+            self._harvest()
         woken = False
         # Always asked, if only for a moment: operations that succeed at once must not starve those that wait.
         for number, events in self._epoll.poll(0.0 if self._done else max(0.0, timeout), RING_EVENTS_MAX):
-            if number == self._waker.number:
+            watching = self._watching.get(number)
+            if watching is not None:
+                watching.result = events
+                self._done.append(watching)
+            elif number == self._waker.number:
                 self._waker.drain()
                 woken = True
-            elif number in self._watching:
-                self._changed(number, events)
             elif (watch := self._watches.get(number)) is not None:
                 self._ready(watch, events)
-        self._harvest()
+        if woken or self._closing:
+            self._harvest()
         return not (woken or self._done)
 
     def _harvest(self) -> None:

@@ -140,24 +140,35 @@ class UringRing(RingBase):
     # -- one turn of the loop
 
     def _turn(self, timeout: float) -> bool:
-        self._start()
-        self._submit()
-        self._harvest()
-        if self._done:
-            if not self._watching:
-                return False
-            timeout = 0.0  # operations that are done must not starve those that watch
-        if self._queue or self._again or self._cancels or self._prepared:
-            timeout = min(timeout, RING_RETRY_SECONDS)  # something new, or the kernel had no memory just now
-        woken = False
-        for number, events in self._epoll.poll(max(0.0, timeout), RING_EVENTS_MAX):
-            if number == self._waker.number:
+        if self._has_entries:
+            self._start()
+            self._submit()
+            self._harvest()
+            if self._done:
+                if not self._watching:
+                    return False
+                timeout = 0.0  # operations that are done must not starve those that watch
+            if self._has_entries:
+                timeout = min(timeout, RING_RETRY_SECONDS)  # something new, or the kernel had no memory just now
+        woken = completed = False
+        for number, events in self._epoll.poll(timeout if timeout > 0.0 else 0.0, RING_EVENTS_MAX):
+            watch = self._watching.get(number)
+            if watch is not None:
+                watch.result = events
+                self._done.append(watch)
+            elif number == self._waker.number:
                 self._waker.drain()
                 woken = True
             else:
-                self._changed(number, events)
-        self._harvest()
+                completed = True
+        # The ring's descriptor is readable, or a thread has woken us, as long as there is something to take.
+        if completed or woken or self._closing:
+            self._harvest()
         return not (woken or self._done)
+
+    @property
+    def _has_entries(self) -> bool:
+        return bool(self._queue or self._again or self._cancels or self._prepared)
 
     def _harvest(self) -> None:
         self._reap()

@@ -160,9 +160,16 @@ class Bench:
         self.pump()
 
     def pump(self, seconds: float = 0.0) -> None:
-        """Some time passes; then the copier has its turn."""
+        """Some time passes; then the copier has its turn. It would have asked for it, if anything comes of it."""
         self.now += seconds
+        retry = self.copier.deadline()
+        is_due = self.copier.has_work or (retry is not None and retry <= self.now)
+        before = self._done_so_far()
         self.copier.pump(self.now)
+        assert is_due or self._done_so_far() == before, "the copier had something to do, and did not say so"
+
+    def _done_so_far(self) -> tuple[int, int]:
+        return len(self.copier.outbox), sum(len(recorder.calls) for recorder in (*self.sources, *self.targets))
 
     def answer(
         self,

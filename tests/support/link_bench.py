@@ -136,14 +136,14 @@ class LinkBench:
 
     def turn(self, seconds: float = TURN_SECONDS) -> bool:
         """One turn of the loop; whether anything happened."""
-        told = False
         for end in self.ends:
-            told = end.link.pump(self.now) or told
-        completions = self.ring.wait(0.0 if told else seconds)
+            end.link.pump(self.now)
+        has_work = any(end.link.has_work for end in self.ends)
+        completions = self.ring.wait(0.0 if has_work else seconds)
         for operation in completions:
             if operation.owner is not None:
                 operation.owner(operation)
-        happened = told or bool(completions)
+        happened = has_work or bool(completions)
         self.activity += happened
         return happened
 

@@ -83,8 +83,8 @@ class Driver:
 
     def turn(self, timeout: float = TURN_SECONDS) -> None:
         """One turn, as the worker's loop does it."""
-        told = self.connection.pump(self.now())
-        for operation in self.ring.wait(0.0 if told else timeout):
+        self.connection.pump(self.now())
+        for operation in self.ring.wait(0.0 if self.connection.has_work else timeout):
             if operation.owner is not None:
                 operation.owner(operation)
 

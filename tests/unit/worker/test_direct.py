@@ -7,7 +7,7 @@ import errno
 import select
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 
 import pytest
@@ -76,7 +76,7 @@ class Scene:
         self.events: list[Event] = []
         self.got = b""
         self.descriptor = ring.attach(ours.detach(), is_socket=True)
-        self.stream = DirectStream(ring, self.descriptor, plumbing, self.client, "srv", lambda _: True)
+        self.stream = DirectStream(ring, self.descriptor, plumbing, self.client, "srv", lambda _: None)
         self._source = source
 
     def payload(self, *pieces: int | bytes) -> PipedPayload:
@@ -103,10 +103,18 @@ class Scene:
         self.client.write(handle, Range.of(0, len(payload)), pieces)
 
     def send(self) -> bool:
-        return self.stream.send(self.events.extend)
+        """Whether anything was told of."""
+        return self._tells(self.stream.send)
 
     def receive(self) -> bool:
-        return self.stream.receive(self.events.extend)
+        return self._tells(self.stream.receive)
+
+    def _tells(self, move: Callable[[Callable[[list[Event]], None]], None]) -> bool:
+        told: list[list[Event]] = []
+        move(told.append)
+        for events in told:
+            self.events += events
+        return bool(told)
 
     def send_all(self) -> None:
         """Until nothing is left; the peer takes it, and the ring tells of room that there is at once."""
