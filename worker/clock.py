@@ -32,9 +32,12 @@ class WorkerClock:
 
     def look(self) -> float:
         """The steady time now."""
-        self.true = self._clock()
-        late = self.true - self._back_by
-        self.last_stop = late if late >= SUSPENSION_SECONDS_MIN else 0.0
-        self.stopped_seconds += self.last_stop
-        self._back_by = max(self._back_by, self.true)
-        return self.steady
+        self.true = true = self._clock()
+        late = true - self._back_by
+        self.last_stop = 0.0
+        if late > 0.0:
+            self._back_by = true
+            if late >= SUSPENSION_SECONDS_MIN:
+                self.last_stop = late
+                self.stopped_seconds += late
+        return true - self.stopped_seconds

@@ -51,6 +51,7 @@ class Crew:
         self._plumbing = plumbing
         self._look = look
         self._members: list[_Member] = []
+        self._connections: list[OpenConnection] = []  # theirs: looked at in every turn
         self._is_ending = False  # nothing is opened any more
         self._now = 0.0
 
@@ -91,6 +92,7 @@ class Crew:
             self._look,
         )
         self._members.append(_Member(side, connection))
+        self._connections.append(connection)
         # One handle more than requests: block status on a source, the flush on a destination.
         connection.start(self._now, assign.options.requests + 1)
 
@@ -129,16 +131,16 @@ class Crew:
         """How many connections to `side` are up."""
         return sum(1 for of, _ in self.ready() if of == side)
 
-    def pump(self, now: float) -> None:
-        """Let every connection send and move what it can."""
+    def pump(self, now: float) -> bool:
+        """Let the connections send and move what they can; whether one has more to do, so that nobody may wait."""
         self._now = now
-        for member in self._members:
-            member.connection.pump(now)
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a connection has more to do without anything having to happen first."""
-        return any(member.connection.has_work for member in self._members)
+        for connection in self._connections:
+            if connection.has_work:
+                connection.pump(now)
+        for connection in self._connections:
+            if connection.has_work:
+                return True
+        return False
 
     def tick(self, now: float) -> None:
         for member in self._members:

@@ -10,7 +10,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.worker.lease import LeaseWork
 from nbdshard.worker.piped import PipedPayload
 from nbdshard.worker.ports import Payload
-from nbdshard.worker.states import OperationEvent, OperationState, next_state
+from nbdshard.worker.states import NEXT, OperationEvent, OperationState, illegal
 
 Entry = TypeVar("Entry")
 
@@ -95,7 +95,10 @@ class Operation:
 
     def advance(self, event: OperationEvent) -> None:
         """Follow the table. Raises IllegalEvent, with nothing changed, where it has no entry."""
-        self.state = next_state(self.state, event, self)
+        following = NEXT[self.state][event]
+        if following is None:
+            raise illegal(self.state, event, self)
+        self.state = following
 
 
 class Part:

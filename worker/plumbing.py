@@ -94,7 +94,10 @@ class SystemPlumbing:
     def fill(self, pipe: Pipe, number: int, count: int) -> int:
         moved, pipe.is_full, has_arrived = 0, False, False
         while moved < count:
-            piece = _splice(number, pipe.write_end, count - moved, _FILL_FLAGS)
+            try:
+                piece = os.splice(number, pipe.write_end, count - moved, flags=_FILL_FLAGS)
+            except OSError as error:
+                piece = -(error.errno or errno.EIO)
             if piece > 0:
                 moved += piece
                 pipe.held += piece

@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import time
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -67,9 +68,8 @@ def _work(ring: Ring, channel: WorkerChannel) -> None:
         raise worker.error
 
 
-def _seconds() -> float:
-    """The monotonic clock, with the time in which the machine was suspended: leases end all the same."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+# The monotonic clock, with the time in which the machine was suspended: leases end all the same.
+_seconds = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 
 def _watch(ring: Ring, number: int) -> None:

@@ -124,8 +124,7 @@ class Worker:
             self._copier.pump(self._clock.true)
             self._collect(self._copier)
             self._tell_of_pipes()
-        if self._crew is not None:
-            self._crew.pump(now)
+        has_work = self._crew is not None and self._crew.pump(now)
         self._advance(now)
         self._send()
         # A full queue must not swallow the Goodbye: without it nobody knows that we write no more.
@@ -133,35 +132,39 @@ class Worker:
             self.state = WorkerState.GONE
             return
         # Sending may have taken the edge off the channel's descriptor: look again before waiting for it.
-        self._rest(now if self._read_channel(now) else self._next_deadline())
+        self._rest(now if self._read_channel(now) else self._next_deadline(), has_work=has_work)
 
-    def _rest(self, until: float) -> None:
-        """Wait, and let data move, until somebody else than the copier has something to do, or `until`."""
-        copier, crew = self._copier, self._crew
+    def _rest(self, until: float, *, has_work: bool) -> None:
+        """Wait, and let data move, until somebody else than the copier has something to do, or `until`.
+
+        `has_work`: a connection has, before anything happens.
+        """
+        copier, crew, clock = self._copier, self._crew, self._clock
         while True:
-            is_busy = (copier is not None and copier.has_work) or (crew is not None and crew.has_work)
-            timeout = 0.0 if is_busy else max(0.0, until - self._clock.steady)
-            self._clock.waiting(timeout)
+            has_work = has_work or (copier is not None and copier.has_work)
+            timeout = 0.0 if has_work else max(0.0, until - clock.steady)
+            clock.waiting(timeout)
             completions = self._ring.wait(timeout)
             now = self._look()
-            is_over = now >= until or not (completions or is_busy)
+            is_over = now >= until or not (completions or has_work)
             for operation in completions:
                 if operation.owner is None or operation.owner(operation):
                     is_over = True
             if is_over or copier is None or crew is None or self.state is not WorkerState.WORKING:
                 return
             if copier.has_work:
-                copier.pump(self._clock.true)
-            crew.pump(now)
+                copier.pump(clock.true)
+            has_work = crew.pump(now)
             if copier.outbox or self._outbox or copier.deadline() is not None:
                 return
 
     def _look(self) -> float:
         """Look at the clock: the time for everything but leases. Nothing is sent under a lease that was slept over."""
-        now = self._clock.look()
+        clock = self._clock
+        now = clock.look()
         if self._copier is not None:
-            self._copier.now = self._clock.true
-        if self._assign is not None and self._clock.last_stop >= self._assign.lease_seconds:
+            self._copier.now = clock.true
+        if clock.last_stop and self._assign is not None and clock.last_stop >= self._assign.lease_seconds:
             # What is queued would be written too, perhaps long after the job's end.
             if self._crew is not None:
                 self._crew.disconnect(at_once=True)

@@ -103,12 +103,11 @@ TRANSITIONS: dict[tuple[OperationState, OperationEvent], OperationState] = {
 
 
 # The same by numbers, which count from 1: six lookups for every request, and a tuple of two enums is slow to hash.
-_NEXT = [[TRANSITIONS.get((state, event)) for event in (None, *_E)] for state in (_S.EMPTY, *_S)]
+NEXT: list[list[OperationState | None]] = [
+    [None, *(TRANSITIONS.get((state, event)) for event in _E)] for state in (_S.EMPTY, *_S)
+]
 
 
-def next_state(state: OperationState, event: OperationEvent, story: object = "") -> OperationState:
-    """Where `event` leads from `state`. Raises IllegalEvent where the table has no entry."""
-    following = _NEXT[state][event]
-    if following is None:
-        raise IllegalEvent("operation", state.name, event.name, str(story))
-    return following
+def illegal(state: OperationState, event: OperationEvent, story: object) -> IllegalEvent:
+    """What to raise where the table has no entry."""
+    return IllegalEvent("operation", state.name, event.name, str(story))

@@ -127,7 +127,10 @@ class Client:
             self._illegal(f"request {command}")
         pieces = [as_bytes(piece) for piece in payload]
         entry = self._rules.check(command, where, flags, pieces, sink)
-        self._check_handle(handle)
+        if not 0 <= handle < len(self._requests):
+            self._illegal(f"a request with handle {handle} of {len(self._requests)}")
+        if self._requests[handle] is not None:
+            self._illegal(f"a request with handle {handle}, which is taken")
         start, length = (where.start, where.end - where.start) if where is not None else (0, 0)
         request = Pending(handle, entry, start, length, flags)
         request.begins = self._queued
@@ -166,6 +169,8 @@ class Client:
         A piece that is `Elsewhere` is for the caller to move.
         """
         if self.state not in _LIVE:
+            return []
+        if self._handed == self._queued:
             return []
         self._cut_headers()
         out, self._out = self._out, []
@@ -207,13 +212,17 @@ class Client:
     def receive_target(self) -> list[memoryview]:
         """Where the next bytes go: the rest of a payload, then a reply header; any part of it may be received.
 
+        The list is the client's own.
         Empty while a sink wants its payload moved some other way: then `received` is told of up to
         `payload_left` bytes that were.
         """
         if self.state not in _LIVE:
             self._illegal("receive_target")
         target = self._receiver.target(payload_may_come=self._sinks > 0)
-        self._offered = sum(map(len, target)) if target else self._receiver.left
+        if target:
+            self._offered = len(target[0]) if len(target) == 1 else sum(map(len, target))
+        else:
+            self._offered = self._receiver.left
         return target
 
     def received(self, count: int) -> list[Event]:
@@ -276,12 +285,6 @@ class Client:
         self.pending -= 1
         extents = request.extents.extents if request.extents is not None and request.error is None else None
         events.append(Done(request.handle, request.error, extents))
-
-    def _check_handle(self, handle: int) -> None:
-        if not 0 <= handle < len(self._requests):
-            self._illegal(f"a request with handle {handle} of {len(self._requests)}")
-        if self._requests[handle] is not None:
-            self._illegal(f"a request with handle {handle}, which is taken")
 
     # -- states -------------------------------------------------------------------------------------------------------
 

@@ -63,6 +63,8 @@ class Receiver:
         self._parsers = _parsers(export)
         self._head_exact = _head_exact(export)
         self._head = memoryview(bytearray(HEAD_BYTES_MAX))
+        self._one_header = [self._head[: self._head_exact]]
+        self._many_headers = [self._head]
         self._filled = 0
         self._last = False  # the current chunk is the last one of its reply
         self._drain = DrainSink()
@@ -78,7 +80,9 @@ class Receiver:
         if not left:
             # While no READ is pending no payload can come, so many headers may be taken at once. A READ queued
             # after that may still get the first bytes of its payload here; they are handed on (`Sink.take`).
-            return [self._head[self._filled : self._head_exact if payload_may_come else HEAD_BYTES_MAX]]
+            if self._filled:
+                return [self._head[self._filled : self._head_exact if payload_may_come else HEAD_BYTES_MAX]]
+            return self._one_header if payload_may_come else self._many_headers
         target = self.sink.target()
         if len(target) < left:
             return [target] if target else []

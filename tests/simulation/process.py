@@ -121,7 +121,7 @@ class SimProcess:
         """One turn; or what would be still the last one, if `wait` blocked: the ring's completions are handed out."""
         worker, ring = self.worker, self.ring
         if self._rests_until is not None and ring.ready and self._clock.now < ring.wake_at:
-            worker._rest(self._rests_until)
+            worker._rest(self._rests_until, has_work=False)
         else:
             worker.turn()
         if self.plumbing is not None:

@@ -5,9 +5,20 @@ from __future__ import annotations
 import pytest
 
 from nbdshard.common.errors import IllegalEvent
-from nbdshard.worker.states import MEANING, TRANSITIONS, OperationEvent, OperationState, next_state
+from nbdshard.common.ranges import Range
+from nbdshard.worker.lease import LeaseWork
+from nbdshard.worker.operation import Operation
+from nbdshard.worker.states import MEANING, TRANSITIONS, OperationEvent, OperationState
 
 S, E = OperationState, OperationEvent
+
+
+def an_operation(state: OperationState) -> Operation:
+    """An operation that is in `state`."""
+    lease = LeaseWork(3, Range(0, 4096), expires=1.0, alignment=1)
+    operation = Operation(lease, lease.where)
+    operation.state = state
+    return operation
 
 
 def reachable(start: OperationState) -> set[OperationState]:
@@ -24,10 +35,10 @@ def reachable(start: OperationState) -> set[OperationState]:
 
 def follow(*events: OperationEvent) -> OperationState:
     """Where `events` lead from EMPTY."""
-    state = S.EMPTY
+    operation = an_operation(S.EMPTY)
     for event in events:
-        state = next_state(state, event)
-    return state
+        operation.advance(event)
+    return operation.state
 
 
 def test_every_state_has_its_sentence() -> None:
@@ -47,7 +58,9 @@ def test_every_event_has_a_place() -> None:
 
 def test_an_operation_can_be_dropped_wherever_it_is() -> None:
     for state in set(S) - {S.EMPTY}:
-        assert next_state(state, E.DROPPED) is S.EMPTY
+        operation = an_operation(state)
+        operation.advance(E.DROPPED)
+        assert operation.state is S.EMPTY
 
 
 @pytest.mark.parametrize(
@@ -99,8 +112,8 @@ def test_every_other_event_is_illegal_and_says_the_whole_story() -> None:
     assert len(illegal) == len(S) * len(E) - len(TRANSITIONS)
     for state, event in illegal:
         with pytest.raises(IllegalEvent) as raised:
-            next_state(state, event, "lease 3, [0, 4096)")
+            an_operation(state).advance(event)
         assert (raised.value.machine, raised.value.state, raised.value.event) == ("operation", state.name, event.name)
     with pytest.raises(IllegalEvent) as raised:
-        next_state(S.EMPTY, E.READ_DONE, "lease 3, [0, 4096)")
+        an_operation(S.EMPTY).advance(E.READ_DONE)
     assert str(raised.value) == "operation has no transition for READ_DONE in state EMPTY (lease 3, [0, 4096))"
