@@ -137,10 +137,7 @@ class Crew:
         for connection in self._connections:
             if connection.has_work:
                 connection.pump(now)
-        for connection in self._connections:
-            if connection.has_work:
-                return True
-        return False
+        return any(connection.has_work for connection in self._connections)
 
     def tick(self, now: float) -> None:
         for member in self._members:
