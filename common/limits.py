@@ -122,6 +122,7 @@ KILL_SECONDS: Final = 10.0  # from killing a local worker to having reaped it (i
 BUFFERS_PER_SEND_MAX: Final = 64  # headers and payloads in one writev(2); IOV_MAX is 1024
 SOCKET_BUFFER_BYTES: Final = 2 * MIB  # SO_SNDBUF asked for on unix sockets (the peers' published finding)
 RECEIVES_PER_TURN_MAX: Final = 64  # direct calls for one connection before the others have their turn
+YIELDS_MAX: Final = 4  # of the processor, to a sender, before the rest of a payload is waited for (measured)
 SPLICED_PER_CONNECTION: Final = 4  # operations with a pipe; more of them do not stay in the CPU's cache (measured) ...
 SPLICED_BYTES_PER_SECOND: Final = GIB  # ... but as many as this rate takes of a source that is slow to answer
 SPLICE_BYTES_MIN: Final = 256 * KIB  # shorter payload is copied sooner than it is spliced (measured)

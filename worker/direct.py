@@ -38,7 +38,7 @@ class DirectStream:
         plumbing: Plumbing,
         client: Client,
         peer: str,
-        changed: Callable[[Operation], None],
+        changed: Callable[[Operation], bool],
         may_send: Callable[[], bool] = lambda: True,
     ) -> None:
         self.error = 0
@@ -67,6 +67,9 @@ class DirectStream:
 
     def take_note(self, events: int) -> bool:
         """The ring has reported `events` (select.EPOLL*) of the socket. Whether it takes more after it was full."""
+        if events == select.EPOLLIN and not self._is_full:  # as nearly always
+            self.has_more = True
+            return False
         if events & _ENDING:
             self._is_ending = True
         if events & ~select.EPOLLOUT:
@@ -137,12 +140,12 @@ class DirectStream:
         if count:
             dispatch(self._client.sent(count))
 
-    def receive(self, dispatch: Callable[[list[Event]], None]) -> None:
-        """Take what has arrived; events go to `dispatch`.
+    def receive(self, dispatch: Callable[[list[Event]], None]) -> bool:
+        """Take what has arrived; events go to `dispatch`. Whether there were any.
 
         Raises ProtocolError where the server breaks the protocol. Look at `error`, `ended` and `has_more` afterwards.
         """
-        client = self._client
+        client, told = self._client, False
         for _ in range(RECEIVES_PER_TURN_MAX):
             if not self.has_more:
                 break
@@ -158,8 +161,10 @@ class DirectStream:
                 events = client.received(taken)
                 if events:
                     dispatch(events)
+                    told = True
             if payload is not None and payload.pipe.is_full:
                 self._spill(payload)
+        return told
 
     def _begin_payload(self) -> PipedPayload:
         payload = self._client.payload_sink

@@ -334,22 +334,26 @@ class NbdLink:
         elif stream.has_more:
             self.has_work = True
 
-    def _changed(self, operation: Operation) -> None:
-        """The socket has become readable or writable, or has failed."""
+    def _changed(self, operation: Operation) -> bool:
+        """The socket has become readable or writable, or has failed. False where nobody needs to know."""
         stream = self._stream
         if stream is None or self.state is LinkState.CLOSED:
-            return
+            return False
         if operation.result < 0:  # it could not be watched
             self._fail(self._broken(operation.result))
-            return
+            return True
         try:
-            if stream.take_note(operation.result):
+            told = stream.take_note(operation.result)
+            if told:
                 stream.send(self._dispatch)
             if stream.has_more and not stream.error:
-                stream.receive(self._dispatch)
+                told = stream.receive(self._dispatch) or told
+            if not (told or stream.has_more or stream.ended or stream.error):
+                return False
             self._after_move(stream)
         except NbdshardError as error:
             self._fail(error)
+        return True
 
     def _submit(self, operation: Operation, buffers: Sequence[memoryview | bytes]) -> None:
         operation.descriptor = self._descriptor

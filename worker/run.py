@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ def run_worker(connect: str, *, ring: str = "auto", name: str = "", keys: Worker
 
 def _work(ring: Ring, channel: WorkerChannel) -> None:
     worker = Worker(ring, channel, _hello(ring, channel), _seconds, plumbing=SystemPlumbing())
-    _watch(ring, channel.descriptor)
+    _watch(ring, channel.descriptor, worker.hear)
     stops = 0
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -72,14 +73,14 @@ def _work(ring: Ring, channel: WorkerChannel) -> None:
 _seconds = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 
-def _watch(ring: Ring, number: int) -> None:
-    """Make the ring's wait return whenever the channel's descriptor is readable."""
+def _watch(ring: Ring, number: int, readable: Callable[[], None]) -> None:
+    """Make the ring's wait return, and call `readable`, whenever the channel's descriptor is readable."""
     descriptor = ring.attach(os.dup(number), is_socket=False)  # ZeroMQ closes its own
 
-    def again(operation: Operation) -> bool:
+    def again(operation: Operation) -> None:
+        readable()
         if operation.result >= 0:
             ring.submit(operation)
-        return True
 
     ring.submit(Operation(Kind.POLL, descriptor, mask=select.POLLIN, owner=again))
 

@@ -101,6 +101,7 @@ class Worker:
         self._plumbing = plumbing
         self._pipes: PipePool | None = None
         self._has_told_of_pipes = False
+        self._has_mail = False
         self._assign: Assign | None = None
         self._crew: Crew | None = None
         self._copier: Copier | None = None
@@ -148,15 +149,16 @@ class Worker:
             now = self._look()
             is_over = now >= until or not (completions or has_work)
             for operation in completions:
-                if operation.owner is None or operation.owner(operation):
-                    is_over = True
-            if is_over or copier is None or crew is None or self.state is not WorkerState.WORKING:
+                if operation.owner is None or operation.owner(operation) is not False:
+                    has_work = True
+            if is_over or self._has_mail or copier is None or crew is None or self.state is not WorkerState.WORKING:
                 return
-            if copier.has_work:
-                copier.pump(clock.true)
-            has_work = crew.pump(now)
-            if copier.outbox or self._outbox or copier.deadline() is not None:
-                return
+            if has_work:
+                if copier.has_work:
+                    copier.pump(clock.true)
+                has_work = crew.pump(now)
+                if copier.outbox or self._outbox or copier.deadline() is not None:
+                    return
 
     def _look(self) -> float:
         """Look at the clock: the time for everything but leases. Nothing is sent under a lease that was slept over."""
@@ -172,6 +174,10 @@ class Worker:
                 reason = f"it was stopped for {self._clock.last_stop:.0f} s, which is longer than its leases last"
                 self._open_failed(ConnectionLost("worker", "copying", reason), None)
         return now
+
+    def hear(self) -> None:
+        """There may be something to read from the channel: the next wait is to be the last before it is read."""
+        self._has_mail = True
 
     def leave(self, reason: str) -> None:
         """Leave the job: finish what is on the wire, disconnect, say Goodbye. A second call closes at once."""
@@ -256,7 +262,7 @@ class Worker:
             self._outbox.popleft()
 
     def _read_channel(self, now: float) -> bool:
-        heard = False
+        heard = self._has_mail = False
         while messages := self._channel.receive():
             heard = True
             self._heard_at = now

@@ -79,7 +79,7 @@ class Operation:
     """One system call to be, its record while under way, and its completion: reused by its owner, never copied.
 
     `owner` is the submitter's own: the loop calls `operation.owner(operation)` or looks at it, the ring never does. It
-    returns True where whoever runs the loop has something to do then.
+    returns False where that gave nobody else anything to do.
     """
 
     __slots__ = (

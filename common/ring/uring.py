@@ -140,7 +140,7 @@ class UringRing(RingBase):
     # -- one turn of the loop
 
     def _turn(self, timeout: float) -> bool:
-        if self._has_entries:
+        if self._queue or self._again or self._cancels or self._prepared:
             self._start()
             self._submit()
             self._harvest()
@@ -148,7 +148,7 @@ class UringRing(RingBase):
                 if not self._watching:
                     return False
                 timeout = 0.0  # operations that are done must not starve those that watch
-            if self._has_entries:
+            if self._queue or self._again or self._cancels or self._prepared:
                 timeout = min(timeout, RING_RETRY_SECONDS)  # something new, or the kernel had no memory just now
         woken = completed = False
         for number, events in self._epoll.poll(timeout if timeout > 0.0 else 0.0, RING_EVENTS_MAX):
@@ -165,10 +165,6 @@ class UringRing(RingBase):
         if completed or woken or self._closing:
             self._harvest()
         return not (woken or self._done)
-
-    @property
-    def _has_entries(self) -> bool:
-        return bool(self._queue or self._again or self._cancels or self._prepared)
 
     def _harvest(self) -> None:
         self._reap()

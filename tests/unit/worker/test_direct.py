@@ -76,7 +76,7 @@ class Scene:
         self.events: list[Event] = []
         self.got = b""
         self.descriptor = ring.attach(ours.detach(), is_socket=True)
-        self.stream = DirectStream(ring, self.descriptor, plumbing, self.client, "srv", lambda _: None)
+        self.stream = DirectStream(ring, self.descriptor, plumbing, self.client, "srv", lambda _: True)
         self._source = source
 
     def payload(self, *pieces: int | bytes) -> PipedPayload:
@@ -109,7 +109,7 @@ class Scene:
     def receive(self) -> bool:
         return self._tells(self.stream.receive)
 
-    def _tells(self, move: Callable[[Callable[[list[Event]], None]], None]) -> bool:
+    def _tells(self, move: Callable[[Callable[[list[Event]], None]], object]) -> bool:
         told: list[list[Event]] = []
         move(told.append)
         for events in told:
