@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 
-from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, EXIT_UNFENCED
+from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, EXIT_PAUSED, EXIT_UNFENCED
 from nbdshard.cli.options import ProgressChoice, ProgressKind
 from nbdshard.cli.setting import Setting
 from nbdshard.common import logs
@@ -49,6 +49,7 @@ def _job(setting: Setting) -> Job:
         local_workers=setting.launcher is not None,
         destination_grows=ends.destination_grows,
         machine=machine_id(),
+        loss_seconds=setting.args.loss_timeout,
     )
 
 
@@ -79,9 +80,12 @@ def conclude(outcome: Outcome, seconds: float, interrupted_code: int) -> int:
     if outcome.verdict is Verdict.FAILED:
         logs.say(outcome.error)
         return EXIT_FAILURE
+    if outcome.verdict is Verdict.PAUSED:
+        logs.say(outcome.error)
     logs.say(summary(outcome, seconds))
     return {
         Verdict.COMPLETE: EXIT_OK,
         Verdict.STOPPED: interrupted_code,
+        Verdict.PAUSED: EXIT_PAUSED,
         Verdict.UNFENCED: EXIT_UNFENCED,
     }[outcome.verdict]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import re
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, get_args
@@ -17,6 +18,8 @@ from nbdshard.common.endpoints import Endpoint, parse_endpoint
 from nbdshard.common.limits import (
     CONNECTIONS_DEFAULT,
     CONNECTIONS_MAX,
+    LOSS_SECONDS,
+    LOSS_SECONDS_MAX,
     QUEUE_BYTES_DEFAULT,
     QUEUE_BYTES_MAX,
     RANGE_BYTES_DEFAULT,
@@ -35,6 +38,8 @@ from nbdshard.common.units import size_text
 
 RINGS: Final = ("auto", "io_uring", "epoll")
 DATA_PATHS: Final = get_args(DataPath)
+SECONDS: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
+SECONDS_OF: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def _is_power_of_two(size: int) -> bool:
@@ -94,6 +99,15 @@ def progress_choice(text: str) -> ProgressChoice:
     return ProgressChoice(ProgressKind.DESCRIPTOR, descriptor)
 
 
+def _seconds(text: str) -> float:
+    """A number of seconds, or of `m`, `h` or `d`."""
+    match = SECONDS.fullmatch(text)
+    seconds = float(match[1]) * SECONDS_OF[match[2]] if match is not None else -1.0
+    if not 0 <= seconds <= LOSS_SECONDS_MAX:
+        refuse(text, f"a number of seconds up to {LOSS_SECONDS_MAX:g}; 10m, 2h and 1d are understood too")
+    return seconds
+
+
 def add_copy_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how to copy, shared by `copy` and `coordinator`."""
     size = "SIZE"
@@ -125,6 +139,13 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
         choices=DATA_PATHS,
         default="auto",
         help="splice payload past user space, or copy it through a buffer (default auto: splice where it can be)",
+    )
+    add(
+        "--loss-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=LOSS_SECONDS,
+        help=f"how long a server that was lost is waited for (default {LOSS_SECONDS:g}); 0: fail at once",
     )
     add(
         "--queue-size",

@@ -64,13 +64,18 @@ class BarDisplay:
 
     def _draw(self, status: Status) -> None:
         figures = self._figures(status)
+        phase = status.phase
+        if status.waiting_for:
+            phase = "waiting"
+            patience = f"{format_seconds(status.waiting_seconds)} of {format_seconds(status.waiting_seconds_max)}"
+            figures = f"{patience}  {status.waiting_for}"
         if not self._animated:
-            self._draw_line(status, status.phase, figures)
+            self._draw_line(status, phase, figures)
             return
         if self._closed or not self._takes_more():
             return
         self._progress.update(
-            self._task, description=status.phase, total=status.size, completed=self._meter.done, figures=figures
+            self._task, description=phase, total=status.size, completed=self._meter.done, figures=figures
         )
         try:
             self._progress.start()  # the first time

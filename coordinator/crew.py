@@ -13,17 +13,21 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from heapq import heappop, heappush
 from math import inf
+from typing import Final
+from zlib import crc32
 
 from msgspec.structs import replace
 
 from nbdshard.common.errors import BugError
-from nbdshard.common.limits import OPEN_SECONDS
+from nbdshard.common.limits import BACKOFF_JITTER, BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN, OPEN_SECONDS
 from nbdshard.common.messages import Assign, EndpointDescription, FromCoordinator, Hello, Stop
 from nbdshard.coordinator.instructions import Forget, Instruction, Kill, Send
 from nbdshard.coordinator.job import Job
 from nbdshard.coordinator.planner import Plan
 from nbdshard.coordinator.states import WorkerEvent, WorkerState
 from nbdshard.coordinator.workers import FlushAsked, Worker
+
+LIVE: Final = frozenset({WorkerState.JOINING, WorkerState.READY, WorkerState.WAITING})
 
 
 class Outbox:
@@ -59,8 +63,9 @@ class Crew:
         self.is_open = True  # shares may be given: not while the destination is being prepared
         self.active_max = 1
         self.active_count = 0  # workers with a share
-        self.live_count = 0  # JOINING or READY
+        self.live_count = 0  # in one of the LIVE states
         self.ready_count = 0
+        self.waiting_count = 0
         self.flushing_count = 0
         self._source_budget = self._source_total = 1
         self._destination_budget = self._destination_total = 1
@@ -83,8 +88,10 @@ class Crew:
 
     def opened(self, worker: Worker, source_connections: int, destination_connections: int) -> None:
         """It has connections to either side."""
-        if worker.state is WorkerState.JOINING:
+        if worker.state is not WorkerState.READY:
             self.ready_count += 1
+        if worker.state is WorkerState.WAITING:
+            self.waiting_count -= 1
         worker.step(WorkerEvent.OPENED)
         worker.open_by = inf
         self._count_connections(worker, source_connections, destination_connections)
@@ -92,6 +99,31 @@ class Crew:
             worker.took_part = True
             self.took_part_count += 1
             self.rings.add(worker.hello.ring)
+
+    def wait(self, worker: Worker, now: float) -> None:
+        """Its connections are lost: it is given new ones after a pause that doubles with each loss in a row."""
+        if worker.state is WorkerState.READY:
+            self.ready_count -= 1
+        if worker.state is not WorkerState.WAITING:
+            self.waiting_count += 1
+        worker.step(WorkerEvent.LOST)
+        worker.wanted = 0
+        worker.losses += 1
+        worker.open_by = inf
+        self.flush_over(worker)
+        self._count_connections(worker, 0, 0)
+        self._take_share(worker)
+        # Those who lost the same server come back one after the other.
+        share = 1 - BACKOFF_JITTER * (crc32(worker.identity.encode()) % 256) / 256
+        pause = min(BACKOFF_SECONDS_MIN * 2.0 ** min(worker.losses - 1, 16), BACKOFF_SECONDS_MAX)
+        worker.return_at = now + pause * share
+        self.arm(worker)
+
+    def come_back(self, worker: Worker, now: float) -> None:
+        """Its pause is over: it stands by for connections."""
+        worker.return_at = inf
+        self._standby[worker.identity] = worker
+        self.place(now)
 
     def dismiss(self, worker: Worker, reason: str, leave_by: float, *, at_once: bool = False) -> None:
         """Tell it to stop, and give it until `leave_by` to say Goodbye."""
@@ -117,15 +149,19 @@ class Crew:
         worker.step(WorkerEvent.LEFT)
         self._count_connections(worker, 0, 0)
         del self.workers[worker.identity]
+        self._take_share(worker)
+        if fenced:
+            self._outbox.add(Forget(worker.identity))
+        else:
+            self.unfenced[worker.identity] = worker.name
+
+    def _take_share(self, worker: Worker) -> None:
+        """Its connections are closed: others may have them."""
         if worker.assigned:
             self.active_count -= 1
             self._source_budget += worker.source_share
             self._destination_budget += worker.destination_share
             worker.source_share = worker.destination_share = 0
-        if fenced:
-            self._outbox.add(Forget(worker.identity))
-        else:
-            self.unfenced[worker.identity] = worker.name
 
     def turn_away(self, identity: str, hello: Hello, reason: str) -> None:
         """A worker that comes when the job is over: it is told so, and not counted."""
@@ -154,10 +190,13 @@ class Crew:
         self._standby.pop(worker.identity, None)
         worker.wanted = 0
         self.flush_over(worker)
-        if worker.state in (WorkerState.JOINING, WorkerState.READY):
+        if worker.state in LIVE:
             self.live_count -= 1
         if worker.state is WorkerState.READY:
             self.ready_count -= 1
+        if worker.state is WorkerState.WAITING:
+            self.waiting_count -= 1
+        worker.return_at = inf
 
     def _count_connections(self, worker: Worker, sources: int, destinations: int) -> None:
         self.source_connections += sources - worker.source_connections
@@ -293,11 +332,12 @@ class Crew:
         """Raise BugError if a count, a budget or the single writer's rule does not hold."""
         workers = self.workers.values()
         assigned = [worker for worker in workers if worker.assigned]
-        live = [w for w in workers if w.state in (WorkerState.JOINING, WorkerState.READY)]
+        live = [w for w in workers if w.state in LIVE]
         counts = (
             (self.active_count, len(assigned), "workers with a share"),
             (self.live_count, len(live), "live workers"),
             (self.ready_count, sum(w.state is WorkerState.READY for w in live), "ready workers"),
+            (self.waiting_count, sum(w.state is WorkerState.WAITING for w in live), "waiting workers"),
             (self.flushing_count, sum(w.flush is not None for w in workers), "flushing workers"),
             (self.source_connections, sum(w.source_connections for w in workers), "source connections"),
             (self._source_budget, self._source_total - sum(w.source_share for w in assigned), "sources left"),

@@ -24,6 +24,7 @@ class Job:
     local_workers: bool = True  # workers are processes of ours: started by `Start`, killed by `Kill`
     destination_grows: bool = False  # a regular file or a stream: `Prepare` gives it its size
     machine: str = ""  # the coordinator's own machine id, to compare with `Hello.machine`
+    loss_seconds: float = 0.0  # how long a server that was lost is waited for; 0: not at all
     lease_seconds: float = LEASE_SECONDS
     heartbeat_seconds: float = HEARTBEAT_SECONDS
 
@@ -40,6 +41,7 @@ class Verdict(Enum):
     COMPLETE = auto()  # every byte is at the destination (and durable as far as `Outcome.durable` says)
     FAILED = auto()  # `Outcome.error` says why
     STOPPED = auto()  # the user asked for it
+    PAUSED = auto()  # a server was lost, and did not come back in time; `Outcome.error` names it
     UNFENCED = auto()  # a worker was not heard to close its connections: it may still write to the destination
 
 
@@ -76,6 +78,9 @@ class Status:
     source_connections: int
     destination_connections: int
     phase: str
+    waiting_for: str = ""  # why nobody is connected any more: the line of the last loss; "" while somebody is
+    waiting_seconds: float = 0.0  # for so long already ...
+    waiting_seconds_max: float = 0.0  # ... of so many
 
     @property
     def connections(self) -> int:

@@ -182,6 +182,8 @@ class Membership:
             self._did_not_leave(worker)
         elif worker.flush is not None and worker.flush.deadline <= now:
             self._fail(f"worker {worker.name} did not answer a flush within {worker.flush.seconds:.0f} s")
+        elif worker.return_at <= now:
+            self._crew.come_back(worker, now)
         elif worker.open_by <= now:
             self._fail(f"worker {worker.name} did not open both sides within {OPEN_SECONDS:g} s")
         else:

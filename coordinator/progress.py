@@ -27,6 +27,7 @@ _END_PHASES = {
     Verdict.COMPLETE: "done",
     Verdict.FAILED: "failed",
     Verdict.STOPPED: "stopped",
+    Verdict.PAUSED: "paused",
     Verdict.UNFENCED: "unfenced",
 }
 
@@ -199,6 +200,8 @@ class JsonDisplay:
             "elapsed_seconds": round(self._meter.elapsed(now), 3),
             "workers": workers,
             "connections": connections,
+            "waiting_for": status.waiting_for or None,
+            "waiting_seconds": round(status.waiting_seconds, 1) if status.waiting_for else None,
         }
         write_in_time(self._descriptor, json.dumps(record).encode() + b"\n", patience_seconds)
 
@@ -211,6 +214,7 @@ def summary(outcome: Outcome, seconds: float) -> str:
         Verdict.COMPLETE: "",
         Verdict.FAILED: "failed: ",
         Verdict.STOPPED: f"stopped at {_share(outcome)}: ",
+        Verdict.PAUSED: f"paused at {_share(outcome)}: ",
         Verdict.UNFENCED: "not safe to use yet: ",
     }[outcome.verdict]
     parts = [

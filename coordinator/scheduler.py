@@ -30,6 +30,7 @@ from nbdshard.common.messages import (
     Alive,
     AliveToo,
     EndpointDescription,
+    ErrorReport,
     Failed,
     Flushed,
     FromWorker,
@@ -89,6 +90,9 @@ class Scheduler(Membership):
             source_connections=crew.source_connections,
             destination_connections=crew.destination_connections,
             phase=phase.value,
+            waiting_for=self._last_reason if self._is_waiting else "",
+            waiting_seconds=self._now - self._idle_since if self._idle_since is not None else 0.0,
+            waiting_seconds_max=self._job.loss_seconds,
         )
 
     def deadline(self) -> float:
@@ -207,7 +211,10 @@ class Scheduler(Membership):
             self._beat()
         for worker in self._crew.due(now):
             self._look_at(worker)
-        if now >= self._idle_by():
+        if now >= self._idle_by() and self._is_waiting:
+            text = f"{self._last_reason}; it was waited for {now - (self._idle_since or now):.0f} s"
+            self._end(Verdict.PAUSED, text, f"the job pauses: {text}")
+        elif now >= self._idle_by():
             ever = "been connected" if self._ends is not None else "joined"
             self._fail(f"no worker has {ever} for {IDLE_JOB_SECONDS:g} s")
         if now >= self._stalled_by():
@@ -246,6 +253,7 @@ class Scheduler(Membership):
             case Progress():
                 trouble = copying.progress(worker, message)
             case Written():
+                worker.losses = 0
                 trouble = copying.written(worker, message, self._now)
             case Failed():
                 trouble = copying.failed(worker, message)
@@ -276,6 +284,8 @@ class Scheduler(Membership):
         if found is not None:
             self._turned_away(worker, f"worker {worker.name}: {found}")
             return
+        if worker.state is WorkerState.WAITING:
+            self._note(f"worker {worker.name} is connected again")
         self._crew.opened(worker, *numbers)
         self._ended_unopened = 0
         if self._copying is not None:
@@ -319,12 +329,27 @@ class Scheduler(Membership):
             self._misbehaved(worker, "it was given no connections, and failed to open some")
         elif self._ends is None:
             self._fail(text)
+        elif self._may_return(worker, message.error):
+            if worker.state is WorkerState.READY and self._copying is not None:
+                self._trouble(worker, self._copying.lost(worker, text, attempt=False))
+            if self._ending is None:
+                self._last_reason = text
+                if not worker.losses:
+                    self._note(f"{text}; worker {worker.name} tries again")
+                self._crew.wait(worker, self._now)
+                self._crew.place(self._now)  # another one may do better
         else:
             if worker.state is WorkerState.READY and self._copying is not None:
                 self._trouble(worker, self._copying.lost(worker, text, attempt=False))
             elif self._job.local_workers:
                 self._crew.shrink(worker)  # a server that admits fewer than it says; use those obtained
             self._turned_away(worker, text)
+
+    def _may_return(self, worker: Worker, error: ErrorReport) -> bool:
+        """Whether trying again later may help: the server was there, and is lost to everybody or to this worker."""
+        is_lost = worker.took_part or self._crew.ready_count == 0
+        is_repeatable = self._copying is not None and self._copying.repeatable
+        return self._job.loss_seconds > 0 and is_lost and is_repeatable and error.kind == "connection"
 
     def _turned_away(self, worker: Worker, text: str) -> None:
         """`worker` is of no use, and another in its place would be none either. The job goes on if anybody is left."""
@@ -385,7 +410,12 @@ class Scheduler(Membership):
     def _idle_by(self) -> float:
         if self._idle_since is None or self._ending is not None:
             return inf
-        return self._idle_since + IDLE_JOB_SECONDS
+        return self._idle_since + (self._job.loss_seconds if self._is_waiting else IDLE_JOB_SECONDS)
+
+    @property
+    def _is_waiting(self) -> bool:
+        """Nobody is connected, and those who were try again."""
+        return self._idle_since is not None and self._crew.waiting_count > 0
 
     def _stalled_by(self) -> float:
         """A net below all other time-outs. Not for streams, whose other end may take its time."""

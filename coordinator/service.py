@@ -25,10 +25,11 @@ from nbdshard.common.limits import (
     WORKER_START_SECONDS,
 )
 from nbdshard.common.messages import FromCoordinator, Hello
+from nbdshard.common.units import format_seconds
 from nbdshard.coordinator.clock import SteadyClock
 from nbdshard.coordinator.command_server import CommandServer
 from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Kill, Prepare, Send, Start
-from nbdshard.coordinator.job import Job, Outcome
+from nbdshard.coordinator.job import Job, Outcome, Status
 from nbdshard.coordinator.launcher import Departure, Launcher
 from nbdshard.coordinator.progress import Display
 from nbdshard.coordinator.scheduler import Scheduler
@@ -85,6 +86,7 @@ class _Loop:
         self._departures: deque[tuple[float, Departure]] = deque()  # heard of; messages may still be on their way
         self._left_servers: dict[str, float] = {}  # servers that ended well, and when that becomes a failure
         self._outcome: Outcome | None = None
+        self._is_waiting = False  # for a server that was lost
         for end in shell.channel.sockets:
             self._poller.register(end, zmq.POLLIN)
         servers = [server.descriptor for server in shell.servers]
@@ -208,10 +210,21 @@ class _Loop:
             self._kill(name)
         self._act(self._scheduler.tick(now))
         if self._outcome is None:
-            self._shell.display.show(self._scheduler.status(), now)
+            status = self._scheduler.status()
+            self._tell_of_waiting(status)
+            self._shell.display.show(status, now)
             if self._stop_deadline is not None and now >= self._stop_deadline:
                 waited = f"{self._shell.finish_seconds:g} s"
                 raise BugError(f"the scheduler did not finish within {waited} of being told to stop")
+
+    def _tell_of_waiting(self, status: Status) -> None:
+        """Nobody who looks at a copy that stands still shall have to guess why."""
+        if status.waiting_for and not self._is_waiting:
+            patience = format_seconds(status.waiting_seconds_max)
+            logs.warning(f"{status.waiting_for}; waiting for it up to {patience}")
+        elif self._is_waiting and not status.waiting_for and status.workers:
+            logs.warning("connected again")
+        self._is_waiting = bool(status.waiting_for)
 
     # -- what is done about it -----------------------------------------------------------------------------------------
 

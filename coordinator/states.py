@@ -4,7 +4,7 @@
 
     range    PENDING -> LEASED -> WRITTEN -> DURABLE        back to PENDING when what was done does not count any more
                           \\-> FAILED
-    worker   JOINING -> READY -> DRAINING -> GONE
+    worker   JOINING -> READY -> DRAINING -> GONE           READY -> WAITING -> READY when its connections were lost
     job      OPENING -> PREPARING -> COPYING <-> FLUSHING -> STOPPING -> DONE
 
 A step that is not in its table raises IllegalEvent and changes nothing.
@@ -89,12 +89,14 @@ RANGES: Final = Table(
 class WorkerState(Enum):
     JOINING = auto()
     READY = auto()
+    WAITING = auto()
     DRAINING = auto()
     GONE = auto()
 
 
 class WorkerEvent(Enum):
     OPENED = auto()
+    LOST = auto()
     STOPPED = auto()
     LEFT = auto()
 
@@ -104,17 +106,24 @@ WORKERS: Final = Table(
     {
         WorkerState.JOINING: "It said Hello; it opens the connections it was given, or stands by without any.",
         WorkerState.READY: "It has a connection to either side and may hold leases.",
+        WorkerState.WAITING: "It lost its connections, or got none while nobody had any; it is given new ones later.",
         WorkerState.DRAINING: "It was told to stop, or is being killed; it gets nothing new.",
         WorkerState.GONE: "It is not waited for any more: it left, it is dead, or it is listed as unfenced.",
     },
     {
         (WorkerState.JOINING, WorkerEvent.OPENED): WorkerState.READY,
         (WorkerState.READY, WorkerEvent.OPENED): WorkerState.READY,
+        (WorkerState.WAITING, WorkerEvent.OPENED): WorkerState.READY,
+        (WorkerState.JOINING, WorkerEvent.LOST): WorkerState.WAITING,
+        (WorkerState.READY, WorkerEvent.LOST): WorkerState.WAITING,
+        (WorkerState.WAITING, WorkerEvent.LOST): WorkerState.WAITING,
         (WorkerState.JOINING, WorkerEvent.STOPPED): WorkerState.DRAINING,
+        (WorkerState.WAITING, WorkerEvent.STOPPED): WorkerState.DRAINING,
         (WorkerState.READY, WorkerEvent.STOPPED): WorkerState.DRAINING,
         (WorkerState.DRAINING, WorkerEvent.STOPPED): WorkerState.DRAINING,
         (WorkerState.JOINING, WorkerEvent.LEFT): WorkerState.GONE,
         (WorkerState.READY, WorkerEvent.LEFT): WorkerState.GONE,
+        (WorkerState.WAITING, WorkerEvent.LEFT): WorkerState.GONE,
         (WorkerState.DRAINING, WorkerEvent.LEFT): WorkerState.GONE,
     },
 )
@@ -148,6 +157,17 @@ RECEPTION: Final[Mapping[WorkerState, Mapping[type[messages.Message], Reception]
         messages.Written: Reception.TAKEN,
         messages.Failed: Reception.TAKEN,
         messages.Flushed: Reception.TAKEN,
+        messages.Alive: Reception.TAKEN,
+        messages.Goodbye: Reception.TAKEN,
+    },
+    WorkerState.WAITING: {
+        messages.Opened: Reception.TAKEN,
+        messages.OpenFailed: Reception.TAKEN,
+        messages.Wanted: Reception.LATE,
+        messages.Progress: Reception.LATE,
+        messages.Written: Reception.LATE,
+        messages.Failed: Reception.LATE,
+        messages.Flushed: Reception.LATE,
         messages.Alive: Reception.TAKEN,
         messages.Goodbye: Reception.TAKEN,
     },

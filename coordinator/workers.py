@@ -41,6 +41,8 @@ class Worker:
     why: str = ""  # it was told to stop, or killed
     leave_by: float = inf  # when it must have left, once it was told to stop or killed
     open_by: float = inf  # when the scout must have opened both sides
+    losses: int = 0  # in a row, without a lease written in between
+    return_at: float = inf  # when it is given connections again, while it waits
     alarm: float = inf  # when the crew looks at it next (its valid entry in the heap)
 
     @property
@@ -77,4 +79,4 @@ class Worker:
         if self.state is WorkerState.DRAINING:
             return self.leave_by
         flush = self.flush.deadline if self.flush is not None else inf
-        return min(self.heard + lease_seconds, flush, self.open_by)
+        return min(self.heard + lease_seconds, flush, self.open_by, self.return_at)

@@ -142,7 +142,7 @@ class Worker:
         """
         copier, crew, clock = self._copier, self._crew, self._clock
         while True:
-            has_work = has_work or (copier is not None and copier.has_work)
+            has_work = has_work or (copier is not None and copier.has_work and self.state is WorkerState.WORKING)
             timeout = 0.0 if has_work else max(0.0, until - clock.steady)
             clock.waiting(timeout)
             completions = self._ring.wait(timeout)
@@ -411,10 +411,16 @@ class Worker:
         self._open_failed(error, side)
 
     def _open_failed(self, error: NbdshardError, side: Side | None) -> None:
-        """Close all connections. Only then is the coordinator told: until then bytes may still be on their way."""
+        """Close all connections. Only then is the coordinator told: until then bytes may still be on their way.
+
+        Softly: a server may not bear a client that vanishes in the middle of its replies (nbdkit 1.32 aborts), and
+        after the loss of one server the other is still needed.
+        """
         self._failure = report_error(error, side)
+        if self._copier is not None:
+            self._copier.drain()
         if self._crew is not None:
-            self._crew.disconnect(at_once=True)
+            self._crew.disconnect(at_once=False)
         self.state = WorkerState.LOSING
 
     def _connections_gone(self) -> None:

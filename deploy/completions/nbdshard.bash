@@ -3,10 +3,10 @@
 # tests/unit/cli/test_documented_options.py compares the lists with the parsers'.
 
 _nbdshard_copy="-C -R -S -T -V -h -p -v --allocated --connections= --data-path= --destination-is-zero --flush --help
---no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --request-size=
+--loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --request-size=
 --requests= --ring= --sparse= --synchronous --target-is-zero --threads= --verbose --version --workers="
 _nbdshard_coordinator="-C -R -S -T -h -p -v --allocated --allow= --connections= --data-path= --destination-is-zero
---flush --help --insecure --key= --listen= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size=
+--flush --help --insecure --key= --listen= --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size=
 --request-size= --requests= --sparse= --synchronous --target-is-zero --threads= --verbose --workers="
 _nbdshard_worker="-h -v --connect= --coordinator-key= --help --key= --ring= --verbose"
 _nbdshard_keygen="-h --dir= --help"

@@ -136,6 +136,15 @@ def _at_tcp(command: Callable[[int], Sequence[str]], uri: Callable[[int], str]) 
         yield server
 
 
+@contextlib.contextmanager
+def at_socket(path: Path, *command: str) -> Iterator[Server]:
+    """A server that `command` starts on the unix socket `path`, which another one before it may have left behind."""
+    path.unlink(missing_ok=True)
+    uri = _unix_uri("")(path)
+    with private_folder() as folder, running(command, uri, lambda _: processes.listens_on_unix(path), folder) as server:
+        yield server
+
+
 def _unix_uri(export: str) -> Callable[[Path], str]:
     return lambda path: f"nbd+unix:///{export}?socket={path}"
 

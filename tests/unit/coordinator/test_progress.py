@@ -152,7 +152,17 @@ def test_json_objects_come_once_a_second_and_hold_every_field(pipe: tuple[int, i
         "elapsed_seconds": 2.0,
         "workers": 2,
         "connections": 4,
+        "waiting_for": None,
+        "waiting_seconds": None,
     }
+
+
+def test_json_objects_tell_what_is_waited_for(pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    display = JsonDisplay(100.0, write_end)
+    display.show(replace(STATUS, waiting_for="source nbd://a: lost", waiting_seconds=2.04), 100.0)
+    (record,) = map(json.loads, lines(read_end))
+    assert (record["waiting_for"], record["waiting_seconds"]) == ("source nbd://a: lost", 2.0)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +171,7 @@ def test_json_objects_come_once_a_second_and_hold_every_field(pipe: tuple[int, i
         (Verdict.COMPLETE, "done"),
         (Verdict.FAILED, "failed"),
         (Verdict.STOPPED, "stopped"),
+        (Verdict.PAUSED, "paused"),
         (Verdict.UNFENCED, "unfenced"),
     ],
 )
