@@ -101,7 +101,7 @@ def test_with_a_loss_timeout_of_0_the_copy_fails_at_once(
     ):
         in_the_middle(run, copied)
         source.kill()
-        run.wait(SECONDS).failed(1, saying=["source", "connection lost"])
+        run.wait(SECONDS).failed(1, saying=["source nbd+unix:"])
 
 
 def test_another_disk_at_the_same_address_is_not_taken_for_the_old_one(
