@@ -4,7 +4,8 @@ The shell adds connections, grants leases, passes on what the connections report
 batch of events; the copier queues requests on its connections and messages in `outbox`. Its rules:
 
 - No WRITE is queued before its READ ended without error and all payload is held.
-- A lease's clock is looked at before each write; an expired lease writes nothing more.
+- A lease's clock is looked at before each write is queued; whoever sends what is queued compares the time with
+  `earliest_expiry` before each piece, and calls `expire`. An expired lease writes nothing more.
 - A failed read is asked again, a failed write is sent again from its buffer, ATTEMPTS_PER_REQUEST times in all; then
   the lease fails, and with it nothing else. What was spliced is gone after a failed write: it is read again, and both
   go through a buffer from then on.
@@ -55,6 +56,7 @@ class Copier:
         self.leases: dict[int, LeaseWork] = {}
         self.draining = False
         self.has_work = False  # something has ended or begun since the last `pump`: more may be possible
+        self.earliest_expiry = inf  # never later than the first end of a lease that is not over: then `expire` is due
         self.flushes = Flushes(self)
         self.payloads = Payloads(shape.request_size, pipes)
         self._writer = Writer(shape, self)
@@ -89,10 +91,12 @@ class Copier:
             return
         self.has_work = True
         self._wish = max(0, self._wish - 1)
+        expires = now + message.seconds
+        self.earliest_expiry = min(self.earliest_expiry, expires)
         self.leases[message.lease] = LeaseWork(
             message.lease,
             message.range,
-            expires=now + message.seconds,
+            expires=expires,
             alignment=self.shape.alignment,
             hole_min=self.shape.hole_min,
             until_end=message.until_end,
@@ -103,6 +107,25 @@ class Copier:
         for lease in self.leases.values():
             if now < lease.expires:
                 lease.expires = now + seconds
+        self._find_earliest_expiry(now)
+
+    def expire(self, now: float) -> bool:
+        """`earliest_expiry` has come: give up the leases that are over.
+
+        Whether a request that writes under one of them is not yet acknowledged. It may be queued, or half sent: nothing
+        more may be sent on its connection then, which only closing it ensures.
+        """
+        self.now = now
+        over = [lease for lease in self.leases.values() if now >= lease.expires]
+        for lease in over:
+            self.abandon(lease, ErrorReport(kind="connection", text="the lease expired"))
+        self._find_earliest_expiry(now)
+        return self._writer.is_writing(over)
+
+    def _find_earliest_expiry(self, now: float) -> None:
+        self.earliest_expiry = min(
+            (lease.expires for lease in self.leases.values() if now < lease.expires), default=inf
+        )
 
     def revoke(self, lease_id: int) -> None:
         """Give a lease up; reported as failed once nothing of it is on the wire."""

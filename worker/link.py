@@ -282,6 +282,11 @@ class NbdLink:
             self._fail(error)
 
     # -- by operations of the ring: the negotiation, and payload that goes through buffers
+    #
+    # The clock is looked at before a SEND is submitted, and what it then waits for the ring does alone: room in the
+    # socket. A process that was stopped meanwhile goes on with that, inside the ring or the kernel, before any code of
+    # ours can look at the clock again. So writes under leases that end never go this way (service.py sees to it): each
+    # is a call that does not wait, made right after a look.
 
     def _keep_moving(self) -> None:
         """Keep one send (while there is something to send) and one receive outstanding."""
@@ -293,6 +298,8 @@ class NbdLink:
                 self._out = list(machine.data_to_send())
                 self._out_of = self._client
             if self._out:
+                if not self._may_send():
+                    return
                 self._submit(self._sending, in_memory(self._out[:BUFFERS_PER_SEND_MAX]))
             elif self.state is LinkState.LEAVING and self.quiet:
                 self.close()

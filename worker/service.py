@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
+from math import inf
 from typing import Protocol
 
 from nbdshard.common import logs
@@ -17,6 +18,7 @@ from nbdshard.common.limits import (
     COORDINATOR_SILENCE_SECONDS,
     DRAIN_SECONDS,
     HEARTBEAT_SECONDS,
+    LOCAL_LEASE_SECONDS,
     PROGRESS_SECONDS,
     TICK_SECONDS,
 )
@@ -161,19 +163,35 @@ class Worker:
                     return
 
     def _look(self) -> float:
-        """Look at the clock: the time for everything but leases. Nothing is sent under a lease that was slept over."""
+        """Look at the clock: the time for everything but leases. Nothing is sent any more under a lease that is over.
+
+        Asked before each piece that is sent directly, and on both sides of each wait: one comparison is all it costs.
+        """
         clock = self._clock
         now = clock.look()
-        if self._copier is not None:
-            self._copier.now = clock.true
-        if clock.last_stop and self._assign is not None and clock.last_stop >= self._assign.lease_seconds:
-            # What is queued would be written too, perhaps long after the job's end.
-            if self._crew is not None:
-                self._crew.disconnect(at_once=True)
-            if self.state in (WorkerState.OPENING, WorkerState.WORKING):
-                reason = f"it was stopped for {self._clock.last_stop:.0f} s, which is longer than its leases last"
-                self._open_failed(ConnectionLost("worker", "copying", reason), None)
+        copier = self._copier
+        if copier is not None:
+            copier.now = true = clock.true
+            if true >= copier.earliest_expiry:
+                self._expire(copier)
         return now
+
+    def _expire(self, copier: Copier) -> None:
+        """A lease has ended. What is queued under it would be written too, perhaps long after the job's end."""
+        clock = self._clock
+        lease_seconds = self._assign.lease_seconds if self._assign is not None and copier.leases else inf
+        slept = clock.last_stop if clock.last_stop >= lease_seconds else 0.0
+        if not copier.expire(clock.true) and not slept:
+            return
+        if self._crew is not None:
+            self._crew.disconnect(at_once=True)
+        if self.state in (WorkerState.OPENING, WorkerState.WORKING):
+            reason = "a lease ended before all that was written under it was acknowledged"
+            if slept:
+                reason = f"it was stopped for {slept:.0f} s, which is longer than its leases last"
+            self._open_failed(ConnectionLost("worker", "copying", reason), None)
+        elif self.state is WorkerState.DRAINING:
+            self._leave_by = clock.steady  # what was under way will never be finished
 
     def hear(self) -> None:
         """There may be something to read from the channel: the next wait is to be the last before it is read."""
@@ -193,8 +211,10 @@ class Worker:
 
     def _next_deadline(self) -> float:
         deadline = min(self._next_tick, self._next_heartbeat)
-        retry = self._copier.deadline() if self._copier is not None else None
-        return deadline if retry is None else min(deadline, retry - self._clock.stopped_seconds)
+        if self._copier is None:
+            return deadline
+        retry, expiry = self._copier.deadline(), self._copier.earliest_expiry
+        return min(deadline, (expiry if retry is None else min(retry, expiry)) - self._clock.stopped_seconds)
 
     def _look_at_clock(self, now: float) -> None:
         if now >= self._next_tick:
@@ -321,7 +341,9 @@ class Worker:
         try:
             if self._crew is None:
                 self.state = WorkerState.OPENING
-                plumbing = self._plumbing if message.options.data_path != "buffer" else None
+                # Under leases that end nothing is left to the ring to send: it does not look at the clock (link.py).
+                is_direct = message.options.data_path != "buffer" or message.lease_seconds < LOCAL_LEASE_SECONDS
+                plumbing = self._plumbing if is_direct else None
                 self._crew = Crew(self._ring, message, self._opened, self._lost, self._connector, plumbing, self._look)
             self._crew.want(message, now)
         except NbdshardError as error:

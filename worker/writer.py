@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from nbdshard.common.errors import RequestError
@@ -56,6 +56,14 @@ class Writer:
     def _send(self, target: Target) -> None:
         while target.waiting and target.has_room(self._payload_size(target.waiting[0])):
             self._submit(target, target.waiting.popleft())
+
+    def is_writing(self, leases: Collection[LeaseWork]) -> bool:
+        """Whether a connection has a request of theirs that writes, and that is not answered."""
+        return any(
+            isinstance(part, Part) and not part.is_merge and part.operation.lease in leases
+            for target in self.targets
+            for part in target.vector.entries()
+        )
 
     # -- writing -------------------------------------------------------------------------------------------------------
 

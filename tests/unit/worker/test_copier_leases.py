@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from nbdshard.common.messages import Counters, EndpointDescription, ErrorReport, Failed, Flushed, JobOptions, Written
 from nbdshard.common.nbd.constants import STATE_ZERO
 from nbdshard.common.ranges import Range
@@ -78,6 +80,53 @@ def test_a_lease_cannot_be_renewed_once_it_has_expired() -> None:
     bench.answer_all()
     assert bench.target.calls == []
     assert len(bench.told(Failed)) == 1
+
+
+def test_the_shell_is_told_when_the_first_lease_ends() -> None:
+    bench = Bench()
+    assert bench.copier.earliest_expiry == inf
+    bench.lease(0, 4096, number=1, seconds=10.0)
+    bench.lease(4096, 8192, number=2, seconds=5.0)
+    assert bench.copier.earliest_expiry == bench.now + 5.0
+    bench.pump(4.0)
+    bench.copier.renew(bench.now, 7.0)
+    assert bench.copier.earliest_expiry == bench.now + 7.0
+
+
+def test_the_end_of_a_lease_fails_it_and_asks_for_its_connection_to_be_closed_only_if_something_was_written() -> None:
+    bench = Bench(JobOptions(4 * KIB, 4, 64 * KIB, 0, extents=False))
+    bench.lease(0, 4096, number=1, seconds=5.0)
+    bench.lease(4096, 8192, number=2, seconds=10.0)
+    reads = list(bench.source.open)
+    bench.now += 5.0
+    assert not bench.copier.expire(bench.now)
+    assert bench.copier.earliest_expiry == bench.now + 5.0
+    for call in reads:
+        bench.answer(call)
+    assert bench.told(Failed) == [Failed(JOB, EPOCH, 1, ErrorReport("connection", "the lease expired"))]
+    assert bench.target.made("write") == [Range(4096, 8192)]
+    bench.now += 5.0
+    assert bench.copier.expire(bench.now)
+    assert bench.copier.earliest_expiry == inf
+
+
+def test_a_revoked_lease_still_ends_while_something_is_written_under_it() -> None:
+    bench = Bench()
+    bench.lease(0, 4096, seconds=5.0)
+    bench.answer(bench.source.open[0])
+    bench.copier.revoke(1)
+    bench.now += 5.0
+    assert bench.now >= bench.copier.earliest_expiry
+    assert bench.copier.expire(bench.now)
+
+
+def test_a_lease_that_was_written_before_its_end_asks_for_nothing() -> None:
+    bench = Bench()
+    bench.lease(0, 4096, seconds=5.0)
+    bench.answer_all()
+    bench.now += 5.0
+    assert not bench.copier.expire(bench.now)
+    assert bench.copier.earliest_expiry == inf
 
 
 # -- giving up ---------------------------------------------------------------------------------------------------------

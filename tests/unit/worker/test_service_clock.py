@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -11,7 +11,9 @@ import pytest
 from nbdshard.common.messages import (
     PROTOCOL_VERSION,
     Assign,
+    DataPath,
     EndpointAddress,
+    Failed,
     FromCoordinator,
     FromWorker,
     Goodbye,
@@ -96,6 +98,18 @@ class Stoppable:
 
         return wait_for(what, turned)
 
+    def let_pass(self, seconds: float) -> None:
+        """Time passes, and the worker is there to see it."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + 0.5)
+            self.worker.turn()
+
+    @property
+    def gave_up(self) -> bool:
+        """It said that a lease, or all its connections, are lost."""
+        return bool(self.channel.heard(Failed) or self.channel.heard(OpenFailed))
+
     def end(self) -> None:
         self.channel.to_worker.append(Stop("job", 1, "the test is over", now=True))
         self.until("a goodbye", Goodbye)
@@ -146,54 +160,170 @@ def test_a_worker_that_was_stopped_for_long_goes_on_under_a_lease_that_lasts() -
 # -- a stop in the middle of a turn ------------------------------------------------------------------------------------
 
 LONG = 4 * MIB
+PAYLOAD_MIN = 4096  # bytes moved at once; headers are shorter
 
 
 class Stopping(SystemPlumbing):
-    """The process is stopped for 30 s within the first call of `name` that moves something."""
+    """The process of `stage` is stopped for so many seconds within the first call of `name` that moves payload."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, seconds: float) -> None:
         super().__init__()
         self.name = name
-        self.stop: Callable[[], None] | None = None
-        self.moved_since = 0  # bytes to the destination
+        self.seconds = seconds
+        self.stage: Stoppable | None = None
+        self.moved_since = 0  # bytes sent, but for those that are thrown away
 
     def fill(self, pipe: Pipe, number: int, count: int) -> int:
         return self._over("fill", super().fill(pipe, number, count))
 
+    def receive(self, number: int, buffers: Sequence[memoryview]) -> int:
+        return self._over("receive", super().receive(number, buffers))
+
     def drain(self, pipe: Pipe, number: int, count: int, *, more: bool) -> int:
         moved = super().drain(pipe, number, count, more=more)
-        if self.stop is None and number != self._null:  # what is thrown away goes there
-            self.moved_since += max(0, moved)
+        if number != self._null:
+            self._moved(moved)
         return self._over("drain", moved)
 
+    def send(self, number: int, pieces: Sequence[bytes | memoryview], *, more: bool) -> int:
+        moved = super().send(number, pieces, more=more)
+        self._moved(moved)
+        return self._over("send", moved)
+
+    def _moved(self, count: int) -> None:
+        if self.stage is None:
+            self.moved_since += max(0, count)
+
     def _over(self, name: str, moved: int) -> int:
-        if name == self.name and moved > 0 and self.stop is not None:
-            stop, self.stop = self.stop, None
-            stop()
+        if name == self.name and moved > PAYLOAD_MIN and self.stage is not None:
+            stage, self.stage, self.moved_since = self.stage, None, 0
+            stage.now += self.seconds
         return moved
 
 
-@pytest.mark.parametrize("name", ["fill", "drain"])
-def test_nothing_is_spliced_under_a_lease_that_ended_in_the_middle_of_a_turn(name: str) -> None:
-    source, target = Double(bytearray(b"\x5a" * LONG)), Double(bytearray(LONG))
-    options = JobOptions(request_size=MIB, requests=4, queue_size=16 * MIB, sparse_unit=0, data_path="splice")
-    plumbing = Stopping(name)
-    ring, _ = open_ring("epoll")
+def filled() -> Double:
+    return Double(bytearray(b"\x5a" * LONG))
+
+
+@contextmanager
+def copying(
+    ring: Ring,
+    plumbing: Plumbing | None,
+    source: Double,
+    target: Double,
+    data_path: DataPath = "auto",
+    lease_seconds: float = 10.0,
+) -> Iterator[Stoppable]:
+    """A worker that is about to read a lease of LONG bytes, in four requests."""
+    options = JobOptions(request_size=MIB, requests=4, queue_size=16 * MIB, sparse_unit=0, data_path=data_path)
     with double(source) as one, double(target) as two:
         stage = Stoppable(ring, plumbing)
         ends = EndpointAddress(kind="nbd", address=one), [EndpointAddress(kind="nbd", address=two)]
-        stage.channel.to_worker.append(Assign("job", 1, *ends, options, 1, 1, 2.0, 10.0))
+        stage.channel.to_worker.append(Assign("job", 1, *ends, options, 1, 1, 2.0, lease_seconds))
         stage.until("both sides", Opened)
         stage.until("a wish", Wanted)
+        stage.channel.to_worker.append(Lease("job", 1, 1, Range(0, LONG), lease_seconds))
+        yield stage
+        stage.end()
 
-        def stop() -> None:
-            stage.now += 30.0
 
-        plumbing.stop = stop
-        stage.channel.to_worker.append(Lease("job", 1, 1, Range(0, LONG), 10.0))
+@pytest.fixture
+def epoll() -> Iterator[Ring]:
+    ring, _ = open_ring("epoll")
+    yield ring
+    ring.close()
+
+
+@pytest.mark.parametrize("name", ["fill", "drain"])
+def test_nothing_is_spliced_under_a_lease_that_ended_in_the_middle_of_a_turn(epoll: Ring, name: str) -> None:
+    plumbing = Stopping(name, 30.0)
+    with copying(epoll, plumbing, filled(), Double(bytearray(LONG)), "splice") as stage:
+        plumbing.stage = stage
         (failure,) = stage.until("the worker to give up", OpenFailed)
         assert isinstance(failure, OpenFailed)
         assert "it was stopped for 30 s" in failure.error.text
         assert plumbing.moved_since == 0
-        stage.end()
-    ring.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "data_path"), [("fill", "splice"), ("drain", "splice"), ("receive", "buffer"), ("send", "buffer")]
+)
+def test_a_stop_shorter_than_a_lease_may_be_its_end_all_the_same(epoll: Ring, name: str, data_path: DataPath) -> None:
+    """Nothing was heard of the coordinator for some time before."""
+    plumbing = Stopping(name, 6.0)
+    source = GatedSource(bytearray(b"\x5a" * LONG))
+    source.gate = threading.Event()
+    with copying(epoll, plumbing, source, Double(bytearray(LONG)), data_path) as stage:
+        stage.let_pass(6.0)
+        plumbing.stage = stage
+        source.gate.set()
+        wait_for("the stop", lambda: (stage.worker.turn(), plumbing.stage is None)[1])
+        wait_for("the end", lambda: (stage.worker.turn(), stage.gave_up)[1])
+        assert plumbing.moved_since == 0
+
+
+class GatedTarget(Double):
+    """Takes in nothing that writes until the test lets it."""
+
+    gate: threading.Event
+
+    def receive_request(self, talk: Talk) -> Request:
+        assert self.gate.wait(20)
+        return super().receive_request(talk)
+
+
+@pytest.mark.parametrize("plumbing", [None, SystemPlumbing()], ids=["by the ring", "directly"])
+def test_what_is_queued_is_not_sent_any_more_once_its_lease_has_ended(epoll: Ring, plumbing: Plumbing | None) -> None:
+    """Nobody was stopped: the server took nothing more, and the coordinator was not heard."""
+    target = GatedTarget(bytearray(LONG))
+    target.gate = threading.Event()
+    source = filled()
+    with copying(epoll, plumbing, source, target) as stage:
+        wait_for("all reads", lambda: (stage.worker.turn(), source.count(CMD_READ) == 4)[1])
+        stage.let_pass(9.5)
+        assert stage.worker.state is WorkerState.WORKING
+        stage.let_pass(0.5)
+        (failure,) = stage.until("the worker to give up", OpenFailed)
+        assert isinstance(failure, OpenFailed)
+        assert "a lease ended before all that was written under it was acknowledged" in failure.error.text
+        target.gate.set()
+    assert target.count(CMD_WRITE) < 4, "the socket had no room for all of them"
+
+
+def test_a_lease_that_ends_before_anything_is_written_costs_no_connection(epoll: Ring) -> None:
+    source, target = GatedSource(bytearray(b"\x5a" * LONG)), Double(bytearray(LONG))
+    source.gate = threading.Event()
+    with copying(epoll, SystemPlumbing(), source, target) as stage:
+        stage.let_pass(11.0)
+        source.gate.set()
+        (failure,) = stage.until("the lease to fail", Failed)
+        assert isinstance(failure, Failed)
+        assert failure.error.text == "the lease expired"
+        assert stage.worker.state is WorkerState.WORKING
+    assert target.count(CMD_WRITE) == 0
+
+
+def test_a_drain_does_not_wait_for_writes_whose_lease_has_ended(epoll: Ring) -> None:
+    target = GatedTarget(bytearray(LONG))
+    target.gate = threading.Event()
+    source = filled()
+    with copying(epoll, SystemPlumbing(), source, target) as stage:
+        wait_for("all reads", lambda: (stage.worker.turn(), source.count(CMD_READ) == 4)[1])
+        stage.let_pass(8.0)
+        stage.worker.leave("asked to")
+        stage.let_pass(2.0)
+        stage.until("a goodbye", Goodbye)
+        target.gate.set()
+    assert target.count(CMD_WRITE) < 4
+
+
+@pytest.mark.parametrize(("lease_seconds", "is_direct"), [(10.0, True), (86_400.0, False)])
+def test_writes_under_leases_that_end_are_not_left_to_the_ring(
+    epoll: Ring, lease_seconds: float, is_direct: bool
+) -> None:
+    plumbing = Stopping("", 0.0)
+    target = Double(bytearray(LONG))
+    with copying(epoll, plumbing, filled(), target, "buffer", lease_seconds) as stage:
+        stage.until("the lease to be written", Written)
+    assert target.content == b"\x5a" * LONG
+    assert (plumbing.moved_since > LONG) is is_direct
