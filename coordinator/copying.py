@@ -6,11 +6,15 @@ Nothing here decides about workers or about the job: a `Trouble` tells the sched
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 
 from nbdshard.common.errors import BugError
 from nbdshard.common.limits import (
     ATTEMPTS_PER_RANGE,
+    CHECKPOINT_ASKS_PER_TICK_MAX,
+    COVERED_LEASES_MAX,
     FLUSH_BYTES_PER_SECOND,
     FLUSH_SECONDS,
     LEASES_PER_WORKER,
@@ -18,13 +22,15 @@ from nbdshard.common.limits import (
     WRITTEN_LEASES_JOB_MAX,
     WRITTEN_LEASES_MAX,
 )
-from nbdshard.common.messages import Failed, Flush, Flushed, Lease, Noted, Progress, Written
+from nbdshard.common.messages import ErrorReport, Failed, Flush, Flushed, Lease, Noted, Progress, Written
+from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.crew import Crew, Outbox
 from nbdshard.coordinator.ending import error_line
+from nbdshard.coordinator.instructions import Journal
 from nbdshard.coordinator.job import Job
 from nbdshard.coordinator.leases import Granted, Ledger
 from nbdshard.coordinator.planner import Plan
-from nbdshard.coordinator.states import WorkerState
+from nbdshard.coordinator.states import RangeState, WorkerState
 from nbdshard.coordinator.workers import FlushAsked, Worker
 
 
@@ -51,7 +57,12 @@ class Copying:
         self._wishing: OrderedDict[str, Worker] = OrderedDict()
         self._unflushed: OrderedDict[str, Worker] = OrderedDict()  # wrote something that no flush asked for covers
         self._flush_number = 0
-        self.ledger = Ledger(plan)
+        self._unanswered: OrderedDict[str, int] = OrderedDict()  # flushes without an answer, by worker; oldest first
+        self._suspect_before = 0  # leases below this number were under way when a flush was lost
+        self._checkpoint_at = inf  # counts while somebody is in `_unflushed`
+        self._to_ask = 0  # workers that the checkpoint under way has still to ask
+        self._bytes_written = 0  # since the last checkpoint
+        self.ledger = Ledger(plan, job.durable)
         self.repeatable = plan.repeatable
         self.undurable = False  # a server without FLUSH took some of it
         self.dropped = 0  # late reports
@@ -99,7 +110,7 @@ class Copying:
     def written(self, worker: Worker, message: Written, now: float) -> Trouble | None:
         if message.lease >= self.ledger.next_number:
             return _blame(f"it reported lease {message.lease}, which was never granted")
-        granted = self._leased(worker, message.lease)
+        granted, trouble = self._leased(worker, message.lease), None
         if granted is not None:
             whole = granted.range.length
             if granted.until_end:
@@ -108,12 +119,20 @@ class Copying:
                 whole = message.end - granted.range.start
             if message.done.total != whole:
                 return _blame(f"it reported {message.done.total} of {whole} bytes of a lease as all of it")
-            self.ledger.wrote(granted, message.done, message.end if granted.until_end else None)
-            self.moved = True
-            self._wrote(worker, now)
+            trouble = self._written(worker, granted, message, now)
         # Also for one that came late: it is sent again until it is noted, and does no harm.
         self._outbox.send(worker, Noted(self._job.uuid, self._job.epoch, message.lease))
         self.consider(worker)
+        return trouble
+
+    def _written(self, worker: Worker, granted: Granted, message: Written, now: float) -> Trouble | None:
+        if granted.number < self._suspect_before:
+            # Part of it may have been among what that flush did not bring to the disk; a later one would not tell.
+            return self._given_back([granted], "a flush was lost while it was copied")
+        self.ledger.wrote(granted, message.done, message.end if granted.until_end else None)
+        self.moved = True
+        self._bytes_written += message.done.total
+        self._wrote(worker, now)
         return None
 
     def failed(self, worker: Worker, message: Failed) -> Trouble | None:
@@ -147,6 +166,10 @@ class Copying:
         for granted in list(holding.written.values()):
             if not self.ledger.give_back(granted, attempt=False):
                 trouble = trouble or Trouble(f"{_named(granted)} was lost {RETURNS_PER_RANGE} times: {why}")
+        if worker.identity in self._unanswered:
+            found = self._flush_lost(worker, why)
+            trouble = trouble or found
+        self._crew.flush_over(worker)  # whatever it may still answer
         self.ledger.close_holding(worker.identity)
         return trouble
 
@@ -159,11 +182,42 @@ class Copying:
 
     # -- flushes -------------------------------------------------------------------------------------------------------
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether anything is written that a flush has still to cover, or one sent before to confirm."""
+        return self.ledger.written_count > 0 or self.ledger.covered_count > 0
+
     def flush(self, now: float) -> None:
         """Have everything flushed that was written. Asks nobody twice for the same."""
         while self._unflushed:
             _, worker = self._unflushed.popitem(last=False)
             self._ask_flush(worker, now)
+
+    def deadline(self) -> float:
+        """When `checkpoint` is due; infinite while nothing was written that no flush was asked for."""
+        if not self._unflushed or self._is_full or not self._plan.can_flush:
+            return inf
+        return self._checkpoint_at
+
+    def checkpoint(self, now: float) -> None:
+        """If it is time, ask those who wrote to flush: so many at once that others do not wait for a large crew."""
+        if now < self.deadline():
+            return
+        if not self._to_ask:
+            # All of them at about the same time: a server writes back once for all.
+            self._to_ask = len(self._unflushed)
+            self._bytes_written = 0
+        for _ in range(min(self._to_ask, len(self._unflushed), CHECKPOINT_ASKS_PER_TICK_MAX)):
+            _, worker = self._unflushed.popitem(last=False)
+            self._ask_flush(worker, now)
+            self._to_ask -= 1
+        if not self._to_ask:
+            self._checkpoint_at = now + self._job.checkpoint_seconds  # of those who wrote again meanwhile
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether so much is covered and waits for an older flush that no new one is asked for."""
+        return self.ledger.covered_count >= COVERED_LEASES_MAX
 
     def flushed(self, worker: Worker, message: Flushed, now: float) -> Trouble | None:
         asked = worker.flush
@@ -172,17 +226,21 @@ class Copying:
             return None
         self._crew.flush_over(worker)
         if message.error is not None:
-            return Trouble(error_line(message.error))
+            return self._flush_failed(worker, message.error)
         self.moved = True
         written = worker.holding.written
-        covered = set(message.leases)
+        covered = [written[number] for number in set(message.leases) & written.keys()]
+        for granted in covered:
+            if message.durable:
+                self.ledger.cover(granted, self._flush_number)
+            else:
+                self.ledger.settle(granted)
         if not message.durable:
             # Nothing better can be had of this server: ranges end as written, and the outcome says so.
             self.undurable = True
-            covered |= asked.leases
+            for number in asked.leases & written.keys():
+                self.ledger.settle(written[number])
         trouble = None
-        for number in covered & written.keys():
-            self.ledger.settle(written[number])
         for number in asked.leases & written.keys():
             # Its connection is gone, and with it perhaps the server that had acknowledged it.
             granted = written[number]
@@ -190,10 +248,57 @@ class Copying:
                 trouble = Trouble(f"no flush covers {_named(granted)}; a stream cannot be copied a second time")
             if not self.ledger.give_back(granted, attempt=False):
                 trouble = trouble or Trouble(f"no flush covered {_named(granted)} in {RETURNS_PER_RANGE} tries")
+        self._answered(worker)
         if written:
             self._wrote(worker, now)
         self.consider(worker)
         return trouble
+
+    def _answered(self, worker: Worker) -> None:
+        """Its flush holds up the others no longer: what no flush without an answer can take back goes to the journal.
+
+        Not sooner: if the coordinator died before it heard that the older flush failed, it would resume from a lie.
+        """
+        self._unanswered.pop(worker.identity, None)
+        settled = self.ledger.confirm(next(iter(self._unanswered.values()), inf))
+        if settled:
+            self._outbox.add(Journal(durable=_merged(settled)))
+
+    def _flush_failed(self, worker: Worker, error: ErrorReport) -> Trouble | None:
+        text = error_line(error)
+        if error.kind == "connection" and self._plan.repeatable:
+            return self._flush_lost(worker, text)  # nobody knows how it ended
+        # The job ends with it, and the flush stays without an answer: nothing since it was sent is ever settled.
+        # The ledger keeps it, so that the user is told how far the copy was.
+        self._demoted(self.ledger.covered_since(self._unanswered[worker.identity]))
+        return Trouble(text)
+
+    def _flush_lost(self, worker: Worker, why: str) -> Trouble | None:
+        """How the flush of `worker` ended will never be known. The kernel tells of a lost write-back once, and it may
+        have told this one: all that was written in the job until now, or covered since this flush was sent, does not
+        count any more."""
+        flush = self._unanswered[worker.identity]
+        self._demoted(self.ledger.covered_since(flush))
+        given_back = self.ledger.demote(flush)
+        self._unflushed.clear()
+        self._suspect_before = self.ledger.next_number
+        self._answered(worker)
+        return self._failed_of(given_back, why)
+
+    def _demoted(self, ranges: Iterable[Range]) -> None:
+        if ranges := _merged(ranges):
+            self._outbox.add(Journal(demoted=ranges))
+
+    def _given_back(self, ranges: list[Granted], why: str) -> Trouble | None:
+        for granted in ranges:
+            self.ledger.give_back(granted, attempt=False)
+        return self._failed_of(ranges, why)
+
+    def _failed_of(self, ranges: list[Granted], why: str) -> Trouble | None:
+        for granted in ranges:
+            if granted.state is RangeState.FAILED:
+                return Trouble(f"{_named(granted)} was lost {RETURNS_PER_RANGE} times: {why}")
+        return None
 
     def _wrote(self, worker: Worker, now: float) -> None:
         """`worker` has written leases. Now and then it must flush before the end: each is an object until then."""
@@ -205,11 +310,20 @@ class Copying:
                 for granted in list(written.values()):
                     self.ledger.settle(granted)  # the user wants no more than that
         elif worker.flush is None and worker.state is WorkerState.READY:
-            if is_many:
+            if is_many and not self._is_full:
                 self._unflushed.pop(worker.identity, None)
                 self._ask_flush(worker, now)
             else:
-                self._unflushed[worker.identity] = worker
+                self._await_flush(worker, now)
+
+    def _await_flush(self, worker: Worker, now: float) -> None:
+        """The next checkpoint asks `worker`."""
+        if not self._unflushed:
+            self._to_ask = 0
+            self._checkpoint_at = now + self._job.checkpoint_seconds
+        if self._bytes_written >= self._job.checkpoint_bytes:
+            self._checkpoint_at = min(self._checkpoint_at, now)
+        self._unflushed[worker.identity] = worker
 
     def _ask_flush(self, worker: Worker, now: float) -> None:
         assert worker.holding is not None
@@ -217,6 +331,7 @@ class Copying:
         # One server may have to write back what all of them wrote.
         seconds = FLUSH_SECONDS + self.ledger.unsettled_bytes / FLUSH_BYTES_PER_SECOND
         asked = FlushAsked(self._flush_number, frozenset(worker.holding.written), now + seconds, seconds)
+        self._unanswered[worker.identity] = self._flush_number
         self._crew.flush_begins(worker, asked)
         self._outbox.send(worker, Flush(self._job.uuid, self._job.epoch, self._flush_number))
 
@@ -225,6 +340,8 @@ class Copying:
     def validate(self) -> None:
         """Raise BugError when the ranges, or who holds them, are not as they must be. For tests."""
         self.ledger.validate()
+        if self.ledger.covered_count and not self._unanswered:
+            raise BugError("what every flush was answered for is not settled")
         for worker in self._crew.workers.values():
             held = len(worker.holding.leased) if worker.holding is not None else 0
             if held > self._leases_at_once:
@@ -235,9 +352,16 @@ class Copying:
             if self._can_take(worker) and worker.identity not in self._wishing:
                 raise BugError(f"worker {worker.name} wants a lease and is not in the queue")
             if worker.state is WorkerState.READY and worker.holding is not None and self._job.options.flush:
-                asked = worker.flush.leases if worker.flush is not None else frozenset[int]()
-                if worker.holding.written.keys() - asked and worker.identity not in self._unflushed and not asked:
+                if written and worker.flush is None and worker.identity not in self._unflushed:
                     raise BugError(f"worker {worker.name} wrote what no flush will cover")
+            if worker.identity in self._unflushed and (not written or worker.flush is not None):
+                raise BugError(f"worker {worker.name} is to be flushed for nothing")
+            if worker.flush is not None and self._unanswered.get(worker.identity) != worker.flush.number:
+                raise BugError(f"the flush of worker {worker.name} is not waited for")
+
+
+def _merged(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    return tuple(RangeSet(sorted(ranges)))
 
 
 def _blame(text: str) -> Trouble:

@@ -62,9 +62,13 @@ def make_outcome(
     ends: tuple[EndpointDescription, EndpointDescription] | None,
     *,
     size: int | None,
+    resumed: int,
     is_undurable: bool,
 ) -> Outcome:
-    """The outcome of a job that nobody works on any more. `is_undurable`: a server without FLUSH took part of it."""
+    """The outcome of a job that nobody works on any more.
+
+    `resumed`: bytes that an earlier run had made durable. `is_undurable`: a server without FLUSH took part of it.
+    """
     unfenced = tuple(sorted(crew.unfenced.values()))
     return Outcome(
         verdict=Verdict.UNFENCED if unfenced else ending.verdict,
@@ -80,4 +84,5 @@ def make_outcome(
         unfenced=unfenced,
         source_peer=ends[0].peer if ends is not None else job.source.address,
         destination_peer=ends[1].peer if ends is not None else job.destinations[0].address,
+        resumed=resumed,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from nbdshard.common.messages import FromCoordinator
+from nbdshard.common.ranges import Range
 from nbdshard.coordinator.job import Outcome
 
 
@@ -46,10 +47,23 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class Journal:
+    """Record what a later run need not copy again, before any instruction that comes after this one is carried out.
+
+    `durable`: acknowledged by a flush on the connections that wrote it, and no flush sent before is without an answer.
+    `demoted`: a flush had covered it, and an earlier one then failed or was lost, so it is copied again. It never was
+    in `durable` before; taking it out is a second lock. Both are merged and in order.
+    """
+
+    durable: tuple[Range, ...] = ()
+    demoted: tuple[Range, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The job is over; comes exactly once and last. Processes that never said `Hello` may still have to be killed."""
 
     outcome: Outcome
 
 
-Instruction: TypeAlias = Send | Start | Kill | Prepare | Forget | Finish
+Instruction: TypeAlias = Send | Start | Kill | Prepare | Forget | Journal | Finish

@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from nbdshard.common.limits import CONNECTIONS_DEFAULT, HEARTBEAT_SECONDS, LEASE_SECONDS, LOCAL_LEASE_SECONDS
+from nbdshard.common.limits import (
+    CHECKPOINT_BYTES,
+    CHECKPOINT_SECONDS,
+    CONNECTIONS_DEFAULT,
+    HEARTBEAT_SECONDS,
+    LEASE_SECONDS,
+    LOCAL_LEASE_SECONDS,
+)
 from nbdshard.common.messages import Counters, EndpointAddress, JobOptions
+from nbdshard.common.ranges import Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +35,9 @@ class Job:
     loss_seconds: float = 0.0  # how long a server that was lost is waited for; 0: not at all
     lease_seconds: float = LEASE_SECONDS
     heartbeat_seconds: float = HEARTBEAT_SECONDS
+    durable: tuple[Range, ...] = ()  # what the journal of an earlier run has: not copied again
+    checkpoint_seconds: float = CHECKPOINT_SECONDS  # what was written is flushed after so long ...
+    checkpoint_bytes: int = CHECKPOINT_BYTES  # ... or when it is so much, whichever comes first
 
     @property
     def granted_seconds(self) -> float:
@@ -62,6 +73,12 @@ class Outcome:
     unfenced: tuple[str, ...]  # "host/pid" of workers that were not heard to close their connections
     source_peer: str
     destination_peer: str
+    resumed: int = 0  # bytes that an earlier run had made durable; not in `counters`
+
+    @property
+    def done(self) -> int:
+        """Bytes that are at the destination, by whichever run."""
+        return self.counters.total + self.resumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +86,8 @@ class Status:
     """How far a job is, for the progress display.
 
     `counters` holds completed bytes, those of leases under way too; it falls back when a range has to be copied
-    again, which the display hides. `phase` is "opening", "copying", "flushing", "stopping" or "done".
+    again, which the display hides. `resumed` are those that an earlier run had made durable, and not among them.
+    `phase` is "opening", "copying", "flushing", "stopping" or "done".
     """
 
     size: int | None
@@ -81,6 +99,12 @@ class Status:
     waiting_for: str = ""  # why nobody is connected any more: the line of the last loss; "" while somebody is
     waiting_seconds: float = 0.0  # for so long already ...
     waiting_seconds_max: float = 0.0  # ... of so many
+    resumed: int = 0
+
+    @property
+    def done(self) -> int:
+        """Bytes that are at the destination, by whichever run."""
+        return self.counters.total + self.resumed
 
     @property
     def connections(self) -> int:

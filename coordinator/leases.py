@@ -3,18 +3,29 @@
 Pending ranges are no objects: a cursor walks over the export, and ranges that came back wait in a heap, lowest first.
 A lease is an object from its grant until it is settled; settled bytes are kept as merged intervals. So millions of
 ranges cost what is under way, and every operation costs the same however many there are (the heap's logarithm aside).
+
+What an earlier run made durable is settled from the start, and the cursor walks over the gaps::
+
+    | resumed |  gap  |     resumed     |        gap        |
+              ^ cursor
+
+Settling has two steps. A flush that was acknowledged covers a range: it is durable as far as that server's answer goes.
+But a flush that was sent earlier and is not answered yet may still fail, and the kernel may have told of a lost
+write-back only once, to that one. So a covered range stays an object until every flush sent before is answered; only
+then it is settled, and can go to the journal. A flush that fails takes back all that is written or covered since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from nbdshard.common.errors import BugError
 from nbdshard.common.limits import ATTEMPTS_PER_RANGE, RETURNS_PER_RANGE
 from nbdshard.common.messages import Counters
-from nbdshard.common.ranges import Range
+from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.planner import Plan
 from nbdshard.coordinator.states import RANGES, RangeEvent, RangeState
 
@@ -32,6 +43,12 @@ class Granted:
     state: RangeState = RangeState.PENDING
     done: Counters = NOTHING
     end: int = 0
+    covered_after: int = 0  # the last flush that had been sent when one covered it
+
+    @property
+    def written(self) -> tuple[Range, ...]:
+        """The bytes that were written under it, once they are: none, of an empty stream."""
+        return (Range(self.range.start, self.end),) if self.end > self.range.start else ()
 
     def step(self, event: RangeEvent) -> None:
         self.state = RANGES.step(self.state, event, self)
@@ -73,21 +90,31 @@ class Intervals:
 class Ledger:
     """Every byte of the export in exactly one place. Lease numbers grow and are never used twice."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, durable: Iterable[Range] = ()) -> None:
+        """`durable`: what an earlier run made durable; as much of it as whole blocks allow is not copied again."""
         self._plan = plan
-        self._cursor = 0
         self._bound = plan.bound
+        self._taken_over = plan.usable(durable)
+        self._cursor = self._gap_end = 0
+        gaps = self._taken_over.gaps(Range(0, self._bound)) if self._bound else ()
+        self._gaps = [(gap.start, gap.end) for gap in gaps]
+        self._gaps.reverse()  # the lowest is last
+        self._left = self._bound - self._taken_over.total  # bytes the cursor has still to come to
         self._returned: list[tuple[int, int]] = []
         self._attempts: dict[int, int] = {}  # by the start of a range that came back
         self._returns: dict[int, int] = {}
         self._holdings: dict[str, Holding] = {}
         self._failed: list[Granted] = []
         self._settled = Intervals()
+        for piece in self._taken_over:
+            self._settled.add(piece.start, piece.end)
+        self._covered: deque[Granted] = deque()  # `covered_after` never falls from left to right
         self._done = [0, 0, 0, 0]  # copied, zeroed, skipped, spliced
         self.next_number = 1
         self.leased_count = 0
         self.written_count = 0
         self.unsettled_bytes = 0  # written, and not yet covered by a flush
+        self.resumed_bytes = self._taken_over.total  # not in `counters`: nobody copied them in this run
         self.size = plan.size
 
     # -- questions -----------------------------------------------------------------------------------------------------
@@ -95,7 +122,7 @@ class Ledger:
     @property
     def pending(self) -> bool:
         """Whether a range can be granted."""
-        return bool(self._returned) or self._cursor < self._bound
+        return bool(self._returned) or self._left > 0
 
     @property
     def unwritten(self) -> bool:
@@ -104,8 +131,13 @@ class Ledger:
 
     @property
     def counters(self) -> Counters:
-        """Completed bytes: settled, written, and of leases under way."""
+        """Bytes completed in this run: settled, covered, written, and of leases under way."""
         return Counters(*self._done)
+
+    @property
+    def covered_count(self) -> int:
+        """Leases that a flush covered, and that an earlier one without an answer may still take back."""
+        return len(self._covered)
 
     def holding(self, worker: str) -> Holding:
         """The page of `worker`, which stays the same object; not to be changed by the caller."""
@@ -122,9 +154,13 @@ class Ledger:
         """Lease the next pending range to `worker`. There must be one."""
         if self._returned:
             where = Range(*heappop(self._returned))
-        elif self._cursor < self._bound:
-            where = Range.of(self._cursor, self._plan.next_length(self._bound - self._cursor))
+        elif self._left:
+            if self._cursor == self._gap_end:
+                self._cursor, self._gap_end = self._gaps.pop()
+            length = self._plan.next_length(self._left, self._cursor, self._gap_end)
+            where = Range.of(self._cursor, length)
             self._cursor = where.end
+            self._left -= length
         else:
             raise BugError("a lease was asked of a ledger without pending ranges")
         granted = Granted(self.next_number, where, worker, until_end=self._plan.size is None)
@@ -156,16 +192,50 @@ class Ledger:
         self.unsettled_bytes += granted.end - granted.range.start
 
     def settle(self, granted: Granted) -> None:
-        """A flush covered a written lease, or there is no better end for it. It is forgotten as an object."""
+        """There is no better end for a written lease than that it is written. It is forgotten as an object."""
         granted.step(RangeEvent.SETTLED)
         self._leave_written(granted)
-        self._attempts.pop(granted.range.start, None)
-        self._returns.pop(granted.range.start, None)
-        if granted.end > granted.range.start:
-            self._settled.add(granted.range.start, granted.end)
+        self._forget(granted)
+
+    def cover(self, granted: Granted, last_flush: int) -> None:
+        """A flush on the connections that wrote the lease covered it. `last_flush`: the last one sent until now."""
+        granted.step(RangeEvent.SETTLED)
+        self._leave_written(granted)
+        granted.covered_after = last_flush
+        self._covered.append(granted)
+
+    def covered_since(self, flush: int) -> list[Range]:
+        """What was covered since `flush` was sent, and waits for its answer."""
+        found: list[Range] = []
+        for granted in reversed(self._covered):
+            if granted.covered_after < flush:
+                break
+            found += granted.written
+        return found
+
+    def confirm(self, oldest_flush: float) -> list[Range]:
+        """Settle what was covered before `oldest_flush`, the oldest without an answer, was sent. Returns that."""
+        settled: list[Range] = []
+        while self._covered and self._covered[0].covered_after < oldest_flush:
+            granted = self._covered.popleft()
+            self._forget(granted)
+            settled += granted.written
+        return settled
+
+    def demote(self, flush: int) -> list[Granted]:
+        """`flush` failed, or nobody will ever know: take back all that is written, and what was covered since it was
+        sent. Those whose returns are spent have FAILED. Looks at every worker: that is no everyday event."""
+        demoted: list[Granted] = []
+        while self._covered and self._covered[-1].covered_after >= flush:
+            demoted.append(self._covered.pop())
+        for holding in self._holdings.values():
+            demoted += holding.written.values()
+        for granted in demoted:
+            self.give_back(granted, attempt=False)
+        return demoted
 
     def give_back(self, granted: Granted, *, attempt: bool) -> bool:
-        """What was done under a leased or written range does not count any more.
+        """What was done under a leased or written range, or one that `demote` takes back, does not count any more.
 
         `attempt`: it used up one of the range's attempts; otherwise it came back with a lost connection. False when
         that was once too often: the range has failed, for good.
@@ -192,12 +262,12 @@ class Ledger:
             del self._holdings[worker]
 
     def _take_back(self, granted: Granted, event: RangeEvent) -> None:
-        was_written = granted.state is RangeState.WRITTEN
+        before = granted.state
         granted.step(event)
         self._count(granted.done, -1)
-        if was_written:
+        if before is RangeState.WRITTEN:
             self._leave_written(granted)
-        else:
+        elif before is RangeState.LEASED:
             del self._holdings[granted.worker].leased[granted.number]
             self.leased_count -= 1
         if granted.until_end:
@@ -207,6 +277,12 @@ class Ledger:
         del self._holdings[granted.worker].written[granted.number]
         self.written_count -= 1
         self.unsettled_bytes -= granted.end - granted.range.start
+
+    def _forget(self, granted: Granted) -> None:
+        self._attempts.pop(granted.range.start, None)
+        self._returns.pop(granted.range.start, None)
+        for where in granted.written:
+            self._settled.add(where.start, where.end)
 
     def _count(self, done: Counters, sign: int) -> None:
         self._done[0] += sign * done.copied
@@ -219,6 +295,7 @@ class Ledger:
     def validate(self) -> None:
         """Raise BugError unless the ranges partition the export and the sums are right. Costs a look at everything."""
         pieces = list(self._settled) + list(self._returned)
+        pieces += [(where.start, where.end) for item in self._covered for where in item.written]
         pieces += [(failed.range.start, failed.range.end) for failed in self._failed]
         written = unsettled = leased = 0
         for worker, holding in self._holdings.items():
@@ -237,14 +314,24 @@ class Ledger:
                 raise BugError(f"a lease of {worker} is kept in the wrong place for its state")
         if (leased, written, unsettled) != (self.leased_count, self.written_count, self.unsettled_bytes):
             raise BugError("the ledger's counts do not agree with what is held")
+        order = [item.covered_after for item in self._covered]
+        if order != sorted(order) or any(item.state is not RangeState.DURABLE for item in self._covered):
+            raise BugError("the covered leases are not in the order in which flushes covered them")
+        settled = RangeSet(Range(start, end) for start, end in self._settled)
+        if any(piece not in settled for piece in self._taken_over):
+            raise BugError("something that an earlier run made durable is not settled any more")
         self._check_partition(pieces)
 
     def _check_partition(self, pieces: list[tuple[int, int]]) -> None:
         end_of_all = self._bound
         if self._plan.size is None and self.size is not None:
             end_of_all = self.size
-        if self._cursor < end_of_all:
-            pieces.append((self._cursor, end_of_all))
+        unseen = list(self._gaps)
+        if self._cursor < self._gap_end:
+            unseen.append((self._cursor, self._gap_end))
+        if sum(end - start for start, end in unseen) != self._left:
+            raise BugError(f"{self._left} bytes are left to the cursor, and not those of the gaps {unseen}")
+        pieces += unseen
         expected = 0
         for start, end in sorted(pieces):
             if start != expected:

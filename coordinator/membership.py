@@ -253,7 +253,13 @@ class Membership:
         self._phase = JOBS.step(self._phase, JobEvent.FINISH)
         is_undurable = self._copying is not None and self._copying.undurable
         self._outcome = make_outcome(
-            self._job, ending, self._crew, self._ends, size=self._size(), is_undurable=is_undurable
+            self._job,
+            ending,
+            self._crew,
+            self._ends,
+            size=self._size(),
+            resumed=self._resumed(),
+            is_undurable=is_undurable,
         )
         self._out.add(Finish(self._outcome))
 
@@ -261,6 +267,9 @@ class Membership:
         if self._copying is not None:
             return self._copying.ledger.size
         return self._ends[0].size if self._ends is not None else None
+
+    def _resumed(self) -> int:
+        return self._copying.ledger.resumed_bytes if self._copying is not None else 0
 
     def _counters(self) -> Counters:
         return self._copying.ledger.counters if self._copying is not None else Counters()

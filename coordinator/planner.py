@@ -5,11 +5,14 @@ aligned for both servers. Ranges have `range_size` until the rest is small again
 takes half of its fair share of the rest, so that all finish together::
 
     |      128 MiB      |      128 MiB      |   64 MiB   |   64 MiB   |  32  |  32  | 16 | 16 | 8| 8|4|4|odd tail|
+
+A resumed copy cuts the gaps that are left in the same way, at the same multiples of `range_size`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Final
 
 from nbdshard.common.errors import UserError
@@ -24,6 +27,7 @@ from nbdshard.common.limits import (
     WORKERS_MAX,
 )
 from nbdshard.common.messages import EndpointDescription
+from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.job import Job
 
 OFFSET_MAX: Final = (1 << 63) - 1  # the spec's largest size: the bound of a stream whose end nobody knows
@@ -47,21 +51,34 @@ class Plan:
     in_order: bool
     repeatable: bool
     single_writer: bool
+    can_flush: bool
     source_limit: int
     destination_limit: int
     worker_count: int
 
-    def next_length(self, remaining: int) -> int:
-        """How long the next range is when `remaining` bytes (at least 1) are left to hand out."""
+    def usable(self, durable: Iterable[Range]) -> RangeSet:
+        """What of `durable` need not be copied: nothing beyond the end, and what is left is cut at whole units."""
+        taken = RangeSet()
+        for piece in RangeSet(durable):
+            start = _round_up(piece.start, self.granularity)
+            end = self.bound if piece.end >= self.bound else piece.end - piece.end % self.granularity
+            if start < end:
+                taken.add(Range(start, end))
+        return taken
+
+    def next_length(self, remaining: int, start: int, gap_end: int) -> int:
+        """How long the next range is, which begins at `start` and ends at `gap_end` at the latest, when `remaining`
+        bytes are left to hand out in all gaps together."""
         if self.size is None:
-            return remaining
+            return gap_end - start
         length = self.range_size
         if self.worker_count > 1:
             share = remaining // (2 * self.worker_count)
             while length > share and length > self.range_size_min:
                 length = max(self.range_size_min, length // 2 // self.granularity * self.granularity)
+        length = min(length, self.range_size - start % self.range_size)
         # A rest too short for a range of its own stays with the last one.
-        return remaining if remaining - length < self.granularity else length
+        return gap_end - start if gap_end - start - length < self.granularity else length
 
 
 def check_job(job: Job, source: EndpointDescription, destination: EndpointDescription) -> Plan:
@@ -74,6 +91,8 @@ def check_job(job: Job, source: EndpointDescription, destination: EndpointDescri
         _check_stream(job, destination)
     else:
         _check_sizes(job, source, source.size, destination)
+    if job.durable:
+        _check_durable(job, source, destination)
     return _plan(job, source, destination)
 
 
@@ -120,6 +139,19 @@ def _check_sizes(job: Job, source: EndpointDescription, size: int, destination: 
         )
 
 
+def _check_durable(job: Job, source: EndpointDescription, destination: EndpointDescription) -> None:
+    for side in (source, destination):
+        if side.size is None or side.is_stream:
+            # `null:` has no size either, and keeps nothing that could be skipped.
+            raise UserError("a copy can be resumed only between two ends that keep their bytes", side.peer)
+    end = max(piece.end for piece in job.durable)
+    for side in (source, destination):
+        if side.size is not None and side.size < end:
+            raise UserError(
+                f"its size is {side.size} bytes, but the bytes up to {end} are said to be copied already", side.peer
+            )
+
+
 def _plan(job: Job, source: EndpointDescription, destination: EndpointDescription) -> Plan:
     stream = source.size is None or source.is_stream or destination.is_stream
     in_order = stream or job.options.synchronous
@@ -138,7 +170,7 @@ def _plan(job: Job, source: EndpointDescription, destination: EndpointDescriptio
     workers = min(max(1, job.workers), WORKERS_MAX, source_limit, destination_limit)
     worker_count = 1 if in_order else _useful(workers, bound, wanted_range, WORKER_BYTES_MIN)
     range_size = wanted_range or _range_size(bound, worker_count, granularity)
-    return Plan(
+    plan = Plan(
         size=size,
         bound=bound,
         alignment=alignment,
@@ -148,10 +180,16 @@ def _plan(job: Job, source: EndpointDescription, destination: EndpointDescriptio
         in_order=in_order,
         repeatable=not stream,
         single_writer=not destination.can_multi_conn,
+        can_flush=destination.can_flush,
         source_limit=source_limit,
         destination_limit=destination_limit,
         worker_count=worker_count,
     )
+    if not job.durable:
+        return plan
+    # Ranges are cut as they were; but the rest may be too little for all those workers.
+    left = bound - plan.usable(job.durable).total
+    return replace(plan, worker_count=min(worker_count, _useful(worker_count, left, wanted_range, WORKER_BYTES_MIN)))
 
 
 def _useful(count: int, size: int, wanted_range: int | None, unit: int) -> int:

@@ -93,6 +93,7 @@ class Scheduler(Membership):
             waiting_for=self._last_reason if self._is_waiting else "",
             waiting_seconds=self._now - self._idle_since if self._idle_since is not None else 0.0,
             waiting_seconds_max=self._job.loss_seconds,
+            resumed=self._resumed(),
         )
 
     def deadline(self) -> float:
@@ -101,7 +102,8 @@ class Scheduler(Membership):
             return inf
         beat = self._beat_at if self._crew.workers else inf
         unfenced = self._ending.deadline if self._ending is not None and self._crew.unfenced else inf
-        return min(beat, unfenced, self._idle_by(), self._stalled_by(), self._crew.next_alarm())
+        checkpoint = self._copying.deadline() if self._copying is not None and self._ending is None else inf
+        return min(beat, unfenced, self._idle_by(), self._stalled_by(), self._crew.next_alarm(), checkpoint)
 
     def validate(self) -> None:
         """Raise BugError when an invariant does not hold. Looks at everything: for tests."""
@@ -190,8 +192,8 @@ class Scheduler(Membership):
         """The user wants the job to stop; asked a second time (or during the end): at once."""
         self._now = now
         if self._ending is None:
-            counters = self._counters()
-            self._end(Verdict.STOPPED, stopped_line(counters.total, self._size()), reason)
+            done = self._counters().total + self._resumed()
+            self._end(Verdict.STOPPED, stopped_line(done, self._size()), reason)
         elif self._phase is Phase.STOPPING and not self._ending.at_once:
             self._hurry(self._ending, reason)
         return self._advance()
@@ -219,6 +221,8 @@ class Scheduler(Membership):
             self._fail(f"no worker has {ever} for {IDLE_JOB_SECONDS:g} s")
         if now >= self._stalled_by():
             self._fail(f"no byte was completed for {now - self._moved_at:.0f} s")
+        if self._copying is not None and self._ending is None:
+            self._copying.checkpoint(now)
         return self._advance()
 
     # -- what workers report -------------------------------------------------------------------------------------------
@@ -246,7 +250,9 @@ class Scheduler(Membership):
                 worker.wanted = message.leases
                 if copying is not None:
                     copying.consider(worker)
-            case Alive() | Hello():
+            case Alive():
+                worker.alive_at = max(worker.alive_at, message.at)
+            case Hello():
                 pass
             case Progress() | Written() | Failed() | Flushed() if copying is None:
                 self._dropped += 1
@@ -386,7 +392,7 @@ class Scheduler(Membership):
             if self._phase is Phase.FLUSHING:
                 self._phase = JOBS.step(self._phase, JobEvent.COPY)
             return
-        if self._job.options.flush and copying.ledger.written_count:
+        if self._job.options.flush and copying.unsettled:
             if self._phase is Phase.COPYING:
                 self._phase = JOBS.step(self._phase, JobEvent.FLUSH)
             copying.flush(self._now)
@@ -396,16 +402,15 @@ class Scheduler(Membership):
     def _beat(self) -> None:
         """Our heartbeat, to so many that everybody has it in time and a large crew does not hold up the others.
 
-        A worker not heard of for long gets none: its leases must end on its side first.
+        It tells each what was heard of it, and from that its leases count: so they end on its side first.
         """
         crew = self._crew
         count = min(len(crew.workers), BEATS_PER_TICK_MAX)
         share = count / len(crew.workers) if crew.workers else 1.0
         self._beat_at = self._now + self._job.heartbeat_seconds * share
-        heard_since = self._now - self._job.lease_seconds / 2
         for worker in crew.next_in_turn(count):
-            if worker.heard >= heard_since and not worker.killed:
-                self._out.send(worker, AliveToo(self._job.uuid, self._job.epoch))
+            if not worker.killed:
+                self._out.send(worker, AliveToo(self._job.uuid, self._job.epoch, worker.alive_at))
 
     def _idle_by(self) -> float:
         if self._idle_since is None or self._ending is not None:

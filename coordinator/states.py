@@ -68,7 +68,8 @@ RANGES: Final = Table(
         RangeState.PENDING: "Nobody works on it; nothing written to it counts.",
         RangeState.LEASED: "One worker copies it under the only valid lease.",
         RangeState.WRITTEN: "The destination acknowledged every byte, but no flush has covered them yet.",
-        RangeState.DURABLE: "A flush on the connections that wrote it covered it, or none can be had.",
+        RangeState.DURABLE: "A flush on the connections that wrote it covered it, or none can be had; an older flush "
+        "without an answer may still take it back.",
         RangeState.FAILED: "Its attempts are spent, or its failure is final; the job fails with it.",
     },
     {
@@ -79,6 +80,8 @@ RANGES: Final = Table(
         (RangeState.WRITTEN, RangeEvent.SETTLED): RangeState.DURABLE,
         (RangeState.WRITTEN, RangeEvent.GIVEN_BACK): RangeState.PENDING,
         (RangeState.WRITTEN, RangeEvent.SPENT): RangeState.FAILED,
+        (RangeState.DURABLE, RangeEvent.GIVEN_BACK): RangeState.PENDING,  # a flush sent before the covering one failed
+        (RangeState.DURABLE, RangeEvent.SPENT): RangeState.FAILED,
     },
 )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nbdshard.common.limits import ATTEMPTS_PER_RANGE, KIB, RETURNS_PER_RANGE
 from nbdshard.common.messages import Counters
+from nbdshard.common.ranges import Range
 from nbdshard.coordinator.leases import Granted, Ledger
 from nbdshard.coordinator.planner import check_job
 from nbdshard.coordinator.states import RangeState
@@ -21,11 +22,16 @@ WORKERS = ("a", "b", "c")
 class LedgerMachine(RuleBasedStateMachine):
     """The model: for each unit its state, and who holds it under which number."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    @initialize(resumed=st.sets(st.integers(0, UNITS - 1)))
+    def begin(self, resumed: set[int]) -> None:
         end = server(UNITS * UNIT)
-        self.ledger = Ledger(check_job(job(range_size=UNIT), end, end))
-        self.states = [RangeState.PENDING] * UNITS
+        durable = tuple(Range.of(unit * UNIT, UNIT) for unit in resumed)
+        what = job(range_size=UNIT, durable=durable)
+        self.ledger = Ledger(check_job(what, end, end), durable)
+        self.resumed = resumed
+        self.states = [RangeState.DURABLE if unit in resumed else RangeState.PENDING for unit in range(UNITS)]
+        self.flushes = 0
+        self.covered: dict[int, int] = {}  # unit -> flushes that had been sent
         self.granted: dict[int, Granted] = {}
         self.numbers_seen: set[int] = set()
         self.attempts = [0] * UNITS
@@ -71,6 +77,37 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.settle(self.granted.pop(unit))
         self.states[unit] = RangeState.DURABLE
 
+    @precondition(lambda self: self.held(RangeState.WRITTEN))
+    @rule(data=st.data(), flushes=st.integers(1, 3))
+    def cover(self, data: st.DataObject, flushes: int) -> None:
+        """As many flushes were sent, and one of those sent until now is answered."""
+        unit = data.draw(st.sampled_from(self.held(RangeState.WRITTEN)))
+        self.flushes += flushes
+        self.ledger.cover(self.granted.pop(unit), self.flushes)
+        self.states[unit] = RangeState.DURABLE
+        self.covered[unit] = self.flushes
+
+    @precondition(lambda self: self.covered)
+    @rule(data=st.data())
+    def confirm(self, data: st.DataObject) -> None:
+        oldest = data.draw(st.integers(min(self.covered.values()), self.flushes + 1))
+        settled = {unit for unit, after in self.covered.items() if after < oldest}
+        assert {piece.start // UNIT for piece in self.ledger.confirm(oldest)} == settled
+        self.covered = {unit: after for unit, after in self.covered.items() if unit not in settled}
+
+    @precondition(lambda self: self.flushes)
+    @rule(data=st.data())
+    def demote(self, data: st.DataObject) -> None:
+        flush = data.draw(st.integers(1, self.flushes))
+        since = {unit for unit, after in self.covered.items() if after >= flush}
+        assert {piece.start // UNIT for piece in self.ledger.covered_since(flush)} == since
+        back = since | set(self.held(RangeState.WRITTEN))
+        assert {granted.range.start // UNIT for granted in self.ledger.demote(flush)} == back
+        for unit in back:
+            self.settle_model(unit, attempt=False)
+            self.granted.pop(unit, None)
+            self.covered.pop(unit, None)
+
     @precondition(lambda self: self.granted)
     @rule(data=st.data(), attempt=st.booleans())
     def give_back(self, data: st.DataObject, attempt: bool) -> None:
@@ -100,9 +137,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def counters_are_what_is_written_and_under_way(self) -> None:
-        whole = len(self.held(RangeState.WRITTEN)) + len(self.held(RangeState.DURABLE))
+        whole = len(self.held(RangeState.WRITTEN)) + len(self.held(RangeState.DURABLE)) - len(self.resumed)
         partly = sum(self.granted[unit].done.total for unit in self.held(RangeState.LEASED))
         assert self.ledger.counters.total == whole * UNIT + partly
+        assert self.ledger.resumed_bytes == len(self.resumed) * UNIT
+        assert self.ledger.covered_count == len(self.covered)
 
 
 LedgerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)

@@ -22,10 +22,10 @@ SYNCHRONOUS = replace_record(OPTIONS, synchronous=True)
 
 def lengths(plan: Plan) -> list[int]:
     """The ranges of the whole export, handed out in order."""
-    found, left = [], plan.bound
-    while left:
-        found.append(plan.next_length(left))
-        left -= found[-1]
+    found, start = [], 0
+    while start < plan.bound:
+        found.append(plan.next_length(plan.bound - start, start, plan.bound))
+        start += found[-1]
     return found
 
 

@@ -7,7 +7,14 @@ import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 
-from nbdshard.common.limits import BEATS_PER_TICK_MAX, KIB, WRITTEN_LEASES_JOB_MAX, WRITTEN_LEASES_MAX
+from nbdshard.common.limits import (
+    BEATS_PER_TICK_MAX,
+    CHECKPOINT_SECONDS,
+    COVERED_LEASES_MAX,
+    KIB,
+    WRITTEN_LEASES_JOB_MAX,
+    WRITTEN_LEASES_MAX,
+)
 from nbdshard.common.messages import AliveToo, Flush, Lease
 from nbdshard.coordinator.instructions import Instruction, Send
 from nbdshard.coordinator.scheduler import Scheduler
@@ -169,4 +176,24 @@ def test_a_worker_that_does_not_answer_its_flush_gets_no_more_leases_in_the_end(
     assert len(done) <= 2 * before_flush + 1
     followed = scheduler.message("w7", flushed(flush, *done[:before_flush]), 1.0)
     assert len(leases_in(followed)) == 1, "what the flush covered makes room again"
+    scheduler.validate()
+
+
+def test_so_much_is_covered_behind_a_flush_without_an_answer_that_nobody_else_is_asked_to_flush() -> None:
+    """What waits for an older flush is remembered lease by lease: the bound of that memory."""
+    scheduler, (held, _, *leases) = busy(2, 4 * COVERED_LEASES_MAX)
+    scheduler.message("w0", written(held), 0.0)
+    (unanswered,) = flushes_in(scheduler.tick(CHECKPOINT_SECONDS))
+    covered = 0
+    while covered < COVERED_LEASES_MAX:
+        done, leases, flush = work_until_flush(scheduler, "w1", *leases)
+        scheduler.message("w1", flushed(flush, *done), 1.0)
+        covered += len(done)
+    for _ in range(WRITTEN_LEASES_MAX):
+        leases += leases_in(followed := work(scheduler, "w1", leases.pop(0)))
+        assert flushes_in(followed) == []
+    assert flushes_in(scheduler.tick(CHECKPOINT_SECONDS + 1.0)) == []
+    assert scheduler.deadline() > CHECKPOINT_SECONDS + 1.0, "it is not asked again and again whether it may"
+    scheduler.message("w0", flushed(unanswered, held), CHECKPOINT_SECONDS + 1.0)
+    assert len(flushes_in(scheduler.tick(CHECKPOINT_SECONDS + 2.0))) == 1
     scheduler.validate()

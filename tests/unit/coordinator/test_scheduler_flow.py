@@ -9,7 +9,8 @@ from nbdshard.common import messages
 from nbdshard.common.errors import IllegalEvent
 from nbdshard.common.limits import GIB, MIB
 from nbdshard.common.messages import Counters, EndpointDescription
-from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Prepare, Send, Start
+from nbdshard.common.ranges import Range
+from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Journal, Prepare, Send, Start
 from nbdshard.coordinator.job import Outcome, Verdict
 from nbdshard.coordinator.planner import OFFSET_MAX
 from support.schedules import (
@@ -85,7 +86,10 @@ def test_one_worker_copies_flushes_and_leaves() -> None:
         Send("a", messages.Flush(UUID, EPOCH, 1)),
     ]
     assert stage.scheduler.status().phase == "flushing"
-    assert stage.say("a", flushed(messages.Flush(UUID, EPOCH, 1), first, second)) == [stop("a", "the copy is complete")]
+    assert stage.say("a", flushed(messages.Flush(UUID, EPOCH, 1), first, second)) == [
+        Journal(durable=(Range(0, 8 * MIB),)),
+        stop("a", "the copy is complete"),
+    ]
     outcome = Outcome(
         verdict=Verdict.COMPLETE,
         error="",
@@ -346,6 +350,7 @@ def test_several_workers_are_each_flushed_and_counted() -> None:
     one, two = flushes_in(stage.say("b", written(second)))
     assert stage.say("a", flushed(one, first)) == []
     assert without_beats(stage.say("b", flushed(two, second))) == [
+        Journal(durable=(Range(0, 8 * MIB),)),
         stop("a", "the copy is complete"),
         stop("b", "the copy is complete"),
     ]

@@ -39,16 +39,21 @@ def test_a_range_goes_from_pending_to_durable_by_way_of_a_lease() -> None:
     assert state is RangeState.DURABLE
 
 
-@pytest.mark.parametrize("state", [RangeState.LEASED, RangeState.WRITTEN])
-def test_a_range_comes_back_while_it_is_not_durable(state: RangeState) -> None:
+@pytest.mark.parametrize("state", [RangeState.LEASED, RangeState.WRITTEN, RangeState.DURABLE])
+def test_a_range_comes_back_while_it_is_not_settled(state: RangeState) -> None:
     assert RANGES.step(state, RangeEvent.GIVEN_BACK) is RangeState.PENDING
 
 
 @pytest.mark.parametrize("event", RangeEvent)
-@pytest.mark.parametrize("state", [RangeState.DURABLE, RangeState.FAILED])
-def test_a_range_that_is_durable_or_failed_stays_so(state: RangeState, event: RangeEvent) -> None:
+def test_a_range_that_has_failed_stays_so(event: RangeEvent) -> None:
     with pytest.raises(IllegalEvent):
-        RANGES.step(state, event)
+        RANGES.step(RangeState.FAILED, event)
+
+
+@pytest.mark.parametrize("event", [RangeEvent.GRANT, RangeEvent.WRITTEN, RangeEvent.SETTLED])
+def test_a_range_that_is_durable_is_not_copied_again_for_nothing(event: RangeEvent) -> None:
+    with pytest.raises(IllegalEvent):
+        RANGES.step(RangeState.DURABLE, event)
 
 
 @pytest.mark.parametrize("event", WorkerEvent)
