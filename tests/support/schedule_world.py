@@ -1,8 +1,12 @@
 """A world for the scheduler, made from one seed: workers that die, freeze, lose connections and repeat themselves.
 
 The reference is the simulated disk. A server keeps what was written in its cache until a flush on the connection
-generation that wrote it; a restart of the server loses the cache and every connection. So a scheduler that calls a
+generation that wrote it; a restart of the server loses the cache and every connection. A flush that fails loses part of
+what anybody wrote, and tells only the one who asked for it: the next flush succeeds. So a scheduler that calls a
 range durable too early, forgets one, or lets two processes write to the same bytes is found out by the disk itself.
+
+The journal holds what `Journal` instructions told. It survives the coordinator, which may crash between any two
+instructions; the next one begins with what the journal has. What it has must be on the disk at every moment.
 """
 
 from __future__ import annotations
@@ -10,18 +14,25 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
+
+import msgspec
 
 from nbdshard.common import messages
 from nbdshard.common.limits import MIB
 from nbdshard.common.messages import Counters, EndpointDescription, FromCoordinator, FromWorker
-from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Kill, Prepare, Send, Start
+from nbdshard.common.ranges import Range, RangeSet
+from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Journal, Kill, Prepare, Send, Start
 from nbdshard.coordinator.job import Job, Outcome
 from nbdshard.coordinator.scheduler import Scheduler
 from support import schedules
 
 UNIT = 64 * 1024
+
+
+class BrokenPromise(AssertionError):
+    """The journal and the disk do not agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,7 @@ class Faults:
     repeats_message: float = 0.0
     ignores_stop: float = 0.0
     flush_fails: float = 0.0
+    coordinator_crash: float = 0.0  # for each instruction
 
 
 @dataclass(eq=False, slots=True)
@@ -55,6 +67,7 @@ class Process:
     generation: int = 0
     heard: float = 0.0
     leases: dict[int, messages.Lease] = field(default_factory=dict)
+    begun: dict[int, int] = field(default_factory=dict)  # lease -> how many of its units are written
     unnoted: dict[int, messages.Written] = field(default_factory=dict)
     covered: set[int] = field(default_factory=set)  # leases written by connections that still live
     inbox: list[FromCoordinator] = field(default_factory=list)
@@ -83,13 +96,14 @@ class World:
         self.outcomes: list[Outcome] = []
         self.cached: dict[int, tuple[str, int]] = {}  # unit -> who wrote it last, in which generation
         self.durable: set[int] = set()
+        self.journaled: set[int] = set()
+        self.coordinator_crashes = 0
         self.given_up: set[str] = set()
         self.lease_ranges: dict[int, messages.Lease] = {}
         self._names = (f"w{number}" for number in count())
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
-        for _ in range(remote_workers):
-            self.later(self.random.uniform(0, 5), self.start_process)
+        self._remote_workers = remote_workers
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -98,9 +112,7 @@ class World:
 
     def run(self, seconds_max: float) -> Outcome:
         """Run to the end; fails when there is none within `seconds_max` of simulated time."""
-        self.act(self.scheduler.start())
-        if self.faults.restart_server:
-            self.later(1.0, self._maybe_restart_server)
+        self._begin()
         while not self.outcomes:
             deadline = self.scheduler.deadline()
             if self._events and self._events[0][0] <= deadline:
@@ -117,10 +129,35 @@ class World:
         (outcome,) = self.outcomes
         return outcome
 
+    def _begin(self) -> None:
+        for _ in range(self._remote_workers):
+            self.later(self.random.uniform(0, 5), self.start_process)
+        if self.faults.restart_server:
+            self.later(1.0, self._maybe_restart_server)
+        self.act(self.scheduler.start())
+
+    def restart_coordinator(self) -> None:
+        """It is gone, and its workers with it: they miss its heartbeat, or are killed. The next one has the journal."""
+        for process in self.processes.values():
+            process.is_alive = process.is_open = False
+            process.leases.clear()
+        self.processes.clear()
+        self.outcomes.clear()
+        self._events.clear()
+        self.given_up.clear()
+        durable = RangeSet(Range.of(unit * UNIT, UNIT) for unit in self.journaled)
+        self.job = replace(self.job, durable=tuple(durable))
+        self.scheduler = Scheduler(self.job, self.now)
+
     def act(self, instructions: list[Instruction]) -> None:
         self.scheduler.validate()
         assert not (instructions and self.outcomes), "something came after Finish"
         for position, instruction in enumerate(instructions):
+            if self.chance(self.faults.coordinator_crash):
+                self.coordinator_crashes += 1
+                self.restart_coordinator()
+                self._begin()
+                return
             match instruction:
                 case Send(name, message):
                     self._send(name, message)
@@ -133,6 +170,10 @@ class World:
                     self.later(self.random.uniform(0, 0.2), lambda: self.act(self.scheduler.prepared(self.now)))
                 case Forget():
                     pass
+                case Journal(durable, demoted):
+                    self.journaled.difference_update(unit for piece in demoted for unit in units_of(piece))
+                    self.journaled.update(unit for piece in durable for unit in units_of(piece))
+                    self._check_journal()
                 case Finish(outcome):
                     assert position == len(instructions) - 1
                     self.outcomes.append(outcome)
@@ -146,6 +187,8 @@ class World:
         process = self.processes[name]
         if isinstance(message, messages.Lease):
             self._check_fence(process, message)
+            if again := self.journaled.intersection(units_of(message.range)):
+                raise BrokenPromise(f"units {sorted(again)} are copied again, though the journal has them")
             self.lease_ranges[message.lease] = message
             if process.is_alive and not process.said_goodbye:
                 process.leases[message.lease] = message  # it may write from now on
@@ -167,6 +210,8 @@ class World:
             return
         times = 2 if self.chance(self.faults.repeats_message) else 1
         for _ in range(times):
+            if not process.is_alive:
+                return  # the coordinator crashed at the first one
             self.act(self.scheduler.message(process.name, message, self.now))
 
     # -- processes -----------------------------------------------------------------------------------------------------
@@ -228,7 +273,7 @@ class World:
 
     def _fail_leases(self, process: Process, text: str) -> None:
         for held in list(process.leases.values()):
-            del process.leases[held.lease]
+            process.leases.pop(held.lease, None)
             self.say(process, schedules.failed(held, "connection", text))
 
     def goodbye(self, process: Process, reason: str) -> None:
@@ -244,19 +289,21 @@ class World:
             return
         process.generation += 1
         process.covered.clear()
+        process.begun.clear()
         if process.is_frozen:
             return
         self._fail_leases(process, "connection reset by peer")
         if not reopens:
             process.is_open = False
+            process.leases.clear()  # what was granted meanwhile finds no connection
             self.say(process, schedules.open_failed("connection reset by peer"))
 
     def _maybe_restart_server(self) -> None:
+        self.later(1.0, self._maybe_restart_server)
         if self.chance(self.faults.restart_server):
             self.cached.clear()
             for process in list(self.processes.values()):
                 self.lose_connections(process, reopens=True)
-        self.later(1.0, self._maybe_restart_server)
 
     # -- what a worker does --------------------------------------------------------------------------------------------
 
@@ -317,12 +364,12 @@ class World:
         if lease.lease not in process.leases:
             return
         if self.random.random() < 0.4:
-            self.say(process, schedules.progress(lease, self.random.randrange(lease.range.length)))
+            done = self.random.randrange(lease.range.length)
+            self._write(process, lease, done // UNIT)
+            self.say(process, schedules.progress(lease, done))
             self.later(self.random.uniform(0.05, 1.0), lambda: self.work(process, lease))
             return
-        for unit in units_of(lease):
-            self.cached[unit] = (process.name, process.generation)
-            self.durable.discard(unit)
+        self._write(process, lease, lease.range.length // UNIT)
         process.covered.add(lease.lease)
         del process.leases[lease.lease]
         report = messages.Written(schedules.UUID, schedules.EPOCH, lease.lease, Counters(copied=lease.range.length))
@@ -334,18 +381,39 @@ class World:
         """Flush what the living connections wrote; what others wrote is not ours to vouch for."""
         if not process.is_alive or process.is_frozen or process.said_goodbye:
             return
+        covered = sorted(process.covered) if generation == process.generation else []
         failure = None
         if self.chance(self.faults.flush_fails):
             failure = schedules.error("request", "flush failed: EIO")
-        covered = sorted(process.covered) if generation == process.generation else []
-        if failure is None:
+            for unit in list(self.cached):
+                if unit not in self.durable and self.random.random() < 0.5:
+                    del self.cached[unit]
+        else:
             for lease in covered:
-                for unit in units_of(self.lease_ranges[lease]):
+                for unit in units_of(self.lease_ranges[lease].range):
                     if self.cached.get(unit) == (process.name, generation):
                         self.durable.add(unit)
             process.covered.difference_update(covered)
         answer = messages.Flushed(schedules.UUID, schedules.EPOCH, asked.flush, covered, True, failure)
+        self.later(self.random.uniform(0.0, 1.0), lambda: self.answer(process, answer, generation))
+
+    def answer(self, process: Process, answer: messages.Flushed, generation: int) -> None:
+        """The server's answer arrives, if the connection it was asked on still lives."""
+        if process.is_frozen:
+            self.later(1.0, lambda: self.answer(process, answer, generation))
+            return
+        if generation != process.generation:
+            lost = schedules.error("connection", "connection lost while flushing")
+            answer = msgspec.structs.replace(answer, leases=[], error=lost)
         self.say(process, answer)
+
+    def _write(self, process: Process, lease: messages.Lease, count: int) -> None:
+        """The server has the first `count` units of `lease` in its cache."""
+        for unit in units_of(lease.range)[process.begun.get(lease.lease, 0) : count]:
+            self.cached[unit] = (process.name, process.generation)
+            self.durable.discard(unit)
+        process.begun[lease.lease] = max(count, process.begun.get(lease.lease, 0))
+        self._check_journal()
 
     # -- what must never happen ----------------------------------------------------------------------------------------
 
@@ -356,6 +424,11 @@ class World:
                 continue  # a lease is no fence: it checks its own clock, and the outcome names it until its Goodbye
             for held in other.leases.values():
                 assert not held.range.overlaps(lease.range), f"{other.name} and {process.name} at {lease.range}"
+
+    def _check_journal(self) -> None:
+        """What the journal has would survive the server's crash at this very moment."""
+        if lost := self.journaled - self.durable:
+            raise BrokenPromise(f"units {sorted(lost)} are in the journal, and not on the disk")
 
     def _check_single_writer(self, process: Process) -> None:
         """Nobody else has a connection to a destination that takes one writer only."""
@@ -369,8 +442,8 @@ class World:
         return [unit for unit in range(self.source.size // UNIT) if unit not in self.durable]
 
 
-def units_of(lease: messages.Lease) -> range:
-    return range(lease.range.start // UNIT, lease.range.end // UNIT)
+def units_of(piece: Range) -> range:
+    return range(piece.start // UNIT, piece.end // UNIT)
 
 
 def small_job(**changes: object) -> Job:
