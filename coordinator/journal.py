@@ -1,0 +1,365 @@
+"""The journal of a job on disk: what a coordinator needs to go on where another one died.
+
+It remembers what the job is (`JobFacts`), how it stands, and which ranges are durable at the destination. Every change
+is one transaction that is on the disk (fsync) when the call returns, which takes as long as the disk does.
+coordinator/journal_schema.py describes the format.
+
+A run has its journal to itself. SQLite's lock is the process's: a copy of the process (fork(2)) must not touch it, nor
+may anybody in the process open and close the file in other ways (fcntl(2): that would drop the lock). So workers are
+forked first, and the journal opened then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Final, Self
+
+from nbdshard.common.errors import BugError, UserError
+from nbdshard.common.ranges import Range, RangeSet
+from nbdshard.coordinator import journal_schema as schema
+from nbdshard.coordinator.journal_facts import JobFacts, JournalState, encode_facts
+from nbdshard.coordinator.private_directory import PrivateDirectory
+
+READ_ATTEMPTS: Final = 5  # to copy the files between two commits of a run; it commits every few seconds
+READ_BYTES_MAX: Final = 1 << 30  # more of a journal is not copied to look at it: some fifty million ranges
+COPY_BYTES: Final = 1 << 20  # in one call
+
+Clock = Callable[[], int]  # nanoseconds since 1970
+_held: set[tuple[int, int]] = set()  # device and inode of the journals this process has open
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A journal as it was at one moment, after a commit. Times in nanoseconds since 1970."""
+
+    path: str
+    facts: JobFacts
+    epoch: int
+    state: JournalState
+    durable: list[Range]
+    created_ns: int
+    opened_ns: int  # when its last run began
+    changed_ns: int
+    holder: int | None  # pid of the run that has it open; 0 if that is not to be seen from here; None: nobody runs
+
+    @property
+    def durable_bytes(self) -> int:
+        return sum(piece.length for piece in self.durable)
+
+
+class Journal:
+    """A journal that this process holds. Made by `create` or `open`; a context manager that closes it."""
+
+    def __init__(
+        self, path: str, inode: tuple[int, int], connection: sqlite3.Connection, contents: schema.Contents, clock: Clock
+    ) -> None:
+        self.path = path
+        self.facts = contents.facts
+        self._inode = inode
+        self._connection = connection
+        self._row = contents.row
+        self._tally = contents.tally
+        self._clock = clock
+        self._broken: UserError | None = None  # why nothing can be written any more
+        self._closed = False
+        _held.add(inode)
+
+    # -- making and opening ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str, facts: JobFacts, *, clock: Clock = time.time_ns) -> Journal:
+        """A new journal, of epoch 1 and in state RUNNING, held by this process. Missing folders are made, of mode 0700.
+
+        Raises UserError when there is one already, or none can be made; then nothing is left of it.
+        """
+        now = clock()
+        row = schema.JobRow(encode_facts(facts), 1, JournalState.RUNNING.value, now, now, now)
+        with schema.told(path, "made"):
+            _make_folder(os.path.dirname(os.path.abspath(path)))
+            try:
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            except FileExistsError:
+                advice = "go on with that job by --resume, or name another journal"
+                raise UserError("there is a file already", path, advice) from None
+            try:
+                real_path = os.path.realpath(path)
+                _remove_logs(real_path)  # of a journal that is no more
+                connection = schema.connect(real_path)
+                try:
+                    schema.write_first(connection, row)
+                    schema.fold(connection)
+                    _sync_folder(os.path.dirname(real_path))
+                    return cls(path, _inode(real_path), connection, schema.load(connection, path), clock)
+                except BaseException:
+                    connection.close()
+                    raise
+            except BaseException:
+                _remove(path)
+                raise
+
+    @classmethod
+    def open(cls, path: str, *, clock: Clock = time.time_ns) -> Journal:
+        """The journal at `path`, checked, for another run: its epoch is raised, and on the disk, on return.
+
+        The state is left as the last run left it. Raises UserError when it is missing, in use, of another format or
+        not to be written, DamagedJournal when it is damaged; then it holds what it held.
+        """
+        with schema.told(path, "opened"):
+            with _looked_at(path, os.O_RDWR) as (_, pid):
+                if pid is not None:
+                    raise schema.in_use(path, pid)
+            real_path = os.path.realpath(path)
+            connection = schema.connect(real_path)
+            try:
+                journal = cls(path, _inode(real_path), connection, schema.load(connection, path), clock)
+            except BaseException:
+                connection.close()
+                raise
+        try:
+            row = journal._row
+            journal._write(replace(row, epoch=row.epoch + 1, opened_ns=clock()))
+            schema.fold(connection)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    @staticmethod
+    def read(path: str) -> Snapshot:
+        """Look at a journal, in use or not, without changing it. Raises UserError and DamagedJournal as `open` does.
+
+        SQLite would neither let a second process in, nor look without leaving traces. So it is given a copy of the
+        database and its log, made without a lock. When something was written meanwhile, the copy may not hold
+        together; the seal tells, and another copy is made.
+        """
+        attempts = 0
+        while True:
+            attempts += 1
+            with schema.told(path, "read"), PrivateDirectory() as folder:
+                copy = os.path.join(folder.path, "journal")
+                with _looked_at(path, os.O_RDONLY) as (descriptor, pid):
+                    if os.fstat(descriptor).st_size > READ_BYTES_MAX:
+                        raise UserError(f"a journal of more than {READ_BYTES_MAX >> 30} GiB is not looked at", path)
+                    _copy(descriptor, copy)
+                    _copy_log(os.path.realpath(path), copy)
+                    after = schema.holder(descriptor)
+                try:
+                    return _snapshot(copy, path, after)
+                except UserError:
+                    if (pid is None and after is None) or attempts >= READ_ATTEMPTS:
+                        raise
+
+    # -- what it holds ---------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        return self._row.epoch
+
+    @property
+    def state(self) -> JournalState:
+        return JournalState(self._row.state)
+
+    @property
+    def durable(self) -> list[Range]:
+        """The durable ranges, in order and merged: none touches another."""
+        with schema.told(self.path, "read"):
+            return _durable(self._connection)
+
+    @property
+    def durable_bytes(self) -> int:
+        return self._tally.total_bytes
+
+    # -- changing it -----------------------------------------------------------------------------------------------
+
+    def record(self, ranges: Iterable[Range]) -> None:
+        """These ranges are durable now: all of them, or on an error none. What is durable already may be among them.
+
+        Raises UserError when the journal cannot be written. It may be called again when only room was missing; after
+        any other failure it will raise the same error, as will `demote` and `set_state`.
+        """
+        self._edit(schema.join, ranges)
+
+    def demote(self, ranges: Iterable[Range]) -> None:
+        """These ranges are durable no longer: as `record`, the other way round.
+
+        If it raises, the journal goes on claiming what is not so: then `remove` it, which takes no room.
+        """
+        if self._edit(schema.cut, ranges):
+            schema.fold(self._connection)
+
+    def set_state(self, state: JournalState) -> None:
+        """Remember how the job stands. Raises as `record` does."""
+        self._write(replace(self._row, state=state.value))
+
+    def close(self) -> None:
+        """Let go of the journal. Never raises; does nothing the second time."""
+        if not self._closed:
+            self._closed = True
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+            _held.discard(self._inode)
+
+    def remove(self) -> None:
+        """Close it and remove its file: the job is done with. Raises UserError when the file stays."""
+        self.close()
+        with schema.told(self.path, "removed"):
+            _remove(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _edit(
+        self, change: Callable[[sqlite3.Connection, Range, schema.Tally], schema.Tally], ranges: Iterable[Range]
+    ) -> bool:
+        """Apply `change` to every range in one transaction; whether there was anything to change."""
+        pieces = list(RangeSet(ranges))
+        if pieces and pieces[-1].end > self.facts.size:
+            raise BugError(f"{pieces[-1]} is not within the job's {self.facts.size} bytes")
+
+        def edit(tally: schema.Tally) -> schema.Tally:
+            for piece in pieces:
+                tally = change(self._connection, piece, tally)
+            return tally
+
+        return self._write(self._row, edit)
+
+    def _write(self, row: schema.JobRow, edit: Callable[[schema.Tally], schema.Tally] | None = None) -> bool:
+        """Commit `row` and what `edit` does to the ranges; False if nothing changed. On an error nothing did."""
+        if self._broken is not None:
+            raise self._broken
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            tally = edit(self._tally) if edit is not None else self._tally
+            changed = row is not self._row or tally != self._tally
+            if changed:
+                row = replace(row, changed_ns=self._clock())
+                self._seal(row, tally)
+            self._connection.execute("COMMIT")
+        except BaseException as error:
+            self._undo(error)
+            if isinstance(error, sqlite3.Error):
+                raise schema.explain(error, self.path, "written") from error
+            raise
+        self._row, self._tally = row, tally
+        return changed
+
+    def _seal(self, row: schema.JobRow, tally: schema.Tally) -> None:
+        """Write the job's row, in place of the one we know: never a seal over anything else."""
+        values = (row.epoch, row.state, row.opened_ns, row.changed_ns, schema.seal(row, tally))
+        done = self._connection.execute(
+            "UPDATE job SET epoch = ?, state = ?, opened_ns = ?, changed_ns = ?, seal = ? WHERE seal = ?",
+            (*values, schema.seal(self._row, self._tally)),
+        )
+        if done.rowcount != 1:
+            raise BugError(f"{self.path}: the journal is not as it was left")
+
+    def _undo(self, error: BaseException) -> None:
+        """Roll back. Only a lack of room leaves the journal fit for another try: the kernel may tell of a write that
+        was lost only once."""
+        with contextlib.suppress(sqlite3.Error):
+            if self._connection.in_transaction:  # SQLite may have rolled back itself
+                self._connection.execute("ROLLBACK")
+        if isinstance(error, sqlite3.Error):
+            if schema.primary_code(error) != sqlite3.SQLITE_FULL:
+                self._broken = schema.explain(error, self.path, "written")
+        else:
+            self._broken = schema.cannot(self.path, "written", f"interrupted by {type(error).__name__}")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _looked_at(path: str, access: int) -> Iterator[tuple[int, int | None]]:
+    """A descriptor of the file, if it seems to be a journal, and its `holder`. Raises UserError, OSError."""
+    try:
+        facts = os.stat(path)
+    except FileNotFoundError:
+        raise UserError("there is no such journal", path, "`nbdshard jobs` lists those there are") from None
+    if not stat.S_ISREG(facts.st_mode):
+        raise UserError("is not a journal of nbdshard", path)
+    if (facts.st_dev, facts.st_ino) in _held:  # before it is opened: closing it would drop the lock
+        raise schema.in_use(path, os.getpid())
+    descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        schema.check_header(path, schema.read_header(descriptor))
+        yield descriptor, schema.holder(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _inode(path: str) -> tuple[int, int]:
+    facts = os.stat(path)
+    return facts.st_dev, facts.st_ino
+
+
+def _make_folder(folder: str) -> None:
+    """Make `folder` and what is missing above it, for our user alone. What is there already is left as it is."""
+    if os.path.isdir(folder):
+        return
+    _make_folder(os.path.dirname(folder))
+    with contextlib.suppress(FileExistsError):  # made just now by another command; or a file, which the next step tells
+        os.mkdir(folder, 0o700)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make the file's name durable; SQLite does so for its logs only."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: str) -> None:
+    """The logs first: without its file a log would be taken for that of the next file of this name."""
+    _remove_logs(os.path.realpath(path))
+    os.unlink(path)
+
+
+def _remove_logs(real_path: str) -> None:
+    for suffix in (schema.LOG_SUFFIX, "-journal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(real_path + suffix)
+
+
+def _copy(descriptor: int, target: str) -> None:
+    with open(target, "xb") as copy:
+        offset = 0
+        while count := os.sendfile(copy.fileno(), descriptor, offset, COPY_BYTES):
+            offset += count
+
+
+def _copy_log(real_path: str, target: str) -> None:
+    try:
+        descriptor = os.open(real_path + schema.LOG_SUFFIX, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    try:
+        _copy(descriptor, target + schema.LOG_SUFFIX)
+    finally:
+        os.close(descriptor)
+
+
+def _snapshot(copy: str, path: str, pid: int | None) -> Snapshot:
+    with schema.told(path, "read"), contextlib.closing(schema.connect(copy)) as connection:
+        contents = schema.load(connection, path)
+        row = contents.row
+        times = (row.created_ns, row.opened_ns, row.changed_ns)
+        return Snapshot(path, contents.facts, row.epoch, contents.state, _durable(connection), *times, pid)
+
+
+def _durable(connection: sqlite3.Connection) -> list[Range]:
+    return [Range(*row) for row in connection.execute("SELECT start_byte, end_byte FROM durable ORDER BY start_byte")]
