@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import GIB, KIB, MIB
 from nbdshard.common.messages import EndpointDescription
-from nbdshard.common.ranges import Range
+from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.job import Verdict
 from nbdshard.coordinator.leases import Ledger
 from nbdshard.coordinator.planner import check_job
@@ -142,6 +146,27 @@ def test_the_last_of_the_gaps_are_split_so_that_workers_finish_together() -> Non
     start = GIB - 384 * MIB
     whole = handed_out((), GIB, workers=2)
     assert handed_out((Range(0, start),), GIB, workers=2) == [piece for piece in whole if piece.start >= start]
+
+
+@given(
+    size=st.integers(1, 64 * MIB),
+    cuts=st.lists(st.integers(0, 64 * MIB), max_size=12),
+    range_size=st.sampled_from([None, 64 * KIB * 7, UNIT]),
+    workers=st.integers(1, 4),
+)
+def test_every_byte_is_either_taken_over_or_copied_once(
+    size: int, cuts: list[int], range_size: int | None, workers: int
+) -> None:
+    ends = sorted({min(cut, size) for cut in cuts})
+    durable = tuple(Range(start, end) for start, end in list(pairwise(ends))[::2])
+    found = handed_out(durable, size, range_size, workers)
+    assert sorted(found) == found
+    covered = RangeSet(durable)
+    for piece in found:
+        covered.add(piece)
+    assert list(covered) == [Range(0, size)]
+    again = sum(piece.length for piece in found) + sum(piece.length for piece in durable) - size
+    assert again <= 2 * len(durable) * 64 * KIB, "no more is copied again than whole blocks ask for"
 
 
 def test_a_small_rest_needs_fewer_workers() -> None:
