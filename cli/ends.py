@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 class Ends:
     """Both ends of the copy, opened as far as the coordinator opens them. `stack` closes what is opened."""
 
-    def __init__(self, source: Endpoint, destination: Endpoint, stack: ExitStack) -> None:
+    def __init__(self, source: Endpoint, destination: Endpoint, stack: ExitStack, *, resumes: bool = False) -> None:
+        """`resumes`: the destination holds what an earlier copy wrote."""
         self._stack = stack
+        self._resumes = resumes
         self._directory: PrivateDirectory | None = None
         self._keep_destination: bool | None = None  # not known before the job has ended
         self.servers: list[CommandServer] = []
@@ -95,7 +97,7 @@ class Ends:
     def _open_destination(self, endpoint: Endpoint) -> local.LocalEnd | None:
         match endpoint:
             case FileEndpoint(path):
-                end = local.open_destination(path, self._local_source)
+                end = local.open_destination(path, self._local_source, resumes=self._resumes)
             case StreamEndpoint():
                 end = local.standard_output(self._local_source)
             case _:

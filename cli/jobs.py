@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, EXIT_PAUSED, EXIT_UNFENCED
+from nbdshard.cli.journaling import Start, resume_command
+from nbdshard.cli.journaling import start as begin
 from nbdshard.cli.options import ProgressChoice, ProgressKind
 from nbdshard.cli.setting import Setting
 from nbdshard.common import logs
@@ -20,8 +21,17 @@ from nbdshard.coordinator.progress import DelayedDisplay, Display, JsonDisplay, 
 from nbdshard.coordinator.service import Shell, run_job
 
 
-def run(setting: Setting, stack: ExitStack) -> tuple[Outcome, float]:
-    """Listen, run the job to its end; how it ended, and the seconds it took. `stack` closes what is opened here."""
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A job that is over. `resume`: the command that goes on with it; "" when none can."""
+
+    outcome: Outcome
+    seconds: float
+    resume: str
+
+
+def run(setting: Setting, stack: ExitStack) -> Ended:
+    """Listen, run the job to its end. `stack` closes what is opened here. Raises UserError and UsageError before."""
     start = time.monotonic()
     channel = CoordinatorChannel(setting.url, setting.crew.keys)
     stack.callback(channel.close)
@@ -30,16 +40,24 @@ def run(setting: Setting, stack: ExitStack) -> tuple[Outcome, float]:
     display = _display(setting.args.progress)
     stack.callback(display.close)
     ends = setting.ends
-    shell = Shell(channel, setting.launcher, ends.prepare, ends.servers, display, setting.signals)
-    outcome = run_job(_job(setting), shell)
-    return replace(outcome, error=ends.in_users_words(outcome.error)), time.monotonic() - start
+    begun = begin(setting, stack)
+    keeper = begun.keeper
+    shell = Shell(channel, setting.launcher, ends.prepare, ends.servers, display, setting.signals, keeper)
+    outcome = run_job(_job(setting, begun), shell)
+    if keeper is not None:
+        keeper.end(outcome)
+    resume = ""
+    if keeper is not None and keeper.exists and outcome.verdict is not Verdict.COMPLETE:
+        resume = resume_command(setting.args.words, keeper.path)
+    outcome = replace(outcome, error=ends.in_users_words(outcome.error))
+    return Ended(outcome, time.monotonic() - start, resume)
 
 
-def _job(setting: Setting) -> Job:
-    ends = setting.ends
+def _job(setting: Setting, begun: Start) -> Job:
+    ends, args = setting.ends, setting.args
     return Job(
-        uuid=os.urandom(16).hex(),
-        epoch=1,
+        uuid=begun.uuid,
+        epoch=begun.epoch,
         source=ends.source,
         destinations=(ends.destination,),
         options=setting.options,
@@ -49,7 +67,10 @@ def _job(setting: Setting) -> Job:
         local_workers=setting.launcher is not None,
         destination_grows=ends.destination_grows,
         machine=machine_id(),
-        loss_seconds=setting.args.loss_timeout,
+        loss_seconds=args.loss_timeout,
+        expected=begun.expected,
+        durable=begun.durable,
+        checkpoint_seconds=args.checkpoint,
     )
 
 
@@ -73,8 +94,15 @@ def _bar(start: float) -> Display:
     return BarDisplay(start)
 
 
-def conclude(outcome: Outcome, seconds: float, interrupted_code: int) -> int:
-    """Say how it ended, and choose the exit code."""
+def conclude(ended: Ended, interrupted_code: int) -> int:
+    """Say how it ended and how it can be resumed, and choose the exit code."""
+    code = _tell(ended.outcome, ended.seconds, interrupted_code)
+    if ended.resume:
+        logs.say(f"to go on: {ended.resume}")
+    return code
+
+
+def _tell(outcome: Outcome, seconds: float, interrupted_code: int) -> int:
     for name in outcome.unfenced:
         logs.warning(f"worker {name} was not heard to close its connections: it may still write to the destination")
     if outcome.verdict is Verdict.FAILED:

@@ -122,6 +122,7 @@ def _dispatch(argv: list[str]) -> int:
     parser = subcommand.build_parser(f"nbdshard {name}")
     try:
         args = parser.parse_words(words) if isinstance(parser, Parser) else parser.parse_args(words)
+        args.words = argv
     except SystemExit as exit_:  # --help and its like
         return exit_.code if isinstance(exit_.code, int) else EXIT_OK
     return subcommand.run(args)

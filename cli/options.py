@@ -16,6 +16,7 @@ from typing import Final, get_args
 from nbdshard.cli.grammar import COUNT, Parser, UsageError, count_between, refuse, size_where
 from nbdshard.common.endpoints import Endpoint, parse_endpoint
 from nbdshard.common.limits import (
+    CHECKPOINT_SECONDS,
     CONNECTIONS_DEFAULT,
     CONNECTIONS_MAX,
     LOSS_SECONDS,
@@ -126,6 +127,13 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
         help=f"connections to each side, shared by all workers (default {CONNECTIONS_DEFAULT})",
     )
     add(
+        "--checkpoint",
+        metavar="SECONDS",
+        type=_seconds,
+        default=CHECKPOINT_SECONDS,
+        help=f"flush what was written, and remember it, so often (default {CHECKPOINT_SECONDS:g})",
+    )
+    add(
         "--destination-is-zero",
         "--target-is-zero",
         action="store_true",
@@ -133,6 +141,10 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--flush", action="store_true", help="flush before exit: the default, taken for nbdcopy's sake")
     add("--no-flush", action="store_true", help="do not flush: what is copied may still be in caches at exit")
+    add("--journal", metavar="FILE", help="where to remember how far the copy is (default: in the state directory)")
+    add("--keep-journal", action="store_true", help="keep the journal of a copy that is complete")
+    add("--resume", action="store_true", help="go on where the copy of --journal ended")
+    add("--force-resume", action="store_true", help="the same, even if something is not as it was")
     add("--no-extents", action="store_true", help="do not ask the source what is sparse; read everything")
     add(
         "--data-path",

@@ -37,7 +37,7 @@ def run_copy(args: Namespace, crew: Crew) -> int:
     options = job_options(args)
     endpoints = parse_operands(args)
     with SignalWatch() as signals, ExitStack() as stack:
-        ends = Ends(*endpoints, stack)
+        ends = Ends(*endpoints, stack, resumes=args.resume or args.force_resume)
         if ends.has_stream:  # it has one reader or writer
             crew = replace(crew, count=1)
         launcher: Launcher | None = None
@@ -49,9 +49,9 @@ def run_copy(args: Namespace, crew: Crew) -> int:
             launcher.start_ahead(_be_worker, spares=crew.count - 1)
         from nbdshard.cli.jobs import conclude, run
 
-        outcome, seconds = run(Setting(args, options, crew, ends, url, launcher, signals), stack)
-        ends.settle(outcome)
-    return conclude(outcome, seconds, signals.exit_code)
+        ended = run(Setting(args, options, crew, ends, url, launcher, signals), stack)
+        ends.settle(ended.outcome)
+    return conclude(ended, signals.exit_code)
 
 
 def _be_worker(words: Sequence[str]) -> int:

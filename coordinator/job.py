@@ -13,7 +13,7 @@ from nbdshard.common.limits import (
     LEASE_SECONDS,
     LOCAL_LEASE_SECONDS,
 )
-from nbdshard.common.messages import Counters, EndpointAddress, JobOptions
+from nbdshard.common.messages import Counters, EndpointAddress, EndpointDescription, JobOptions
 from nbdshard.common.ranges import Range
 
 
@@ -35,6 +35,7 @@ class Job:
     loss_seconds: float = 0.0  # how long a server that was lost is waited for; 0: not at all
     lease_seconds: float = LEASE_SECONDS
     heartbeat_seconds: float = HEARTBEAT_SECONDS
+    expected: tuple[EndpointDescription, EndpointDescription] | None = None  # what an earlier run found
     durable: tuple[Range, ...] = ()  # what the journal of an earlier run has: not copied again
     checkpoint_seconds: float = CHECKPOINT_SECONDS  # what was written is flushed after so long ...
     checkpoint_bytes: int = CHECKPOINT_BYTES  # ... or when it is so much, whichever comes first

@@ -19,6 +19,7 @@ from nbdshard.common import logs
 from nbdshard.common.errors import UserError
 from nbdshard.common.messages import EndpointAddress, Side
 
+NOT_RESUMED = "this is not what the copy was writing to"
 STDIN = 0
 STDOUT = 1
 _CREATION_MODE = 0o666  # less the umask, as every program that writes a file does
@@ -43,6 +44,7 @@ class LocalEnd:
     descriptor: int
     facts: os.stat_result = field(repr=False)
     created: bool = False  # by us: so ours to remove
+    resumed: bool = False  # it holds what an earlier run wrote, and has its size
     prepared: bool = False
 
     @property
@@ -57,6 +59,10 @@ class LocalEnd:
         """
         self.prepared = True
         if self.sort is not Sort.REGULAR:
+            return
+        if self.resumed:
+            if self.size != size:
+                raise UserError(f"has {self.size} bytes instead of {size}", self.address.address, NOT_RESUMED)
             return
         try:
             os.ftruncate(self.descriptor, 0)  # what was there before must not shine through skipped zeroes
@@ -94,14 +100,17 @@ def open_source(path: str) -> LocalEnd:
         raise
 
 
-def open_destination(path: str, source: LocalEnd | None) -> LocalEnd:
+def open_destination(path: str, source: LocalEnd | None, *, resumes: bool = False) -> LocalEnd:
     """The file or block device at `path` as a destination; a missing file is created. Its content stays as it is.
 
-    `source`, if local too, must be something else. Raises UserError: a directory, read-only, mounted or in use, no
-    folder to create it in, the same as the source.
+    `source`, if local too, must be something else. One that `resumes` an earlier copy is neither created nor given a
+    size. Raises UserError: a directory, read-only, mounted or in use, no folder to create it in, the same as the
+    source.
     """
     path = os.path.abspath(path)
     before = _stat(path)
+    if before is None and resumes:
+        raise UserError("there is no such file", path, NOT_RESUMED)
     if before is not None:
         _check_sort(path, before.st_mode, "destination")
         _check_different(path, before, source)
@@ -118,6 +127,7 @@ def open_destination(path: str, source: LocalEnd | None) -> LocalEnd:
             os.unlink(path)
         raise
     end.created = created
+    end.resumed = resumes
     return end
 
 

@@ -42,8 +42,8 @@ class Meter:
 
     def take(self, status: Status, now: float) -> None:
         """Take in `status` at `now`."""
-        self.done = max(self.done, status.counters.total)
-        self._samples.append((now, self.done))
+        self.done = max(self.done, status.done)
+        self._samples.append((now, max(self._samples[-1][1], status.counters.total)))
         while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_WINDOW_SECONDS:
             self._samples.popleft()
 
@@ -220,6 +220,7 @@ def summary(outcome: Outcome, seconds: float) -> str:
     parts = [
         f"{format_bytes(counters.copied)} copied, {format_bytes(counters.zeroed)} zeroed, "
         f"{format_bytes(counters.skipped)} skipped in {format_seconds(seconds)} ({format_rate(rate)})",
+        *([f"{format_bytes(outcome.resumed)} resumed"] if outcome.resumed else []),
         _count(outcome.workers, "worker"),
         f"{outcome.source_connections}+{outcome.destination_connections} connections",
     ]
@@ -243,9 +244,9 @@ def _data_path(counters: Counters) -> str:
 
 def _share(outcome: Outcome) -> str:
     if outcome.size is None:
-        return format_bytes(outcome.counters.total)
-    percent = outcome.counters.total * 100 // outcome.size if outcome.size else 0
-    return f"{format_bytes(outcome.counters.total)} of {format_bytes(outcome.size)} ({percent} %)"
+        return format_bytes(outcome.done)
+    percent = outcome.done * 100 // outcome.size if outcome.size else 0
+    return f"{format_bytes(outcome.done)} of {format_bytes(outcome.size)} ({percent} %)"
 
 
 def _count(number: int, noun: str) -> str:

@@ -71,6 +71,11 @@ class Scheduler(Membership):
         return self._outcome
 
     @property
+    def ends(self) -> tuple[EndpointDescription, EndpointDescription] | None:
+        """What the first worker found, once it has; the destination before it was given its size."""
+        return self._ends
+
+    @property
     def dropped(self) -> int:
         """Messages that came too late to count."""
         return self._dropped + (self._copying.dropped if self._copying is not None else 0)
@@ -300,6 +305,13 @@ class Scheduler(Membership):
     def _scouted(self, scout: Worker, source: EndpointDescription, destination: EndpointDescription) -> None:
         """The first worker has opened both ends: can the job be done, and how?"""
         self._ends = (source, destination)
+        if self._job.expected is not None:
+            found = disagreement(self._job.expected[0], source, "source", size_matters=True) or disagreement(
+                self._job.expected[1], destination, "destination", size_matters=not self._job.destination_grows
+            )
+            if found is not None:
+                self._fail(f"{found}; it is not what the journal is about")
+                return
         try:
             plan = check_job(self._job, source, destination)
         except UserError as error:

@@ -28,8 +28,9 @@ from nbdshard.common.messages import FromCoordinator, Hello
 from nbdshard.common.units import format_seconds
 from nbdshard.coordinator.clock import SteadyClock
 from nbdshard.coordinator.command_server import CommandServer
-from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Kill, Prepare, Send, Start
+from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Journal, Kill, Prepare, Send, Start
 from nbdshard.coordinator.job import Job, Outcome, Status
+from nbdshard.coordinator.keeping import Keeper
 from nbdshard.coordinator.launcher import Departure, Launcher
 from nbdshard.coordinator.progress import Display
 from nbdshard.coordinator.scheduler import Scheduler
@@ -46,6 +47,7 @@ class Shell:
     servers: Sequence[CommandServer]
     display: Display
     signals: SignalWatch
+    keeper: Keeper | None = None  # None: nothing of the job is kept
     clock: SteadyClock = field(default_factory=SteadyClock)
     worker_start_seconds: float = WORKER_START_SECONDS
     finish_seconds: float = FINISH_SECONDS_MAX
@@ -246,6 +248,8 @@ class _Loop:
                 self._kill(worker)
             case Prepare(size):
                 return self._prepare(size)
+            case Journal():
+                return self._journal(instruction)
             case Forget(worker):
                 self._awaited.pop(worker, None)
             case Finish(outcome):
@@ -274,6 +278,16 @@ class _Loop:
     def _kill(self, worker: str) -> None:
         if self._shell.launcher is not None:
             self._shell.launcher.kill(worker)
+
+    def _journal(self, change: Journal) -> list[Instruction]:
+        keeper, ends, size = self._shell.keeper, self._scheduler.ends, self._scheduler.status().size
+        if keeper is None or ends is None or size is None:
+            return []
+        try:
+            keeper.note(change, ends, size)
+        except UserError as error:
+            return self._scheduler.fail(str(error), self._clock())
+        return []
 
     def _prepare(self, size: int) -> list[Instruction]:
         try:

@@ -15,7 +15,7 @@ from support.waiting import wait_for
 
 SIZE = 64 * images.MIB
 SECONDS = 30.0
-BITS_PER_SECOND = "400M"  # the copy takes more than a second: there is a middle to it
+BITS_PER_SECOND = "128M"  # after a first 32 MiB: the copy takes two seconds, so there is a middle to it
 
 Starting = Callable[[Path, Path, bool], contextlib.AbstractContextManager[Server]]  # at a socket, an image, slowly
 

@@ -1,0 +1,94 @@
+"""Where the journal of a copy is, and how the job starts: anew, or where an earlier run ended.
+
+What is only needed once there is something to write down, or to resume, is imported then: most copies are short.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from nbdshard.cli.grammar import UsageError
+from nbdshard.cli.setting import Setting
+from nbdshard.common.errors import UserError
+from nbdshard.common.messages import EndpointDescription
+from nbdshard.common.ranges import Range
+from nbdshard.coordinator.journal_paths import default_path
+from nbdshard.coordinator.keeping import Keeper
+
+if TYPE_CHECKING:
+    from nbdshard.coordinator.journal_facts import JobFacts
+
+_WITH_VALUE: Final = ("--journal",)
+_ALONE: Final = ("--resume", "--force-resume")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a job starts: anew, or where an earlier run of it ended."""
+
+    uuid: str
+    keeper: Keeper | None  # None: a stream, of which nothing can be resumed
+    epoch: int = 1
+    durable: tuple[Range, ...] = ()
+    expected: tuple[EndpointDescription, EndpointDescription] | None = None
+
+
+def start(setting: Setting, stack: ExitStack) -> Start:
+    """Open the journal to resume from, or say where a new one will be. `stack` closes it.
+
+    Call after the first workers were forked: the journal's lock is this process's.
+    Raises UsageError, UserError: there is no such journal, or it is in use, damaged, or that of another copy.
+    """
+    args = setting.args
+    if args.resume or args.force_resume:
+        if args.journal is None:
+            raise UsageError("--resume needs --journal", advice="`nbdshard jobs` lists journals")
+        from nbdshard.cli.resuming import resumed
+
+        return resumed(setting, stack)
+    uuid = _new_uuid()
+    if setting.ends.has_stream:
+        if args.journal is not None:
+            raise UserError("a copy from or to a stream cannot be resumed: it has no journal", args.journal)
+        return Start(uuid, None)
+    if args.journal is not None and os.path.lexists(args.journal):
+        raise UserError("there is a file already", args.journal, "go on with that job by --resume, or name another")
+    path = args.journal if args.journal is not None else default_path(uuid)
+
+    def describe(source: EndpointDescription, destination: EndpointDescription, size: int) -> JobFacts:
+        from nbdshard.cli.resuming import facts_of
+
+        return facts_of(setting, uuid, source, destination, size)
+
+    keeper = Keeper(path, describe, keeps=args.keep_journal)
+    return Start(uuid, keeper)
+
+
+def resume_command(words: Sequence[str], journal: str) -> str:
+    """The command that goes on where the one of `words` (without the program's name) ended."""
+    import shlex
+
+    own = ["--resume", "--journal", os.path.abspath(journal)]
+    return shlex.join(["nbdshard", words[0], *own, *_without_journal(words[1:])])
+
+
+def _without_journal(words: Sequence[str]) -> Iterator[str]:
+    pending = iter(words)
+    for word in pending:
+        if word in _WITH_VALUE:
+            next(pending, None)
+        elif word not in _ALONE and not word.startswith("--journal="):
+            yield word
+
+
+def _new_uuid() -> str:
+    """RFC 9562, version 4; the uuid module takes a tenth of a small copy to load."""
+    data = bytearray(os.urandom(16))
+    data[6] = data[6] & 0x0F | 0x40
+    data[8] = data[8] & 0x3F | 0x80
+    text = data.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))

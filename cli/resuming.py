@@ -1,0 +1,169 @@
+"""Resuming a copy: whether the journal is about this copy, and both sides hold what it says. Loaded for that only."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from typing import Final, Protocol
+
+from nbdshard.cli.journaling import Start
+from nbdshard.cli.options import words_of
+from nbdshard.cli.setting import Setting
+from nbdshard.common import logs
+from nbdshard.common.blocking import BlockingClient
+from nbdshard.common.errors import NbdshardError, UserError
+from nbdshard.common.limits import RESUME_SAMPLE_BYTES, RESUME_SAMPLES
+from nbdshard.common.messages import EndpointAddress, EndpointDescription
+from nbdshard.common.nbd.uri import parse_uri
+from nbdshard.common.ranges import Range
+from nbdshard.coordinator.journal import Journal
+from nbdshard.coordinator.journal_facts import JobFacts, JournaledEnd, LocalFile, ResultOptions
+from nbdshard.coordinator.keeping import Keeper
+
+ADVICE: Final = "--force-resume goes on all the same"
+
+
+def resumed(setting: Setting, stack: ExitStack) -> Start:
+    """Open the journal of an earlier run and check it. `stack` closes it.
+
+    Raises UserError: there is no such journal, or it is in use, damaged, that of another copy, or not true any more.
+    """
+    args = setting.args
+    if setting.ends.has_stream:
+        raise UserError("a copy from or to a stream cannot be resumed", args.journal)
+    journal = Journal.open(args.journal)
+    stack.callback(journal.close)
+    facts, durable = journal.facts, tuple(journal.durable)
+    try:
+        _check_facts(setting, facts)
+        _check_samples(setting, durable)
+    except NbdshardError as error:
+        if not args.force_resume:
+            raise
+        logs.warning(f"{error}; resumed all the same")
+    keeper = Keeper(args.journal, lambda *_: facts, journal=journal, keeps=args.keep_journal)
+    keeper.resume()
+    expected = (facts.source.description, facts.destinations[0].description)
+    return Start(facts.uuid, keeper, journal.epoch, durable, None if args.force_resume else expected)
+
+
+def _check_facts(setting: Setting, facts: JobFacts) -> None:
+    """Raise UserError where the command line, or a local file, is not what the journal is about."""
+    ends, path = setting.ends, setting.args.journal
+    now = zip(("source", "destination"), (ends.source, ends.destination), setting.args.operands, strict=True)
+    for (side, address, operand), then in zip(now, (facts.source, facts.destinations[0]), strict=True):
+        named = words_of(operand, setting.args)
+        is_command = operand in setting.args.commands
+        if (named != then.named) if is_command else (address.address != then.address.address):
+            raise UserError(f"the journal is about another {side}: {then.named} instead of {named}", path, ADVICE)
+        local = _local_file(address)
+        if local is not None and then.local is not None:
+            if (local.device, local.inode) != (then.local.device, then.local.inode):
+                raise UserError(f"the {side} is another file than when the copy began", address.address, ADVICE)
+            if side == "source" and local.mtime_ns != then.local.mtime_ns:
+                raise UserError("the source was changed since the copy began", address.address, ADVICE)
+    for name in ResultOptions.__struct_fields__:
+        was, is_now = getattr(facts.options, name), getattr(ResultOptions.of(setting.options), name)
+        if was != is_now:
+            option = name.replace("_", "-")
+            raise UserError(f"the copy began with other options: {option} was {was}, and is {is_now}", path, ADVICE)
+
+
+def facts_of(
+    setting: Setting, uuid: str, source: EndpointDescription, destination: EndpointDescription, size: int
+) -> JobFacts:
+    """What the journal of a new job remembers of it."""
+    ends, args = setting.ends, setting.args
+
+    def journaled(operand: str, address: EndpointAddress, description: EndpointDescription) -> JournaledEnd:
+        export = parse_uri(address.address).export_name if address.kind == "nbd" else ""
+        named = words_of(operand, args)
+        return JournaledEnd(named, address, description, export, _local_file(address))
+
+    return JobFacts(
+        uuid,
+        size,
+        journaled(args.operands[0], ends.source, source),
+        [journaled(args.operands[1], ends.destination, destination)],
+        ResultOptions.of(setting.options),
+    )
+
+
+def _local_file(address: EndpointAddress) -> LocalFile | None:
+    if address.kind != "file":
+        return None
+    facts = os.stat(address.address)
+    return LocalFile(facts.st_dev, facts.st_ino, facts.st_mtime_ns)
+
+
+# -- samples of what is durable ----------------------------------------------------------------------------------------
+
+
+class Reader(Protocol):
+    """One end, to read from."""
+
+    def read(self, where: Range) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class _FileReader:
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}", path) from None
+
+    def read(self, where: Range) -> bytes:
+        try:
+            return os.pread(self._descriptor, where.length, where.start)
+        except OSError as error:
+            raise UserError(f"cannot be read at offset {where.start}: {error.strerror}", self._path) from None
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _check_samples(setting: Setting, durable: Sequence[Range]) -> None:
+    """Read some of what should be durable from both sides. Raises UserError where they differ or cannot be read."""
+    ends, args = setting.ends, setting.args
+    if not durable or ends.destination.kind == "null":
+        return
+    if any(operand in args.commands for operand in args.operands):
+        logs.info("what is durable is not compared: a server of `[ CMD ]` may serve one client only")
+        return
+    with ExitStack() as stack:
+        readers = [_reader(address, stack) for address in (ends.source, ends.destination)]
+        for where in _samples(durable):
+            source, destination = (_read(reader, where) for reader in readers)
+            if source != destination:
+                what = f"source and destination differ in {where}, which the journal calls durable"
+                raise UserError(what, args.journal, "begin the copy anew, without --resume")
+
+
+def _reader(address: EndpointAddress, stack: ExitStack) -> Reader:
+    if address.kind == "file":
+        return stack.enter_context(closing(_FileReader(address.address)))
+    return stack.enter_context(closing(BlockingClient.open(parse_uri(address.address), address.address)))
+
+
+def _read(reader: Reader, where: Range) -> bytes:
+    if not isinstance(reader, BlockingClient):
+        return reader.read(where)
+    unit = reader.export.block_sizes.minimum
+    start, end = where.start - where.start % unit, min(where.end + -where.end % unit, reader.export.size)
+    return reader.read(Range(start, end))[where.start - start :][: where.length]
+
+
+def _samples(durable: Sequence[Range]) -> Iterator[Range]:
+    """RESUME_SAMPLES places, spread over all durable bytes alike."""
+    total = sum(piece.length for piece in durable)
+    for offset in sorted(random.sample(range(total), min(RESUME_SAMPLES, total))):
+        for piece in durable:
+            if offset < piece.length:
+                start = piece.start + offset
+                yield Range(start, min(start + RESUME_SAMPLE_BYTES, piece.end))
+                break
+            offset -= piece.length

@@ -1,0 +1,176 @@
+"""A copy that ended before its time is gone on with: what was durable is not read again, and the result is the same."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdshard.common.errors import UserError
+from nbdshard.coordinator.journal import Journal
+from support import images
+from support.command import Outcome, Run, copy, started
+from support.servers import at_socket, private_folder
+from support.waiting import wait_for
+
+SIZE = 64 * images.MIB
+SECONDS = 60.0
+OPTIONS = ("--range-size", "4M", "--checkpoint", "0.2", "-C", "1", "-T", "1")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return images.random_image(tmp_path_factory.mktemp("image") / "source", SIZE)
+
+
+def durable_bytes(journal: Path) -> int:
+    """What the journal has; 0 while there is none."""
+    try:
+        return Journal.read(str(journal)).durable_bytes
+    except UserError:
+        return 0
+
+
+class Scene:
+    """A slow source, a destination, and a journal; `kill` ends a copy in the middle as a crash would."""
+
+    def __init__(self, folder: Path, sockets: Path, image: Path) -> None:
+        self.image = image
+        self.copied = images.empty_image(folder / "copy", SIZE)
+        self.journal = folder / "journal"
+        self.source = f"nbd+unix:///?socket={sockets / 's'}"
+        self.destination = f"nbd+unix:///?socket={sockets / 'd'}"
+
+    def words(self, *more: str) -> list[str]:
+        return ["copy", *OPTIONS, "--journal", str(self.journal), *more, self.source, self.destination]
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> Outcome:
+        """Begin, and end the copy when some of it is durable."""
+        with started(*self.words()) as run:
+            self.wait_for_durable(run)
+            os.kill(run.pid, number)
+            run.process.wait(SECONDS)
+            wait_for("the workers to end", lambda: not run.workers())
+            return Outcome(run.process.returncode, run.out(), run.err(), run.command)
+
+    def wait_for_durable(self, run: Run) -> None:
+        """Return when the journal of `run`, which is still under way, has something."""
+        wait_for("something to be durable", lambda: durable_bytes(self.journal) or run.process.poll() is not None)
+        assert run.process.poll() is None, run.err()
+
+    def resume(self, *more: str) -> Outcome:
+        return copy(*self.words("--resume", *more)[1:], timeout=SECONDS)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, image: Path) -> Iterator[Scene]:
+    with private_folder() as sockets:
+        one = Scene(tmp_path, sockets, image)
+        slow = (
+            "nbdkit",
+            "-f",
+            "-r",
+            "-U",
+            str(sockets / "s"),
+            "--filter=rate",
+            "--threads=1",
+            "file",
+            str(image),
+            "rate=128M",
+        )
+        plain = ("nbdkit", "-f", "-U", str(sockets / "d"), "file", str(one.copied))
+        with at_socket(sockets / "s", *slow), at_socket(sockets / "d", *plain):
+            yield one
+
+
+def test_a_copy_whose_coordinator_was_killed_is_resumed(scene: Scene) -> None:
+    scene.kill()
+    outcome = scene.resume().succeeded()
+    assert "resumed" in outcome.last_line, str(outcome)
+    images.assert_identical(scene.image, scene.copied)
+    assert not scene.journal.exists()
+
+
+def test_a_copy_that_was_stopped_tells_the_command_that_resumes_it(scene: Scene) -> None:
+    stopped = scene.kill(signal.SIGINT)
+    assert stopped.code == 130
+    (line,) = [line for line in stopped.err.splitlines() if "to go on: " in line]
+    words = shlex.split(line.partition("to go on: ")[2])
+    assert words[:5] == ["nbdshard", "copy", "--resume", "--journal", str(scene.journal)]
+    copy(*words[2:], timeout=SECONDS).succeeded()
+    images.assert_identical(scene.image, scene.copied)
+
+
+def test_a_finished_copy_leaves_a_journal_only_if_asked(scene: Scene) -> None:
+    copy(*scene.words()[1:], timeout=SECONDS).succeeded()
+    assert not scene.journal.exists()
+    copy(*scene.words("--keep-journal")[1:], timeout=SECONDS).succeeded()
+    assert scene.journal.exists()
+    again = scene.resume().succeeded()
+    assert "0 B copied" in again.last_line
+
+
+def test_a_journal_that_is_there_is_not_begun_anew(scene: Scene) -> None:
+    scene.kill()
+    copy(*scene.words()[1:]).failed(1, saying=[str(scene.journal), "there is a file already", "--resume"])
+
+
+def test_another_source_is_refused(scene: Scene) -> None:
+    scene.kill()
+    outcome = copy(*OPTIONS, "--journal", scene.journal, "--resume", scene.image, scene.destination)
+    outcome.failed(1, saying=["the journal is about another source", "--force-resume"])
+
+
+def test_other_options_are_refused(scene: Scene) -> None:
+    scene.kill()
+    scene.resume("--allocated").failed(1, saying=["the copy began with other options", "sparse-unit"])
+
+
+def test_what_is_durable_and_differs_is_refused(scene: Scene) -> None:
+    scene.kill()
+    with scene.copied.open("r+b") as file:
+        file.write(bytes(SIZE))
+    scene.resume().failed(1, saying=["source and destination differ", "without --resume"])
+
+
+def test_a_destination_file_is_neither_made_nor_cut(scene: Scene, tmp_path: Path) -> None:
+    scene.destination = str(tmp_path / "file")
+    scene.kill()
+    os.rename(scene.destination, tmp_path / "moved")
+    scene.resume().failed(1, saying=["there is no such file"])
+    assert not os.path.exists(scene.destination)
+    os.rename(tmp_path / "moved", scene.destination)
+    scene.resume().succeeded()
+    images.assert_identical(scene.image, Path(scene.destination))
+
+
+def test_a_source_file_that_was_changed_is_refused(scene: Scene, tmp_path: Path) -> None:
+    scene.source = str(images.random_image(tmp_path / "own", SIZE))
+    scene.destination = "null:"  # and slowly: a file is copied in no time
+    with started(*scene.words("--synchronous", "--request-size", "4k")) as run:
+        scene.wait_for_durable(run)
+        run.process.kill()
+        run.process.wait(SECONDS)
+        wait_for("the workers to end", lambda: not run.workers())
+    with open(scene.source, "r+b") as file:
+        file.write(b"changed")
+    scene.resume("--synchronous").failed(1, saying=["the source was changed since the copy began"])
+
+
+def test_resume_without_a_journal_is_a_usage_error() -> None:
+    copy("--resume", "nbd://localhost/a", "nbd://localhost/b").failed(2, saying=["--resume needs --journal"])
+
+
+def test_a_missing_journal_is_told(tmp_path: Path) -> None:
+    there = tmp_path / "none"
+    copy("--resume", "--journal", there, "null:", "null:").failed(1)
+    copy("--resume", "--journal", there, "nbd://localhost/a", "null:").failed(1, saying=[str(there), "no such journal"])
+
+
+def test_a_stream_has_no_journal(tmp_path: Path) -> None:
+    outcome = copy("--journal", tmp_path / "j", "-", "null:", input=b"some bytes")
+    outcome.failed(1, saying=["cannot be resumed"])
