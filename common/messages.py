@@ -19,12 +19,13 @@ from nbdshard.common.errors import ProtocolError
 from nbdshard.common.limits import MESSAGE_BYTES_MAX, TEXT_BYTES_MAX
 from nbdshard.common.ranges import Range
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _NAMES = "surrogateescape"  # as os.fsdecode: the system's names are bytes
 
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=86_400.0)]
+Moment: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]  # seconds on the clock of one worker, and of no one else
 Side: TypeAlias = Literal["source", "destination"]
 DataPath: TypeAlias = Literal["auto", "splice", "buffer"]  # how payload gets from one side to the other
 # A job has a list of destinations; this version takes exactly one.
@@ -204,7 +205,9 @@ class Flushed(JobMessage, frozen=True):
 
 
 class Alive(JobMessage, frozen=True):
-    """The worker's heartbeat."""
+    """The worker's heartbeat, said `at` that moment."""
+
+    at: Moment
 
 
 class Goodbye(JobMessage, frozen=True):
@@ -238,7 +241,11 @@ class Refused(Message, frozen=True):
 
 
 class Lease(JobMessage, frozen=True):
-    """Copy `range` of the export. `seconds` from receipt the lease is over unless an `AliveToo` came since."""
+    """Copy `range` of the export.
+
+    The lease is over `seconds` after the worker said the latest thing it knows that the coordinator has heard: its
+    first `Opened`, since nobody else is given a lease, or what an `AliveToo` answers.
+    """
 
     lease: Count
     range: Range
@@ -265,7 +272,13 @@ class Flush(JobMessage, frozen=True):
 
 
 class AliveToo(JobMessage, frozen=True):
-    """The coordinator's heartbeat; it renews every lease of this worker."""
+    """The coordinator's heartbeat. It renews every lease of this worker, from the moment on that it answers.
+
+    `answers` is `at` of the worker's latest `Alive` that was heard; 0: of none so far. Whatever was heard of a worker
+    was said before, so a lease counted from there ends before one counted from hearing it, however late messages are.
+    """
+
+    answers: Moment
 
 
 class Stop(JobMessage, frozen=True):

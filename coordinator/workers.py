@@ -27,6 +27,7 @@ class Worker:
     identity: str
     hello: Hello
     heard: float  # monotonic seconds
+    alive_at: float = 0.0  # when it said the latest Alive that was heard, by its own clock; 0: none was
     state: WorkerState = WorkerState.JOINING
     source_share: int = 0
     destination_share: int = 0

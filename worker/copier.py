@@ -85,13 +85,12 @@ class Copier:
         self.targets.append(target)
         return target
 
-    def grant(self, message: Lease, now: float) -> None:
-        """Begin a lease. One that is known already is a repeated message."""
+    def grant(self, message: Lease, expires: float) -> None:
+        """Begin a lease that is over when `expires` has come. One that is known already is a repeated message."""
         if message.lease in self.leases or self.draining:
             return
         self.has_work = True
         self._wish = max(0, self._wish - 1)
-        expires = now + message.seconds
         self.earliest_expiry = min(self.earliest_expiry, expires)
         self.leases[message.lease] = LeaseWork(
             message.lease,
@@ -102,11 +101,11 @@ class Copier:
             until_end=message.until_end,
         )
 
-    def renew(self, now: float, seconds: float) -> None:
-        """The coordinator was heard: what has not expired is good for another `seconds`."""
+    def renew(self, now: float, expires: float) -> None:
+        """The coordinator has heard of us: what is not over at `now` is good until `expires` at least."""
         for lease in self.leases.values():
-            if now < lease.expires:
-                lease.expires = now + seconds
+            if now < lease.expires < expires:
+                lease.expires = expires
         self._find_earliest_expiry(now)
 
     def expire(self, now: float) -> bool:

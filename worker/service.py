@@ -18,6 +18,7 @@ from nbdshard.common.limits import (
     COORDINATOR_SILENCE_SECONDS,
     DRAIN_SECONDS,
     HEARTBEAT_SECONDS,
+    LEASE_EARLY_SHARE,
     LOCAL_LEASE_SECONDS,
     PROGRESS_SECONDS,
     TICK_SECONDS,
@@ -114,6 +115,8 @@ class Worker:
         now = self._clock.steady
         self._heard_at = now
         self._leave_by = self._part_by = 0.0
+        # By the true time: when we said our first Opened, and the latest thing that the coordinator surely heard.
+        self._opened_at = self._heard_of_at = 0.0
         self._next_tick = self._next_heartbeat = self._next_progress = now
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ class Worker:
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + (self._assign.heartbeat_seconds if self._assign else HEARTBEAT_SECONDS)
             if self._assign is not None:
-                self._outbox.append(Alive(self._assign.job, self._assign.epoch))
+                self._outbox.append(Alive(self._assign.job, self._assign.epoch, self._clock.true))
                 self._outbox.extend(self._unnoted.values())
         if now >= self._heard_at + COORDINATOR_SILENCE_SECONDS and self.state not in _LEAVING_STATES:
             self.error = UserError(f"nothing was heard of the coordinator for {COORDINATOR_SILENCE_SECONDS:g} s")
@@ -304,21 +307,35 @@ class Worker:
             self._stop(message)
         elif isinstance(message, Noted):
             self._unnoted.pop(message.lease, None)
+        elif isinstance(message, AliveToo):
+            self._was_heard(message.answers)
         elif self._copier is not None and self.state is WorkerState.WORKING:
             self._to_copier(self._copier, message)  # who leaves takes on nothing more
 
     def _to_copier(self, copier: Copier, message: FromCoordinator) -> None:
         match message:
             case Lease():
-                copier.grant(message, self._clock.true)
+                self._was_heard(self._opened_at)  # or it would have granted nothing
+                copier.grant(message, self._expiry(message.seconds))
             case Revoke():
                 copier.revoke(message.lease)
             case Flush():
                 copier.flushes.ask(message.flush)
-            case AliveToo() if self._assign is not None:
-                copier.renew(self._clock.true, self._assign.lease_seconds)
             case _:
                 pass
+
+    def _was_heard(self, said_at: float) -> None:
+        """The coordinator has heard what we said then: every lease counts from that moment, if from no later one.
+
+        It does not wait longer for one that leaves than it told it: nothing is renewed then.
+        """
+        self._heard_of_at = max(self._heard_of_at, min(said_at, self._clock.true))
+        if self._copier is not None and self._assign is not None and self.state is WorkerState.WORKING:
+            self._copier.renew(self._clock.true, self._expiry(self._assign.lease_seconds))
+
+    def _expiry(self, seconds: float) -> float:
+        """When a lease of so many seconds is over, if the coordinator hears nothing more of us."""
+        return self._heard_of_at + seconds * (1.0 - LEASE_EARLY_SHARE)
 
     def _stop(self, message: Stop) -> None:
         if self.state not in _LEAVING_STATES:
@@ -380,6 +397,7 @@ class Worker:
                 self._open_failed(error, side)
                 return
             self._join(self._copier, side, connection)
+        self._opened_at = self._opened_at or self._clock.true
         self._outbox.append(self._report_opened(assign, crew))
 
     def _join(self, copier: Copier, side: Side, connection: OpenConnection) -> None:

@@ -21,7 +21,17 @@ from nbdshard.common.control_url import ControlUrl, parse_control_url
 from nbdshard.common.errors import ProtocolError, UserError
 from nbdshard.common.keys import CoordinatorKeys, KeyPair, WorkerKeys
 from nbdshard.common.machine import new_worker_name
-from nbdshard.common.messages import Alive, AliveToo, FromCoordinator, FromWorker, Goodbye, Hello, Refused, Stop
+from nbdshard.common.messages import (
+    PROTOCOL_VERSION,
+    Alive,
+    AliveToo,
+    FromCoordinator,
+    FromWorker,
+    Goodbye,
+    Hello,
+    Refused,
+    Stop,
+)
 from support.channels import LOOPBACK, connect, error_of, heard, hello, listen, told
 from support.listening import listening, wait_until_closed
 from support.servers import private_folder
@@ -72,14 +82,14 @@ def test_the_descriptors_wake_a_poll(ends: tuple[CoordinatorChannel, WorkerChann
         got = coordinator.receive()
     assert got
     assert worker.receive() == []  # the rule: receive until nothing comes, then wait for the descriptor
-    coordinator.send(worker.name, AliveToo(job="j", epoch=1))
+    coordinator.send(worker.name, AliveToo(job="j", epoch=1, answers=7.5))
     answers: list[FromCoordinator] = []
     own = zmq.Poller()
     own.register(worker.descriptor, zmq.POLLIN)
     while not answers and time.monotonic() < deadline:
         assert own.poll(20_000), "nothing woke the worker"
         answers = worker.receive()
-    assert answers == [AliveToo(job="j", epoch=1)]
+    assert answers == [AliveToo(job="j", epoch=1, answers=7.5)]
 
 
 def test_messages_keep_their_order_and_come_in_bounded_portions(
@@ -105,7 +115,7 @@ def test_messages_keep_their_order_and_come_in_bounded_portions(
 def test_a_message_for_a_worker_that_is_not_there_is_told() -> None:
     with contextlib.ExitStack() as stack:
         coordinator = listen(stack)
-        assert not coordinator.send(new_worker_name(), AliveToo(job="j", epoch=1))
+        assert not coordinator.send(new_worker_name(), AliveToo(job="j", epoch=1, answers=7.5))
 
 
 def test_a_coordinator_on_a_network_has_descriptors_for_all_the_workers_that_may_come() -> None:
@@ -131,7 +141,7 @@ def test_sending_never_blocks_when_the_other_side_does_not_read() -> None:
             lambda: not all(coordinator.send(worker.name, big) for _ in range(1000)),
         )
         alone = connect(stack, "tcp://127.0.0.1:1")
-        alive = Alive(job="j", epoch=1)
+        alive = Alive(job="j", epoch=1, at=7.5)
         assert not all(alone.send(alive) for _ in range(limits.MESSAGES_QUEUED_MAX + 1))
 
 
@@ -144,21 +154,22 @@ def test_a_worker_of_another_version_is_told_both_versions(capfd: pytest.Capture
             return dealer.recv() if dealer.poll(0) else b""
 
         frame = wait_for("the refusal", answer)
+        reason = f"the worker speaks control protocol 99, the coordinator {PROTOCOL_VERSION}"
         assert msgpack.unpackb(frame) == {
             "t": "Refused",
-            "version": 1,
-            "reason": "the worker speaks control protocol 99, the coordinator 1",
+            "version": PROTOCOL_VERSION,
+            "reason": reason,
         }
-        assert "the worker speaks control protocol 99, the coordinator 1" in capfd.readouterr().err
+        assert reason in capfd.readouterr().err
 
 
 def test_the_worker_understands_a_refusal_of_its_version() -> None:
     with contextlib.ExitStack() as stack:
         coordinator = listen(stack)
         worker = connect(stack, coordinator)
-        worker.send(Hello(version=2, worker=worker.name, machine="m", host="h", pid=1, ring="epoll"))
-        reason = "the worker speaks control protocol 2, the coordinator 1"
-        assert told(worker, coordinator) == [Refused(version=1, reason=reason)]
+        worker.send(Hello(version=99, worker=worker.name, machine="m", host="h", pid=1, ring="epoll"))
+        reason = f"the worker speaks control protocol 99, the coordinator {PROTOCOL_VERSION}"
+        assert told(worker, coordinator) == [Refused(version=PROTOCOL_VERSION, reason=reason)]
 
 
 @contextlib.contextmanager
@@ -187,7 +198,7 @@ def raw_worker() -> Iterator[tuple[CoordinatorChannel, zmq.Socket[bytes]]]:
         ([msgpack.packb({"t": "AliveToo", "job": "j", "epoch": 1})], r"Invalid value 'AliveToo' - at `\$.t`"),
         ([msgpack.packb({"t": "Alive", "job": "j", "epoch": "1"})], r"Expected `int`, got `str` - at `\$.epoch`"),
         ([msgpack.packb({"t": "Alive", "job": "j", "epoch": -1})], r"Expected `int` >= 0 - at `\$.epoch`"),
-        ([msgpack.packb({"t": "Alive", "job": "j", "epoch": 1, "x": 1})], "unknown field `x`"),
+        ([msgpack.packb({"t": "Alive", "job": "j", "epoch": 1, "at": 7.5, "x": 1})], "unknown field `x`"),
         ([msgpack.packb({"t": "Hello", "version": True})], r"Expected `int`, got `bool` - at `\$.version`"),
         ([msgpack.packb({"t": "Progress", "job": "j", "epoch": 1, "lease": 1, "done": 3})], r"at `\$.done`"),
         ([b"one", b"two"], "2 frames instead of one"),
@@ -199,8 +210,8 @@ def test_a_malformed_message_is_dropped_with_its_sender_and_path(
 ) -> None:
     with raw_worker() as (coordinator, dealer):
         dealer.send_multipart(frames)
-        dealer.send(msgpack.packb({"t": "Alive", "job": "j", "epoch": 1}))
-        assert heard(coordinator) == [("ab" * 16, Alive(job="j", epoch=1))]
+        dealer.send(msgpack.packb({"t": "Alive", "job": "j", "epoch": 1, "at": 7.5}))
+        assert heard(coordinator) == [("ab" * 16, Alive(job="j", epoch=1, at=7.5))]
     line = capfd.readouterr().err
     assert line.startswith("nbdshard: dropped a message: worker abababab at ")
     assert complaint.replace("\\", "") in line
@@ -211,7 +222,7 @@ def test_the_log_of_malformed_messages_has_an_end(capfd: pytest.CaptureFixture[s
     with raw_worker() as (coordinator, dealer):
         for _ in range(3 * limits.BAD_MESSAGES_LOGGED_MAX):
             dealer.send(b"\xc1")
-        dealer.send(msgpack.packb({"t": "Alive", "job": "j", "epoch": 1}))
+        dealer.send(msgpack.packb({"t": "Alive", "job": "j", "epoch": 1, "at": 7.5}))
         heard(coordinator)
     assert len(capfd.readouterr().err.splitlines()) == limits.BAD_MESSAGES_LOGGED_MAX
 
@@ -248,8 +259,8 @@ def test_a_worker_that_connects_again_keeps_its_name_and_takes_over() -> None:
         new = connect(stack, coordinator, name=old.name)
         new.send(hello(new))
         assert heard(coordinator) == [(old.name, hello(new))]
-        coordinator.send(old.name, AliveToo(job="j", epoch=1))
-        assert told(new) == [AliveToo(job="j", epoch=1)]
+        coordinator.send(old.name, AliveToo(job="j", epoch=1, answers=7.5))
+        assert told(new) == [AliveToo(job="j", epoch=1, answers=7.5)]
         assert old.receive() == []
 
 

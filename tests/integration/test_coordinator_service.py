@@ -17,7 +17,7 @@ from nbdshard.common.channel import CoordinatorChannel, WorkerChannel
 from nbdshard.common.control_url import ControlUrl
 from nbdshard.common.errors import BugError, UserError
 from nbdshard.common.machine import machine_id
-from nbdshard.common.messages import EndpointAddress, Hello, JobOptions
+from nbdshard.common.messages import PROTOCOL_VERSION, EndpointAddress, Hello, JobOptions
 from nbdshard.coordinator.command_server import CommandServer
 from nbdshard.coordinator.instructions import Instruction
 from nbdshard.coordinator.job import Job, Outcome, Status, Verdict
@@ -171,7 +171,7 @@ def test_a_strangers_messages_are_dropped(world: World, capfd: pytest.CaptureFix
         if not stranger:
             stranger.append(WorkerChannel(world.url, time.monotonic()))
             name = stranger[0].name
-            stranger[0].send(Hello(version=1, worker=name, machine=machine_id(), host="h", pid=1, ring="epoll"))
+            stranger[0].send(Hello(PROTOCOL_VERSION, name, machine_id(), host="h", pid=1, ring="epoll"))
 
     world.watch = knock
     try:

@@ -50,6 +50,10 @@ class Wire:
         self._mischief = mischief
         self.last_arrival = 0.0
 
+    def hold_up(self, seconds: float) -> None:
+        """What is sent from now on arrives no earlier than after so long."""
+        self.last_arrival = max(self.last_arrival, self._clock.now + seconds)
+
     def send(self, message: Message, arrive: Callable[[bytes], None]) -> None:
         frame = encode(message)
         mischief, chance = self._mischief, self._chance

@@ -75,6 +75,11 @@ class SimCoordinator:
         if name in self._awaited:
             self.processes[name].kill("was killed")
 
+    def hold_up(self, name: str, seconds: tuple[float, float]) -> None:
+        """Messages to and from this worker are late by so much."""
+        for wire, late in zip(self._wires[name], seconds, strict=True):
+            wire.hold_up(late)
+
     # -- what happens --------------------------------------------------------------------------------------------------
 
     def _sent(self, name: str, message: FromWorker) -> None:
@@ -114,8 +119,21 @@ class SimCoordinator:
 
     # -- what is done about it -----------------------------------------------------------------------------------------
 
+    def check_fences(self) -> None:
+        """What a worker elsewhere may write to by its own clock has not been taken from it."""
+        copying = self.scheduler._copying
+        if self._job.local_workers or copying is None or self.outcome is not None:
+            return
+        for name, process in self.processes.items():
+            for number in process.writable():
+                holding = copying.ledger.holding(name) if name in copying.ledger.holders else None
+                assert holding is not None and number in holding.leased, (
+                    f"lease {number} was taken from {name[:8]}, which may still write under it"
+                )
+
     def _act(self, instructions: Iterable[Instruction]) -> None:
         self.scheduler.validate()
+        self.check_fences()
         for instruction in instructions:
             assert self.outcome is None, f"{instruction} after Finish"
             self._carry_out(instruction)

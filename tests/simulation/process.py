@@ -49,7 +49,7 @@ class SimProcess:
         self._stalled_until = 0.0
         self._turns = 0
         self._rests_until: float | None = None  # by the worker's own clock; None: it has something else to do
-        offset = chance.uniform(0, 1e6)  # monotonic clocks of different machines have nothing in common
+        self._offset = offset = chance.uniform(0, 1e6)  # monotonic clocks of different machines have nothing in common
         hello = Hello(PROTOCOL_VERSION, name, "machine", "host", pid, self.ring.name)
         self.worker = Worker(self.ring, self.channel, hello, lambda: clock.now + offset, self.system, self.plumbing)
         self._wake()
@@ -66,6 +66,15 @@ class SimProcess:
             self.leaves += 1
             self.worker.leave(reason)
             self._wake()
+
+    def writable(self) -> list[int]:
+        """The leases under which it may write something now."""
+        worker = self.worker
+        copier = worker._copier
+        if self.ended or copier is None or worker.state in (WorkerState.LOSING, WorkerState.PARTING, WorkerState.GONE):
+            return []
+        now = self._clock.now + self._offset
+        return [number for number, lease in copier.leases.items() if now < lease.expires]
 
     def stall(self, seconds: float) -> None:
         """It is not let run for some time."""

@@ -36,6 +36,7 @@ class Trouble(Enum):
     FLUSH_FAILS = auto()
     STOP = auto()  # the user stops the job, perhaps twice
     VANISHING = auto()  # a worker on another machine is not heard of any more
+    LATE = auto()  # what a worker on another machine and the coordinator say to one another comes late
     IMPOSSIBLE = auto()  # the ends do not fit one another
 
 
@@ -53,11 +54,12 @@ _WEIGHTS = {
     Trouble.FLUSH_FAILS: 4,
     Trouble.STOP: 5,
     Trouble.VANISHING: 3,
+    Trouble.LATE: 5,
     Trouble.IMPOSSIBLE: 3,
 }
 
 
-_WITH_ERRORS = (Trouble.DEATHS, Trouble.LEAVES, Trouble.CUT, Trouble.STOP, Trouble.VANISHING)
+_WITH_ERRORS = (Trouble.DEATHS, Trouble.LEAVES, Trouble.CUT, Trouble.STOP, Trouble.VANISHING, Trouble.LATE)
 
 
 _DEAD_WORDS = {
@@ -249,7 +251,7 @@ class _Maker:
         unit = max(64 * KIB, options.request_size)
         lease, heartbeat = chance.choice(((LEASE_SECONDS, HEARTBEAT_SECONDS), (1.5, 0.3)))
         workers = chance.choice((1, 2, 3, 4, 4)) if not self.comes_in_bursts else 1
-        is_local = self.trouble is not Trouble.VANISHING
+        is_local = self.trouble not in (Trouble.VANISHING, Trouble.LATE)
         if self.trouble in (Trouble.LEAVES, Trouble.NOTHING):
             is_local = chance.random() < 0.6
         return Job(
@@ -344,7 +346,7 @@ class _Maker:
             case Trouble.STOP:
                 self.verdicts = {Verdict.COMPLETE, Verdict.STOPPED, Verdict.FAILED}
                 self.error_words = ("connection lost",)
-            case Trouble.VANISHING:
+            case Trouble.VANISHING | Trouble.LATE:
                 self.verdicts = {Verdict.COMPLETE, Verdict.UNFENCED, Verdict.FAILED}
                 several = destination.multi_conn and self.chance.random() < 0.5
                 destination = replace(destination, is_contested=True, multi_conn=several)

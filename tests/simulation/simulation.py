@@ -21,7 +21,7 @@ from simulation.server_rules import ServerRules
 from simulation.session import Session
 
 JOB_SECONDS_MAX = 60.0  # virtual, to the end of a job; some troubles are found out by long time-outs only
-JOB_SECONDS_MAX_OF = {Trouble.SILENT: 150.0, Trouble.VANISHING: 700.0}
+JOB_SECONDS_MAX_OF = {Trouble.SILENT: 150.0, Trouble.VANISHING: 700.0, Trouble.LATE: 700.0}
 STOP_SECONDS_MAX = 5.0  # from the user's wish to the end
 AFTER_SECONDS_MAX = 60.0  # for the workers to leave when the job is over
 EVENTS_MAX = 2_000_000
@@ -188,8 +188,16 @@ class Simulation:
                 else:
                     absence = self.scenario.job.lease_seconds * chance.uniform(1, 4)
                     clock.after(self._moment(), lambda: self._to_somebody("stalls", lambda it: it.stall(absence)))
+            case Trouble.LATE:
+                for _ in range(chance.randint(1, 3)):
+                    clock.after(self._moment(), self._hold_up)
             case _:
                 pass
+
+    def _hold_up(self) -> None:
+        lease, chance = self.scenario.job.lease_seconds, self.chance
+        late = tuple(chance.choice((0.0, 0.9, 1.5, 3.0)) * lease * chance.random() for _ in range(2))
+        self._to_somebody(f"is late by {late}", lambda it: self.coordinator.hold_up(it.name, (late[0], late[1])))
 
     def _moment(self) -> float:
         """Some time while the job probably runs: nobody knows how long it will take."""

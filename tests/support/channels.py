@@ -10,7 +10,7 @@ from nbdshard.common.channel import CoordinatorChannel, WorkerChannel
 from nbdshard.common.control_url import ControlUrl
 from nbdshard.common.errors import UserError
 from nbdshard.common.keys import CoordinatorKeys, WorkerKeys
-from nbdshard.common.messages import FromCoordinator, FromWorker, Hello
+from nbdshard.common.messages import PROTOCOL_VERSION, FromCoordinator, FromWorker, Hello
 from support.waiting import wait_for
 
 LOOPBACK = ControlUrl("tcp", "127.0.0.1", 0)
@@ -34,7 +34,7 @@ def connect(
 
 
 def hello(worker: WorkerChannel) -> Hello:
-    return Hello(version=1, worker=worker.name, machine="m", host="h", pid=7, ring="epoll")
+    return Hello(version=PROTOCOL_VERSION, worker=worker.name, machine="m", host="h", pid=7, ring="epoll")
 
 
 def heard(coordinator: CoordinatorChannel, count: int = 1) -> list[tuple[str, FromWorker]]:

@@ -156,7 +156,7 @@ class Bench:
 
     def lease(self, start: int, end: int, *, number: int = 1, seconds: float = 10.0, until_end: bool = False) -> None:
         """Grant a lease and let the copier begin with it."""
-        self.copier.grant(Lease(JOB, EPOCH, number, Range(start, end), seconds, until_end), self.now)
+        self.copier.grant(Lease(JOB, EPOCH, number, Range(start, end), seconds, until_end), self.now + seconds)
         self.pump()
 
     def pump(self, seconds: float = 0.0) -> None:

@@ -81,8 +81,9 @@ def flushed(
     return messages.Flushed(UUID, EPOCH, flush.flush, [lease.lease for lease in leases], durable, failure)
 
 
-def alive() -> messages.Alive:
-    return messages.Alive(UUID, EPOCH)
+def alive(at: float = 1.0) -> messages.Alive:
+    """Said `at` that moment by the worker's own clock."""
+    return messages.Alive(UUID, EPOCH, at)
 
 
 def goodbye(reason: str = "") -> messages.Goodbye:

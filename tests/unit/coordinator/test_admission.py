@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from nbdshard.common.messages import EndpointAddress
+from nbdshard.common.messages import PROTOCOL_VERSION, EndpointAddress
 from nbdshard.coordinator.admission import disagreement, refusal
 from support.schedules import DESTINATION, SOURCE, hello, job, server
 
 
 def test_a_worker_of_another_version_is_refused_and_both_are_named() -> None:
-    assert refusal(job(), hello("w", version=2)) == (
-        "the worker speaks version 2 of the control protocol, the coordinator version 1"
+    assert refusal(job(), hello("w", version=99)) == (
+        f"the worker speaks version 99 of the control protocol, the coordinator version {PROTOCOL_VERSION}"
     )
 
 

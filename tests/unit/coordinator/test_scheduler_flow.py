@@ -274,16 +274,21 @@ def test_written_may_be_sent_again_and_is_noted_again() -> None:
     assert stage.scheduler.dropped == 1
 
 
-def test_heartbeats_go_to_everybody_who_is_heard_of() -> None:
+def test_heartbeats_tell_what_was_heard_last() -> None:
+    """A worker counts its leases from when it said that, and we from when we heard it, which is later."""
     stage = Stage(job())
     stage.start()
     stage.say("a", hello("a"))
-    beat = Send("a", messages.AliveToo(UUID, EPOCH))
-    assert stage.wait(2.0) == [beat]
-    assert stage.wait(2.0) == [beat]
-    assert stage.wait(2.0) == [], "a worker that was silent for half a lease gets no more of them"
-    stage.say("a", alive())
-    assert stage.wait(2.0) == [beat]
+
+    def beat(answers: float) -> Send:
+        return Send("a", messages.AliveToo(UUID, EPOCH, answers))
+
+    assert stage.wait(2.0) == [beat(0.0)]
+    stage.say("a", alive(77.5))
+    assert stage.wait(2.0) == [beat(77.5)]
+    assert stage.wait(2.0) == [beat(77.5)], "nothing new was heard: it renews nothing"
+    stage.say("a", alive(79.5), alive(78.5))
+    assert stage.wait(2.0) == [beat(79.5)], "one that was overtaken takes nothing back"
 
 
 # -- shares of connections ---------------------------------------------------------------------------------------------

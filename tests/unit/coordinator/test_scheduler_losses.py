@@ -13,6 +13,7 @@ from nbdshard.common.limits import (
     WORKER_REPLACEMENTS_MAX,
     WORKERS_MAX,
 )
+from nbdshard.common.messages import PROTOCOL_VERSION as VERSION
 from nbdshard.common.messages import Counters, EndpointAddress
 from nbdshard.coordinator.instructions import Forget, Kill, Prepare, Send, Start
 from nbdshard.coordinator.job import Verdict
@@ -48,8 +49,8 @@ BIG = server(GIB)
 
 def test_a_worker_of_another_version_is_refused_and_the_others_go_on() -> None:
     stage = copying(local=False)
-    reason = "the worker speaks version 9 of the control protocol, the coordinator version 1"
-    assert stage.say("x", hello("x", version=9)) == [Send("x", messages.Refused(1, reason)), Forget("x")]
+    reason = f"the worker speaks version 9 of the control protocol, the coordinator version {VERSION}"
+    assert stage.say("x", hello("x", version=9)) == [Send("x", messages.Refused(VERSION, reason)), Forget("x")]
     assert stage.scheduler.take_notes() == [f"worker host-x/100 was refused: {reason}"]
     assert stage.scheduler.take_notes() == []
     assert stage.scheduler.status().workers == 1
@@ -62,7 +63,7 @@ def test_a_local_worker_of_another_version_fails_the_job() -> None:
     stage.gone("a", "exited with status 1")
     assert ended(stage) == (
         Verdict.FAILED,
-        "the worker speaks version 9 of the control protocol, the coordinator version 1",
+        f"the worker speaks version 9 of the control protocol, the coordinator version {VERSION}",
     )
 
 
@@ -82,7 +83,7 @@ def test_there_is_a_most_of_workers() -> None:
         stage.scheduler.message(f"w{number}", hello(f"w{number}"), stage.now)
     refused, _ = stage.say("x", hello("x"))
     assert isinstance(refused, Send)
-    assert refused.message == messages.Refused(1, f"the job has {WORKERS_MAX} workers already")
+    assert refused.message == messages.Refused(VERSION, f"the job has {WORKERS_MAX} workers already")
 
 
 def test_a_worker_that_comes_when_the_job_is_over_is_sent_away() -> None:

@@ -132,7 +132,7 @@ def test_a_worker_that_waits_may_repeat_old_reports_and_they_change_nothing() ->
     stage, (lease,) = copying()
     stage.say("a", open_failed(LOST))
     dropped = stage.scheduler.dropped
-    stage.say("a", written(lease), wanted(), messages.Alive(lease.job, lease.epoch))
+    stage.say("a", written(lease), wanted(), messages.Alive(lease.job, lease.epoch, 1.0))
     assert stage.scheduler.dropped == dropped + 2
     assert stage.scheduler.status().counters.total == 0
 

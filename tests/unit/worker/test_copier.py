@@ -212,7 +212,7 @@ def test_a_read_that_keeps_failing_fails_its_lease_with_offset_length_side_peer_
     bench.lease(4096, 6096)
     for _ in range(ATTEMPTS_PER_REQUEST):
         bench.pump(5.0)
-        bench.copier.renew(bench.now, 10.0)
+        bench.copier.renew(bench.now, bench.now + 10.0)
         bench.answer(bench.source.open[0], EIO)
     text = "source there: read of 2000 bytes at offset 4096 failed 5 times: EIO"
     report = ErrorReport("request", text, "source", "there", 4096, 2000, "EIO")

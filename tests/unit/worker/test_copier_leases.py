@@ -66,7 +66,7 @@ def test_a_renewed_lease_goes_on() -> None:
     bench = Bench()
     bench.lease(0, 4096, seconds=10.0)
     bench.pump(9.0)
-    bench.copier.renew(bench.now, 10.0)
+    bench.copier.renew(bench.now, bench.now + 10.0)
     bench.pump(9.0)
     bench.answer_all()
     assert bench.told(Written) == [Written(JOB, EPOCH, 1, Counters(copied=4096))]
@@ -76,7 +76,7 @@ def test_a_lease_cannot_be_renewed_once_it_has_expired() -> None:
     bench = Bench()
     bench.lease(0, 4096, seconds=10.0)
     bench.pump(10.0)
-    bench.copier.renew(bench.now, 10.0)
+    bench.copier.renew(bench.now, bench.now + 10.0)
     bench.answer_all()
     assert bench.target.calls == []
     assert len(bench.told(Failed)) == 1
@@ -89,7 +89,7 @@ def test_the_shell_is_told_when_the_first_lease_ends() -> None:
     bench.lease(4096, 8192, number=2, seconds=5.0)
     assert bench.copier.earliest_expiry == bench.now + 5.0
     bench.pump(4.0)
-    bench.copier.renew(bench.now, 7.0)
+    bench.copier.renew(bench.now, bench.now + 7.0)
     assert bench.copier.earliest_expiry == bench.now + 7.0
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from nbdshard.common.messages import (
     PROTOCOL_VERSION,
+    Alive,
+    AliveToo,
     Assign,
     DataPath,
     EndpointAddress,
@@ -280,7 +282,7 @@ def test_what_is_queued_is_not_sent_any_more_once_its_lease_has_ended(epoll: Rin
     source = filled()
     with copying(epoll, plumbing, source, target) as stage:
         wait_for("all reads", lambda: (stage.worker.turn(), source.count(CMD_READ) == 4)[1])
-        stage.let_pass(9.5)
+        stage.let_pass(8.5)
         assert stage.worker.state is WorkerState.WORKING
         stage.let_pass(0.5)
         (failure,) = stage.until("the worker to give up", OpenFailed)
@@ -288,6 +290,74 @@ def test_what_is_queued_is_not_sent_any_more_once_its_lease_has_ended(epoll: Rin
         assert "a lease ended before all that was written under it was acknowledged" in failure.error.text
         target.gate.set()
     assert target.count(CMD_WRITE) < 4, "the socket had no room for all of them"
+
+
+# -- when a lease ends -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(ring: Ring) -> Iterator[tuple[Stoppable, GatedSource, Double]]:
+    """A worker that waits for its source under a lease of 10 s, which it ends a tenth earlier."""
+    source, target = GatedSource(bytearray(b"\x5a" * LONG)), Double(bytearray(LONG))
+    source.gate = threading.Event()
+    with copying(ring, SystemPlumbing(), source, target) as stage:
+        wait_for("a read", lambda: (stage.worker.turn(), source.count(CMD_READ))[1])
+        yield stage, source, target
+
+
+def test_a_renewal_counts_from_what_it_answers_however_late_it_comes(epoll: Ring) -> None:
+    with reading(epoll) as (stage, source, target):
+        stage.let_pass(4.0)
+        said = [message.at for message in stage.channel.heard(Alive) if isinstance(message, Alive)]
+        assert said[-1] >= stage.now - 2.5
+        stage.let_pass(4.5)
+        stage.channel.to_worker.append(AliveToo("job", 1, said[-1]))
+        stage.let_pass(said[-1] + 8.5 - stage.now)
+        assert not stage.gave_up
+        stage.let_pass(0.5)
+        source.gate.set()
+        stage.until("the lease to fail", Failed)
+    assert target.count(CMD_WRITE) == 0
+
+
+def test_an_answer_that_was_overtaken_takes_nothing_back_and_one_to_nothing_gives_nothing(epoll: Ring) -> None:
+    with reading(epoll) as (stage, source, target):
+        stage.let_pass(4.0)
+        said = [message.at for message in stage.channel.heard(Alive) if isinstance(message, Alive)]
+        stage.channel.to_worker += [AliveToo("job", 1, at) for at in (said[-1], said[0], 0.0)]
+        stage.let_pass(said[-1] + 8.5 - stage.now)
+        assert not stage.gave_up
+        source.gate.set()
+        stage.until("the lease to be written", Written)
+    assert target.content == b"\x5a" * LONG
+
+
+def test_a_lease_that_is_heard_of_after_its_end_is_not_begun(epoll: Ring) -> None:
+    with reading(epoll) as (stage, source, target):
+        source.gate.set()
+        stage.until("the first lease to be written", Written)
+        writes = target.count(CMD_WRITE)
+        stage.let_pass(10.0)
+        stage.channel.to_worker.append(Lease("job", 1, 2, Range(0, LONG), 10.0))
+        (failure,) = stage.until("the lease to fail", Failed)
+        assert isinstance(failure, Failed)
+        assert (failure.lease, failure.error.text) == (2, "the lease expired")
+        assert target.count(CMD_WRITE) == writes
+
+
+def test_a_worker_that_leaves_is_given_no_more_time(epoll: Ring) -> None:
+    target = GatedTarget(bytearray(LONG))
+    target.gate = threading.Event()
+    source = filled()
+    with copying(epoll, SystemPlumbing(), source, target) as stage:
+        wait_for("all reads", lambda: (stage.worker.turn(), source.count(CMD_READ) == 4)[1])
+        stage.let_pass(8.0)
+        stage.worker.leave("asked to")
+        stage.channel.to_worker.append(AliveToo("job", 1, stage.now))
+        stage.let_pass(1.0)
+        stage.until("a goodbye", Goodbye)
+        target.gate.set()
+    assert target.count(CMD_WRITE) < 4
 
 
 def test_a_lease_that_ends_before_anything_is_written_costs_no_connection(epoll: Ring) -> None:
@@ -301,20 +371,6 @@ def test_a_lease_that_ends_before_anything_is_written_costs_no_connection(epoll:
         assert failure.error.text == "the lease expired"
         assert stage.worker.state is WorkerState.WORKING
     assert target.count(CMD_WRITE) == 0
-
-
-def test_a_drain_does_not_wait_for_writes_whose_lease_has_ended(epoll: Ring) -> None:
-    target = GatedTarget(bytearray(LONG))
-    target.gate = threading.Event()
-    source = filled()
-    with copying(epoll, SystemPlumbing(), source, target) as stage:
-        wait_for("all reads", lambda: (stage.worker.turn(), source.count(CMD_READ) == 4)[1])
-        stage.let_pass(8.0)
-        stage.worker.leave("asked to")
-        stage.let_pass(2.0)
-        stage.until("a goodbye", Goodbye)
-        target.gate.set()
-    assert target.count(CMD_WRITE) < 4
 
 
 @pytest.mark.parametrize(("lease_seconds", "is_direct"), [(10.0, True), (86_400.0, False)])
