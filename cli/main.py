@@ -50,6 +50,7 @@ SUBCOMMANDS: Final = {
     "worker": ("nbdshard.cli.worker", "work for a coordinator"),
     "info": ("nbdshard.cli.info", "show what a server says about an export"),
     "map": ("nbdshard.cli.map", "show which parts of an export are data, holes and zeroes"),
+    "jobs": ("nbdshard.cli.journals", "list copies that can be resumed, and how far they got"),
     "keygen": ("nbdshard.cli.keygen", "make the keys by which a coordinator and its workers know each other"),
 }
 
@@ -122,7 +123,7 @@ def _dispatch(argv: list[str]) -> int:
     parser = subcommand.build_parser(f"nbdshard {name}")
     try:
         args = parser.parse_words(words) if isinstance(parser, Parser) else parser.parse_args(words)
-        args.words = argv
+        args.command_line = argv
     except SystemExit as exit_:  # --help and its like
         return exit_.code if isinstance(exit_.code, int) else EXIT_OK
     return subcommand.run(args)

@@ -2,13 +2,14 @@
 # For zsh: autoload -U +X bashcompinit && bashcompinit && source this file.
 # tests/unit/cli/test_documented_options.py compares the lists with the parsers'.
 
-_nbdshard_copy="-C -R -S -T -V -h -p -v --allocated --connections= --data-path= --destination-is-zero --flush --help
---loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --request-size=
---requests= --ring= --sparse= --synchronous --target-is-zero --threads= --verbose --version --workers="
-_nbdshard_coordinator="-C -R -S -T -h -p -v --allocated --allow= --connections= --data-path= --destination-is-zero
---flush --help --insecure --key= --listen= --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size=
---request-size= --requests= --sparse= --synchronous --target-is-zero --threads= --verbose --workers="
+_nbdshard_copy="-C -R -S -T -V -h -p -v --allocated --checkpoint= --connections= --data-path= --destination-is-zero --flush --force-resume
+--help --journal= --keep-journal --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --request-size=
+--requests= --resume --ring= --sparse= --synchronous --target-is-zero --threads= --verbose --version --workers="
+_nbdshard_coordinator="-C -R -S -T -h -p -v --allocated --allow= --checkpoint= --connections= --data-path= --destination-is-zero
+--flush --force-resume --help --insecure --journal= --keep-journal --key= --listen= --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size=
+--request-size= --requests= --resume --sparse= --synchronous --target-is-zero --threads= --verbose --workers="
 _nbdshard_worker="-h -v --connect= --coordinator-key= --help --key= --ring= --verbose"
+_nbdshard_jobs="-h --format= --help --json"
 _nbdshard_keygen="-h --dir= --help"
 _nbdshard_info="-L -h --help --json --list"
 _nbdshard_map="-h --help --json --totals"
@@ -29,7 +30,7 @@ _nbdshard() {
     local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} subcommand=${COMP_WORDS[1]}
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
-        mapfile -t COMPREPLY < <(compgen -W "copy coordinator worker info map keygen --help --version" -- "$word")
+        mapfile -t COMPREPLY < <(compgen -W "copy coordinator worker info map jobs keygen --help --version" -- "$word")
         return
     fi
     if _nbdshard_in_brackets; then

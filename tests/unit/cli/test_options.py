@@ -112,7 +112,7 @@ def test_no_worker_count_means_the_cores_this_process_may_use() -> None:
         ),
         (["--progress=987654"], "argument --progress: '987654' is not an open descriptor"),
         (["--progress=99999999999999"], "argument --progress: '99999999999999' is not an open descriptor"),
-        (["--re=5"], "ambiguous option: --re=5 could match --request-size, --requests"),
+        (["--re=5"], "ambiguous option: --re=5 could match --resume, --request-size, --requests"),
     ],
 )
 def test_a_bad_value_is_one_line_with_option_value_and_range(words: list[str], line: str) -> None:
