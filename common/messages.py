@@ -244,13 +244,14 @@ class Lease(JobMessage, frozen=True):
     """Copy `range` of the export.
 
     The lease is over `seconds` after the worker said the latest thing it knows that the coordinator has heard: its
-    first `Opened`, since nobody else is given a lease, or what an `AliveToo` answers.
+    first `Opened`, since nobody else is given a lease, or what this or an `AliveToo` answers.
     """
 
     lease: Count
     range: Range
     seconds: Seconds
     until_end: bool = False  # a stream: the range is an upper bound, its end is the stream's
+    answers: Moment = 0.0  # as in `AliveToo`: a worker that was late is heard before it is granted anything
 
 
 class Revoke(JobMessage, frozen=True):

@@ -91,6 +91,7 @@ class Copying:
                 granted.range,
                 self._job.granted_seconds,
                 granted.until_end,
+                worker.alive_at,
             )
             self._outbox.send(worker, lease)
             self.consider(worker)

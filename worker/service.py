@@ -315,7 +315,7 @@ class Worker:
     def _to_copier(self, copier: Copier, message: FromCoordinator) -> None:
         match message:
             case Lease():
-                self._was_heard(self._opened_at)  # or it would have granted nothing
+                self._was_heard(max(self._opened_at, message.answers))  # without an Opened nothing is granted
                 copier.grant(message, self._expiry(message.seconds))
             case Revoke():
                 copier.revoke(message.lease)

@@ -250,6 +250,8 @@ class _Maker:
         chance = self.chance
         unit = max(64 * KIB, options.request_size)
         lease, heartbeat = chance.choice(((LEASE_SECONDS, HEARTBEAT_SECONDS), (1.5, 0.3)))
+        if self.trouble is Trouble.LATE:
+            lease, heartbeat = 1.5, 0.3
         workers = chance.choice((1, 2, 3, 4, 4)) if not self.comes_in_bursts else 1
         is_local = self.trouble not in (Trouble.VANISHING, Trouble.LATE)
         if self.trouble in (Trouble.LEAVES, Trouble.NOTHING):
@@ -401,7 +403,7 @@ class _Maker:
         return Speeds(
             network=one(2e-5, 5e-3),
             ring=one(2e-6, 5e-4),
-            server=one(2e-5, 1e-2),
+            server=one(2e-5, 1e-2) if self.trouble is not Trouble.LATE else one(0.1, 1.0),  # leases outlast messages
             process=one(2e-6, 5e-3),
             control=one(1e-4, 5e-3),
         )

@@ -189,15 +189,18 @@ class Simulation:
                     absence = self.scenario.job.lease_seconds * chance.uniform(1, 4)
                     clock.after(self._moment(), lambda: self._to_somebody("stalls", lambda it: it.stall(absence)))
             case Trouble.LATE:
-                for _ in range(chance.randint(1, 3)):
+                for _ in range(chance.randint(2, 8)):
                     clock.after(self._moment(), self._hold_up)
             case _:
                 pass
 
     def _hold_up(self) -> None:
         lease, chance = self.scenario.job.lease_seconds, self.chance
-        late = tuple(chance.choice((0.0, 0.9, 1.5, 3.0)) * lease * chance.random() for _ in range(2))
-        self._to_somebody(f"is late by {late}", lambda it: self.coordinator.hold_up(it.name, (late[0], late[1])))
+        to, back = (lease * chance.choice((0.0, 0.5, chance.uniform(0.5, 3))) for _ in range(2))
+        self._to_somebody(
+            f"hears what is {to:.1f} s late, and is heard {back:.1f} s late",
+            lambda it: self.coordinator.hold_up(it.name, (to, back)),
+        )
 
     def _moment(self) -> float:
         """Some time while the job probably runs: nobody knows how long it will take."""

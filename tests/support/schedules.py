@@ -81,7 +81,7 @@ def flushed(
     return messages.Flushed(UUID, EPOCH, flush.flush, [lease.lease for lease in leases], durable, failure)
 
 
-def alive(at: float = 1.0) -> messages.Alive:
+def alive(at: float = 0.0) -> messages.Alive:
     """Said `at` that moment by the worker's own clock."""
     return messages.Alive(UUID, EPOCH, at)
 

@@ -291,6 +291,15 @@ def test_heartbeats_tell_what_was_heard_last() -> None:
     assert stage.wait(2.0) == [beat(79.5)], "one that was overtaken takes nothing back"
 
 
+def test_a_lease_tells_what_was_heard_last() -> None:
+    stage = Stage(job())
+    stage.start()
+    stage.join("a", DISK, DISK)
+    stage.say("a", alive(77.5))
+    (granted,) = leases_in(stage.say("a", wanted()))
+    assert granted.answers == 77.5
+
+
 # -- shares of connections ---------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from nbdshard.common.messages import (
     Alive,
     AliveToo,
     Assign,
+    Counters,
     DataPath,
     EndpointAddress,
     Failed,
@@ -343,6 +344,17 @@ def test_a_lease_that_is_heard_of_after_its_end_is_not_begun(epoll: Ring) -> Non
         assert isinstance(failure, Failed)
         assert (failure.lease, failure.error.text) == (2, "the lease expired")
         assert target.count(CMD_WRITE) == writes
+
+
+def test_a_lease_may_tell_itself_what_was_heard(epoll: Ring) -> None:
+    with reading(epoll) as (stage, source, target):
+        source.gate.set()
+        stage.until("the first lease to be written", Written)
+        stage.let_pass(10.0)
+        stage.channel.to_worker.append(Lease("job", 1, 2, Range(0, LONG), 10.0, answers=stage.now - 1.0))
+        done = Written("job", 1, 2, Counters(copied=LONG, spliced=LONG))
+        wait_for("the second", lambda: (stage.worker.turn(), done in stage.channel.said)[1])
+    assert target.content == b"\x5a" * LONG
 
 
 def test_a_worker_that_leaves_is_given_no_more_time(epoll: Ring) -> None:
