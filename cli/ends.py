@@ -99,7 +99,7 @@ class Ends:
             case FileEndpoint(path):
                 end = local.open_destination(path, self._local_source, resumes=self._resumes)
             case StreamEndpoint():
-                end = local.standard_output(self._local_source)
+                end = local.standard_output(self._local_source, resumes=self._resumes)
             case _:
                 return None
         self._stack.callback(end.close)

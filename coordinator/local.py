@@ -136,12 +136,15 @@ def standard_input() -> LocalEnd:
     return _standard(STDIN, "source", os.O_RDONLY, None)
 
 
-def standard_output(source: LocalEnd | None) -> LocalEnd:
-    """Standard output as a destination: the file it is redirected to, if it is one and at its start, else a stream."""
-    return _standard(STDOUT, "destination", os.O_WRONLY, source)
+def standard_output(source: LocalEnd | None, *, resumes: bool = False) -> LocalEnd:
+    """Standard output as a destination: the file it is redirected to, if it is one and at its start, else a stream.
+
+    `resumes` as for `open_destination`.
+    """
+    return _standard(STDOUT, "destination", os.O_WRONLY, source, resumes=resumes)
 
 
-def _standard(descriptor: int, side: Side, access: int, source: LocalEnd | None) -> LocalEnd:
+def _standard(descriptor: int, side: Side, access: int, source: LocalEnd | None, *, resumes: bool = False) -> LocalEnd:
     name = "standard input" if side == "source" else "standard output"
     if os.isatty(descriptor):
         raise UserError(f"{name} is a terminal; an image is not for people to {_verb(side)}", "-", _advice(side))
@@ -153,7 +156,7 @@ def _standard(descriptor: int, side: Side, access: int, source: LocalEnd | None)
         raise UserError(f"{name} is closed", "-")  # or opened for the other direction, which is of no more use
     path = _path_of(descriptor, facts, access)
     if path is not None:
-        return open_source(path) if side == "source" else open_destination(path, source)
+        return open_source(path) if side == "source" else open_destination(path, source, resumes=resumes)
     if stat.S_ISDIR(facts.st_mode):
         raise UserError(f"{name} is a directory", "-")
     if side == "destination":

@@ -148,6 +148,19 @@ def test_a_destination_file_is_neither_made_nor_cut(scene: Scene, tmp_path: Path
     images.assert_identical(scene.image, Path(scene.destination))
 
 
+def test_a_file_behind_standard_output_is_not_cut_either(scene: Scene, tmp_path: Path) -> None:
+    scene.destination = "-"
+    path = tmp_path / "file"
+    with path.open("wb") as stdout, started(*scene.words(), stdout=stdout.fileno()) as run:
+        scene.wait_for_durable(run)
+        run.process.kill()
+        run.process.wait(SECONDS)
+        wait_for("the workers to end", lambda: not run.workers())
+    with path.open("r+b") as stdout:
+        copy(*scene.words("--resume")[1:], stdout=stdout.fileno(), timeout=SECONDS).succeeded()
+    images.assert_identical(scene.image, path)
+
+
 def test_a_source_file_that_was_changed_is_refused(scene: Scene, tmp_path: Path) -> None:
     scene.source = str(images.random_image(tmp_path / "own", SIZE))
     scene.destination = "null:"  # and slowly: a file is copied in no time
