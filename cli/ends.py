@@ -6,6 +6,7 @@ before its size is known and agreed to (`prepare`).
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,11 @@ class Ends:
     @property
     def destination_grows(self) -> bool:
         return self._local_destination is not None and self._local_destination.grows
+
+    def found(self, side: Side) -> os.stat_result | None:
+        """What a local file or device was when it was opened, before anything of the copy; None for the others."""
+        end = self._local_source if side == "source" else self._local_destination
+        return end.facts if end is not None and end.address.kind == "file" else None
 
     def directory(self) -> PrivateDirectory:
         """The job's private directory, made when first needed."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Final, Protocol
 
+from nbdshard.cli.ends import Ends
 from nbdshard.cli.journaling import Start
 from nbdshard.cli.options import words_of
 from nbdshard.cli.setting import Setting
@@ -15,13 +16,14 @@ from nbdshard.common import logs
 from nbdshard.common.blocking import BlockingClient
 from nbdshard.common.errors import NbdshardError, UserError
 from nbdshard.common.limits import RESUME_SAMPLE_BYTES, RESUME_SAMPLES
-from nbdshard.common.messages import EndpointAddress, EndpointDescription
+from nbdshard.common.messages import EndpointAddress, EndpointDescription, Side
 from nbdshard.common.nbd.uri import parse_uri
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.journal import Journal
 from nbdshard.coordinator.journal_facts import JobFacts, JournaledEnd, LocalFile, ResultOptions
 from nbdshard.coordinator.keeping import Keeper
 
+SIDES: Final[tuple[Side, Side]] = ("source", "destination")
 ADVICE: Final = "--force-resume goes on all the same"
 
 
@@ -52,13 +54,13 @@ def resumed(setting: Setting, stack: ExitStack) -> Start:
 def _check_facts(setting: Setting, facts: JobFacts) -> None:
     """Raise UserError where the command line, or a local file, is not what the journal is about."""
     ends, path = setting.ends, setting.args.journal
-    now = zip(("source", "destination"), (ends.source, ends.destination), setting.args.operands, strict=True)
+    now = zip(SIDES, (ends.source, ends.destination), setting.args.operands, strict=True)
     for (side, address, operand), then in zip(now, (facts.source, facts.destinations[0]), strict=True):
         named = words_of(operand, setting.args)
         is_command = operand in setting.args.commands
         if (named != then.named) if is_command else (address.address != then.address.address):
             raise UserError(f"the journal is about another {side}: {then.named} instead of {named}", path, ADVICE)
-        local = _local_file(address)
+        local = _local_file(ends, side)
         if local is not None and then.local is not None:
             if (local.device, local.inode) != (then.local.device, then.local.inode):
                 raise UserError(f"the {side} is another file than when the copy began", address.address, ADVICE)
@@ -77,25 +79,24 @@ def facts_of(
     """What the journal of a new job remembers of it."""
     ends, args = setting.ends, setting.args
 
-    def journaled(operand: str, address: EndpointAddress, description: EndpointDescription) -> JournaledEnd:
+    def journaled(side: Side, operand: str, address: EndpointAddress, description: EndpointDescription) -> JournaledEnd:
         export = parse_uri(address.address).export_name if address.kind == "nbd" else ""
         named = words_of(operand, args)
-        return JournaledEnd(named, address, description, export, _local_file(address))
+        return JournaledEnd(named, address, description, export, _local_file(ends, side))
 
     return JobFacts(
         uuid,
         size,
-        journaled(args.operands[0], ends.source, source),
-        [journaled(args.operands[1], ends.destination, destination)],
+        journaled("source", args.operands[0], ends.source, source),
+        [journaled("destination", args.operands[1], ends.destination, destination)],
         ResultOptions.of(setting.options),
     )
 
 
-def _local_file(address: EndpointAddress) -> LocalFile | None:
-    if address.kind != "file":
-        return None
-    facts = os.stat(address.address)
-    return LocalFile(facts.st_dev, facts.st_ino, facts.st_mtime_ns)
+def _local_file(ends: Ends, side: Side) -> LocalFile | None:
+    """As it was opened: by the time of the first checkpoint it may have been written to, renamed or removed."""
+    facts = ends.found(side)
+    return LocalFile(facts.st_dev, facts.st_ino, facts.st_mtime_ns) if facts is not None else None
 
 
 # -- samples of what is durable ----------------------------------------------------------------------------------------

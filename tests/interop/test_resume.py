@@ -44,6 +44,7 @@ class Scene:
         self.journal = folder / "journal"
         self.source = f"nbd+unix:///?socket={sockets / 's'}"
         self.destination = f"nbd+unix:///?socket={sockets / 'd'}"
+        self.slow_destination = f"nbd+unix:///?socket={sockets / 'e'}"
 
     def words(self, *more: str) -> list[str]:
         return ["copy", *OPTIONS, "--journal", str(self.journal), *more, self.source, self.destination]
@@ -83,7 +84,8 @@ def scene(tmp_path: Path, image: Path) -> Iterator[Scene]:
             "rate=128M",
         )
         plain = ("nbdkit", "-f", "-U", str(sockets / "d"), "file", str(one.copied))
-        with at_socket(sockets / "s", *slow), at_socket(sockets / "d", *plain):
+        slowly = ("nbdkit", "-f", "-U", str(sockets / "e"), "--filter=rate", "file", str(one.copied), "rate=128M")
+        with at_socket(sockets / "s", *slow), at_socket(sockets / "d", *plain), at_socket(sockets / "e", *slowly):
             yield one
 
 
@@ -172,6 +174,32 @@ def test_a_source_file_that_was_changed_is_refused(scene: Scene, tmp_path: Path)
     with open(scene.source, "r+b") as file:
         file.write(b"changed")
     scene.resume("--synchronous").failed(1, saying=["the source was changed since the copy began"])
+
+
+def test_a_source_file_that_was_changed_before_the_first_checkpoint_is_refused(scene: Scene, tmp_path: Path) -> None:
+    own = images.random_image(tmp_path / "own", SIZE)
+    scene.source, scene.destination = str(own), scene.slow_destination
+    with started(*scene.words("--checkpoint", "1")) as run:
+        wait_for(
+            "the copy to begin", lambda: images.allocated_bytes(scene.copied) > 0 or run.process.poll() is not None
+        )
+        with own.open("r+b") as file:
+            file.write(b"changed")
+        scene.wait_for_durable(run)
+        run.process.kill()
+        run.process.wait(SECONDS)
+        wait_for("the workers to end", lambda: not run.workers())
+    scene.resume().failed(1, saying=["the source was changed since the copy began"])
+
+
+def test_a_destination_file_may_be_renamed_in_the_middle(scene: Scene, tmp_path: Path) -> None:
+    scene.destination = str(tmp_path / "file")
+    with started(*scene.words("--checkpoint", "1")) as run:
+        there = Path(scene.destination)
+        wait_for("the copy to begin", lambda: there.exists() and images.allocated_bytes(there) > 0)
+        there.rename(tmp_path / "moved")
+        run.wait(SECONDS).succeeded()
+    images.assert_identical(scene.image, tmp_path / "moved")
 
 
 def test_resume_without_a_journal_is_a_usage_error() -> None:
