@@ -47,7 +47,7 @@ def run(setting: Setting, stack: ExitStack) -> Ended:
     if keeper is not None:
         keeper.end(outcome)
     resume = ""
-    if keeper is not None and keeper.exists and outcome.verdict is not Verdict.COMPLETE:
+    if keeper is not None and keeper.path and outcome.verdict is not Verdict.COMPLETE:
         resume = resume_command(setting.args.command_line, keeper.path)
     outcome = replace(outcome, error=ends.in_users_words(outcome.error))
     return Ended(outcome, time.monotonic() - start, resume)

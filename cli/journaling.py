@@ -31,7 +31,7 @@ class Start:
     """How a job starts: anew, or where an earlier run of it ended."""
 
     uuid: str
-    keeper: Keeper | None  # None: a stream, of which nothing can be resumed
+    keeper: Keeper | None  # None: nothing of it can be resumed
     epoch: int = 1
     durable: tuple[Range, ...] = ()
     expected: tuple[EndpointDescription, EndpointDescription] | None = None
@@ -44,6 +44,9 @@ def start(setting: Setting, stack: ExitStack) -> Start:
     Raises UsageError, UserError: there is no such journal, or it is in use, damaged, or that of another copy.
     """
     args = setting.args
+    keeps_nothing = setting.ends.has_stream or setting.ends.destination.kind == "null"
+    if keeps_nothing and args.journal is not None:
+        raise UserError("a copy from or to a stream, or to null:, cannot be resumed: it has no journal", args.journal)
     if args.resume or args.force_resume:
         if args.journal is None:
             raise UsageError("--resume needs --journal", advice="`nbdshard jobs` lists journals")
@@ -51,21 +54,36 @@ def start(setting: Setting, stack: ExitStack) -> Start:
 
         return resumed(setting, stack)
     uuid = _new_uuid()
-    if setting.ends.has_stream:
-        if args.journal is not None:
-            raise UserError("a copy from or to a stream cannot be resumed: it has no journal", args.journal)
+    if keeps_nothing:
         return Start(uuid, None)
-    if args.journal is not None and os.path.lexists(args.journal):
-        raise UserError("there is a file already", args.journal, "go on with that job by --resume, or name another")
-    path = args.journal if args.journal is not None else default_path(uuid)
+    if args.journal is not None:
+        _check_new(args.journal)
+
+    def locate() -> str:
+        return default_path(uuid) if args.journal is None else str(args.journal)
 
     def describe(source: EndpointDescription, destination: EndpointDescription, size: int) -> JobFacts:
         from nbdshard.cli.resuming import facts_of
 
         return facts_of(setting, uuid, source, destination, size)
 
-    keeper = Keeper(path, describe, keeps=args.keep_journal)
+    keeper = Keeper(locate, describe, keeps=args.keep_journal, is_wanted=args.journal is not None or args.keep_journal)
     return Start(uuid, keeper)
+
+
+def _check_new(path: str) -> None:
+    """Raise UserError where a journal cannot be made. It is made later, when much was copied already."""
+    if not path or path.endswith("/"):
+        raise UsageError(f"--journal is to name a file, not {path!r}")
+    if os.path.lexists(path):
+        raise UserError("there is a file already", path, "go on with that job by --resume, or name another")
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):  # what is missing is made with it
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"the journal cannot be made: {folder} is not a folder", path)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"the journal cannot be made: {folder} cannot be written", path)
 
 
 def resume_command(words: Sequence[str], journal: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from nbdshard.common import logs
 from nbdshard.common.errors import UserError
 from nbdshard.common.messages import EndpointDescription
+from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator import instructions
 from nbdshard.coordinator.job import Outcome, Verdict
 
@@ -21,21 +22,39 @@ Describe = Callable[[EndpointDescription, EndpointDescription, int], "JobFacts"]
 class Keeper:
     """The journal of one run.
 
-    It is made with the first range that is durable: a copy that is over before that is not slowed down by files, and
-    where nothing is durable nothing can be resumed.
+    It is made with the first range that is durable: where nothing is durable nothing can be resumed. A copy that is
+    complete by then makes none, so a short one is not slowed down by files.
+
+    A copy goes on without a journal rather than not at all: when nobody asked for one and it cannot be made, and when
+    it cannot be written in the middle (its file system is full). The user is told once. What is durable meanwhile is
+    written down when that is possible again.
     """
 
-    def __init__(self, path: str, describe: Describe, *, journal: Journal | None = None, keeps: bool = False) -> None:
-        """`journal`: that of an earlier run, already open. `keeps`: also when the job is complete."""
-        self.path = path
+    def __init__(
+        self,
+        locate: Callable[[], str],
+        describe: Describe,
+        *,
+        journal: Journal | None = None,
+        keeps: bool = False,
+        is_wanted: bool = False,
+    ) -> None:
+        """`locate`: where a new one is to be; may raise UserError. `journal`: that of an earlier run, already open.
+
+        `keeps`: also when the job is complete. `is_wanted`: the user asked for it, and does not want to copy without.
+        """
+        self._locate = locate
         self._describe = describe
         self._journal = journal
         self._keeps = keeps
+        self._is_wanted = is_wanted
+        self._is_given_up = False
+        self._unwritten = RangeSet()  # durable, and not in the journal, because it could not be written
 
     @property
-    def exists(self) -> bool:
-        """Whether there is a journal to resume from."""
-        return self._journal is not None
+    def path(self) -> str:
+        """Where the journal is; "" while there is none to resume from."""
+        return self._journal.path if self._journal is not None else ""
 
     def resume(self) -> None:
         """The job goes on. Raises UserError when that cannot be written down."""
@@ -45,24 +64,63 @@ class Keeper:
             self._journal.set_state(JournalState.RUNNING)
 
     def note(
-        self, change: instructions.Journal, ends: tuple[EndpointDescription, EndpointDescription], size: int
+        self,
+        change: instructions.Journal,
+        ends: tuple[EndpointDescription, EndpointDescription],
+        size: int,
+        *,
+        is_last: bool = False,
     ) -> None:
-        """Carry out `change`: on the disk when this returns. Raises UserError when it cannot be written."""
+        """Carry out `change`: on the disk when this returns, or told to the user. `is_last`: the job is complete.
+
+        Raises UserError when the job shall not go on: a journal that is wanted cannot be made, or one that claims too
+        much cannot be removed.
+        """
+        if self._is_given_up or (is_last and not self._keeps):
+            return
+        for piece in change.demoted:
+            self._unwritten.remove(piece)
         if self._journal is None:
             if not change.durable:
                 return
-            from nbdshard.coordinator.journal import Journal
-
-            self._journal = Journal.create(self.path, self._describe(*ends, size))
+            try:
+                self._journal = self._make(ends, size)
+            except UserError as error:
+                self._is_given_up = True
+                if self._is_wanted:
+                    raise
+                logs.warning(f"{error}; the copy goes on, but cannot be resumed")
+                return
         if change.demoted:
             try:
                 self._journal.demote(change.demoted)
-            except UserError:
-                self._journal.remove()  # it says more than is true; to remove it takes no room
-                self._journal = None
-                raise
-        if change.durable:
-            self._journal.record(change.durable)
+            except UserError as error:
+                journal, self._journal, self._is_given_up = self._journal, None, True
+                journal.remove()  # it says more than is true; to remove it takes no room
+                logs.warning(f"{error}; it is removed, and the copy goes on, but cannot be resumed")
+                return
+        self._record(self._journal, change.durable)
+
+    def _make(self, ends: tuple[EndpointDescription, EndpointDescription], size: int) -> Journal:
+        from nbdshard.coordinator.journal import Journal
+
+        return Journal.create(self._locate(), self._describe(*ends, size))
+
+    def _record(self, journal: Journal, durable: Iterable[Range]) -> None:
+        was_behind = bool(len(self._unwritten))
+        for piece in durable:
+            self._unwritten.add(piece)
+        if not len(self._unwritten):
+            return
+        try:
+            journal.record(self._unwritten)
+        except UserError as error:
+            if not was_behind:
+                logs.warning(f"{error}; the copy goes on, but if it is resumed, what is copied now is copied again")
+        else:
+            self._unwritten = RangeSet()
+            if was_behind:
+                logs.warning(f"{journal.path}: the journal could be written again")
 
     def end(self, outcome: Outcome) -> None:
         """The job is over: leave the journal as its end bids. Never raises; what could not be done is told."""
@@ -83,6 +141,7 @@ class Keeper:
                 self._journal = None
                 journal.remove()
             else:
+                self._record(journal, ())
                 journal.set_state(states[outcome.verdict])
         except UserError as error:
             logs.warning(str(error))

@@ -71,6 +71,11 @@ class Scheduler(Membership):
         return self._outcome
 
     @property
+    def is_complete(self) -> bool:
+        """Whether everything is copied, and flushed as asked: only the workers are still to leave."""
+        return self._ending is not None and self._ending.verdict is Verdict.COMPLETE
+
+    @property
     def ends(self) -> tuple[EndpointDescription, EndpointDescription] | None:
         """What the first worker found, once it has; the destination before it was given its size."""
         return self._ends

@@ -284,8 +284,10 @@ class _Loop:
         if keeper is None or ends is None or size is None:
             return []
         try:
-            keeper.note(change, ends, size)
+            keeper.note(change, ends, size, is_last=self._scheduler.is_complete)
         except UserError as error:
+            if self._scheduler.is_complete:
+                logs.warning(str(error))  # every byte is copied all the same
             return self._scheduler.fail(str(error), self._clock())
         return []
 

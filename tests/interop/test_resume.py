@@ -164,16 +164,11 @@ def test_a_file_behind_standard_output_is_not_cut_either(scene: Scene, tmp_path:
 
 
 def test_a_source_file_that_was_changed_is_refused(scene: Scene, tmp_path: Path) -> None:
-    scene.source = str(images.random_image(tmp_path / "own", SIZE))
-    scene.destination = "null:"  # and slowly: a file is copied in no time
-    with started(*scene.words("--synchronous", "--request-size", "4k")) as run:
-        scene.wait_for_durable(run)
-        run.process.kill()
-        run.process.wait(SECONDS)
-        wait_for("the workers to end", lambda: not run.workers())
+    scene.source, scene.destination = str(images.random_image(tmp_path / "own", SIZE)), scene.slow_destination
+    scene.kill()
     with open(scene.source, "r+b") as file:
         file.write(b"changed")
-    scene.resume("--synchronous").failed(1, saying=["the source was changed since the copy began"])
+    scene.resume().failed(1, saying=["the source was changed since the copy began"])
 
 
 def test_a_source_file_that_was_changed_before_the_first_checkpoint_is_refused(scene: Scene, tmp_path: Path) -> None:
@@ -208,10 +203,55 @@ def test_resume_without_a_journal_is_a_usage_error() -> None:
 
 def test_a_missing_journal_is_told(tmp_path: Path) -> None:
     there = tmp_path / "none"
-    copy("--resume", "--journal", there, "null:", "null:").failed(1)
-    copy("--resume", "--journal", there, "nbd://localhost/a", "null:").failed(1, saying=[str(there), "no such journal"])
+    uris = ("nbd://localhost/a", "nbd://localhost/b")
+    copy("--resume", "--journal", there, *uris).failed(1, saying=[str(there), "no such journal"])
 
 
-def test_a_stream_has_no_journal(tmp_path: Path) -> None:
-    outcome = copy("--journal", tmp_path / "j", "-", "null:", input=b"some bytes")
-    outcome.failed(1, saying=["cannot be resumed"])
+def test_what_cannot_be_resumed_has_no_journal(tmp_path: Path, image: Path) -> None:
+    for source, destination in (("-", tmp_path / "to"), (image, "null:")):
+        for more in ([], ["--resume"]):
+            outcome = copy(*more, "--journal", tmp_path / "j", source, destination, input=b"some bytes")
+            assert outcome.code == 1, str(outcome)
+    outcome.failed(1, saying=[str(tmp_path / "j"), "cannot be resumed: it has no journal"])
+
+
+def test_a_copy_to_null_that_is_stopped_does_not_tell_how_to_go_on(scene: Scene) -> None:
+    words = ["copy", *OPTIONS, scene.source, "null:"]
+    with started(*words, "--progress=json") as run:
+        wait_for("the first bytes", lambda: '"bytes_total"' in run.err() or run.process.poll() is not None)
+        run.signal_group()
+        outcome = run.wait(SECONDS).failed(130, saying=["stopped at"])
+    assert "to go on" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("", 2, ["--journal is to name a file"]),
+        ("new/", 2, ["--journal is to name a file"]),
+        (".", 1, ["there is a file already"]),
+        ("file/journal", 1, ["is not a folder"]),
+    ],
+)
+def test_a_journal_that_cannot_be_made_is_told_before_anything_is_copied(
+    tmp_path: Path, image: Path, name: str, code: int, words: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    copied = tmp_path / "copied"
+    outcome = copy("--journal", name, image, copied, cwd=tmp_path)
+    outcome.failed(code, saying=words)
+    assert not copied.exists()
+
+
+def test_without_a_state_directory_a_copy_goes_on(scene: Scene) -> None:
+    words = ["copy", *OPTIONS, scene.source, scene.destination]
+    with started(*words, env={"XDG_STATE_HOME": "/dev/null"}) as run:
+        outcome = run.wait(SECONDS).succeeded()
+    assert "the copy goes on, but cannot be resumed" in outcome.err.splitlines()[0], str(outcome)
+    images.assert_identical(scene.image, scene.copied)
+
+
+def test_a_short_copy_makes_no_journal(tmp_path: Path, image: Path) -> None:
+    states = tmp_path / "states"
+    copy(image, tmp_path / "copied", env={"XDG_STATE_HOME": str(states)}).succeeded()
+    assert not states.exists()

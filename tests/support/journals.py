@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from nbdshard.common.limits import MIB
 from nbdshard.common.messages import EndpointAddress, EndpointDescription
 from nbdshard.common.ranges import Range
@@ -50,3 +52,23 @@ def answer(process: subprocess.Popen[bytes]) -> str:
     """The next line that the program prints."""
     assert process.stdout is not None
     return process.stdout.readline().decode().rstrip("\n")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], check=True, stderr=subprocess.PIPE)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot mount here: {error}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def fill(file: Path) -> None:
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))

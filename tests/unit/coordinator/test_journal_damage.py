@@ -8,7 +8,6 @@ import random
 import resource
 import signal
 import sqlite3
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.coordinator import journal_schema as schema
 from nbdshard.coordinator.journal import Journal
 from nbdshard.coordinator.journal_facts import JournalState
-from support.journals import PROCESS_SECONDS, answer, facts, mib, program
+from support.journals import PROCESS_SECONDS, answer, facts, fill, mib, program, small_disk
 from support.servers import private_folder
 from support.unprivileged import as_lonely_user
 
@@ -301,26 +300,6 @@ def test_a_run_looked_at_all_the_time_is_never_seen_in_pieces(path: str) -> None
 
 
 # -- no room, no right -------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], check=True, stderr=subprocess.PIPE)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"cannot mount here: {error}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def fill(file: Path) -> None:
-    with contextlib.suppress(OSError), file.open("wb", buffering=0) as filler:
-        while True:
-            filler.write(bytes(4096))
 
 
 def test_a_full_disk_changes_nothing_and_after_room_was_made_the_journal_goes_on(tmp_path: Path) -> None:

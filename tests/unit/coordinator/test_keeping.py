@@ -1,0 +1,100 @@
+"""The journal of one run: made late, not at all for a copy that is complete, and no reason to end one in the middle."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from nbdshard.common.errors import UserError
+from nbdshard.common.limits import MIB
+from nbdshard.common.messages import Counters, EndpointDescription
+from nbdshard.coordinator.instructions import Journal as Change
+from nbdshard.coordinator.job import Outcome, Verdict
+from nbdshard.coordinator.journal import Journal
+from nbdshard.coordinator.keeping import Keeper
+from support.journals import SIZE, facts, fill, mib, small_disk
+
+ENDS = (EndpointDescription("nbd://source.example/disk", SIZE), EndpointDescription("/srv/images/disk.img", SIZE))
+FIRST, SECOND, THIRD = (Change(durable=(mib(n, n + 1),)) for n in range(0, 6, 2))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "folder" / "job.journal")
+
+
+def keeper_at(path: str, *, keeps: bool = False, is_wanted: bool = False) -> Keeper:
+    return Keeper(lambda: path, lambda *_: facts(), keeps=keeps, is_wanted=is_wanted)
+
+
+def outcome(verdict: Verdict) -> Outcome:
+    return Outcome(verdict, "", Counters(), SIZE, True, True, 1, 1, 1, frozenset(), (), "source", "destination")
+
+
+def test_a_copy_that_is_complete_with_its_first_flush_makes_no_journal(path: str) -> None:
+    keeper = keeper_at(path)
+    keeper.note(FIRST, ENDS, SIZE, is_last=True)
+    keeper.end(outcome(Verdict.COMPLETE))
+    assert not os.path.exists(os.path.dirname(path))
+
+
+def test_but_one_that_is_to_be_kept(path: str) -> None:
+    keeper = keeper_at(path, keeps=True)
+    keeper.note(FIRST, ENDS, SIZE, is_last=True)
+    keeper.end(outcome(Verdict.COMPLETE))
+    assert Journal.read(path).durable == [mib(0, 1)]
+
+
+def test_without_a_place_for_it_the_copy_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+    keeper = keeper_at("/dev/null/job.journal")
+    for change in (FIRST, SECOND):
+        keeper.note(change, ENDS, SIZE)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "the journal cannot be made" in line
+    assert line.endswith("the copy goes on, but cannot be resumed")
+    assert keeper.path == ""
+
+
+def test_a_journal_that_was_asked_for_and_cannot_be_made_ends_the_copy() -> None:
+    with pytest.raises(UserError, match="the journal cannot be made"):
+        keeper_at("/dev/null/job.journal", is_wanted=True).note(FIRST, ENDS, SIZE)
+
+
+def test_a_journal_that_cannot_be_written_does_not_end_the_copy(path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    keeper = keeper_at(path, is_wanted=True)
+    keeper.note(FIRST, ENDS, SIZE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        keeper.note(SECOND, ENDS, SIZE)
+        keeper.note(THIRD, ENDS, SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "the journal cannot be written" in line
+    keeper.end(outcome(Verdict.STOPPED))
+    assert Journal.read(path).durable == [mib(0, 1)]
+
+
+def test_what_was_durable_while_there_was_no_room_is_written_when_there_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "small") as folder:
+        path = str(folder / "job.journal")
+        keeper = keeper_at(path)
+        keeper.note(FIRST, ENDS, SIZE)
+        many = Change(durable=tuple(mib(n, n + 1) for n in range(100, 900, 2)))
+        filler = folder / "filler"
+        fill(filler)
+        keeper.note(many, ENDS, SIZE)
+        keeper.note(SECOND, ENDS, SIZE)
+        filler.unlink()
+        keeper.note(THIRD, ENDS, SIZE)
+        full, again = capfd.readouterr().err.splitlines()
+        assert "there is no room left for the journal" in full
+        assert again.endswith("the journal could be written again")
+        keeper.end(outcome(Verdict.PAUSED))
+        assert Journal.read(path).durable_bytes == 403 * MIB
