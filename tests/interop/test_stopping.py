@@ -111,18 +111,17 @@ def test_ctrl_c_before_anything_was_connected_ends_it(ring: str, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_a_server_killed_in_mid_copy_fails_it_in_one_line(tmp_path: Path, ring: str, side: str) -> None:
     destination = images.empty_image(tmp_path / "destination", SIZE)
     with (
         slow_source() as source,
         nbdkit("file", str(destination)) as target,
-        started("copy", "--ring", ring, "--workers", "2", source.uri, target.uri) as run,
+        started("copy", "--ring", ring, "--workers", "2", "--loss-timeout=0", source.uri, target.uri) as run,
     ):
         wait_for("the first write", lambda: images.allocated_bytes(destination) > 0)
         (source if side == "source" else target).kill()
-        outcome = run.wait(150)
+        outcome = run.wait(60)
         outcome.failed(1, saying=[side])
         assert len(outcome.err.splitlines()) == 1, str(outcome)
 
