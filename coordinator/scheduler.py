@@ -61,6 +61,7 @@ class Scheduler(Membership):
         self._is_started = False
         self._beat_at = now + job.heartbeat_seconds
         self._idle_since: float | None = now  # no worker is connected since then
+        self._lost_since: float | None = None  # a server was lost then, and nothing was completed since
         self._moved_at = now  # when the last byte was completed
 
     # -- what the shell asks -------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class Scheduler(Membership):
             destination_connections=crew.destination_connections,
             phase=phase.value,
             waiting_for=self._last_reason if self._is_waiting else "",
-            waiting_seconds=self._now - self._idle_since if self._idle_since is not None else 0.0,
+            waiting_seconds=self._now - self._lost_since if self._lost_since is not None else 0.0,
             waiting_seconds_max=self._job.loss_seconds,
             resumed=self._resumed(),
         )
@@ -224,7 +225,8 @@ class Scheduler(Membership):
         for worker in self._crew.due(now):
             self._look_at(worker)
         if now >= self._idle_by() and self._is_waiting:
-            text = f"{self._last_reason}; it was waited for {now - (self._idle_since or now):.0f} s"
+            waited = now - (now if self._lost_since is None else self._lost_since)
+            text = f"{self._last_reason}; it was waited for {waited:.0f} s"
             self._end(Verdict.PAUSED, text, f"the job pauses: {text}")
         elif now >= self._idle_by():
             ever = "been connected" if self._ends is not None else "joined"
@@ -392,12 +394,15 @@ class Scheduler(Membership):
         if self._copying is not None and self._copying.moved:
             self._copying.moved = False
             self._moved_at = self._now
+            self._lost_since = None  # not sooner: a server may take connections, and lose them, for ever
         if self._copying is not None and self._phase in (Phase.COPYING, Phase.FLUSHING):
             self._press_on(self._copying)
         if self._ending is not None and self._phase is Phase.STOPPING:
             self._finish_if_quiet(self._ending)
         if self._crew.ready_count == 0:
             self._idle_since = self._now if self._idle_since is None else self._idle_since
+            if self._crew.waiting_count and self._lost_since is None:
+                self._lost_since = self._now
         elif self._idle_since is not None:
             self._idle_since = None
             self._moved_at = self._now
@@ -432,12 +437,14 @@ class Scheduler(Membership):
     def _idle_by(self) -> float:
         if self._idle_since is None or self._ending is not None:
             return inf
-        return self._idle_since + (self._job.loss_seconds if self._is_waiting else IDLE_JOB_SECONDS)
+        if self._lost_since is not None:
+            return self._lost_since + self._job.loss_seconds
+        return self._idle_since + IDLE_JOB_SECONDS
 
     @property
     def _is_waiting(self) -> bool:
-        """Nobody is connected, and those who were try again."""
-        return self._idle_since is not None and self._crew.waiting_count > 0
+        """Nobody is connected, and those who were, or others in their place, try again."""
+        return self._idle_since is not None and self._lost_since is not None
 
     def _stalled_by(self) -> float:
         """A net below all other time-outs. Not for streams, whose other end may take its time."""

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from nbdshard.common import messages
-from nbdshard.common.limits import BACKOFF_JITTER, BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN, RETURNS_PER_RANGE
+from nbdshard.common.limits import (
+    BACKOFF_JITTER,
+    BACKOFF_SECONDS_MAX,
+    BACKOFF_SECONDS_MIN,
+    IDLE_JOB_SECONDS,
+    RETURNS_PER_RANGE,
+)
 from nbdshard.coordinator.instructions import Instruction, Send
 from nbdshard.coordinator.job import Verdict
 from support.schedules import (
@@ -119,6 +125,28 @@ def test_when_the_loss_lasts_too_long_the_job_pauses() -> None:
     assert "it was waited for 60 s" in line
 
 
+def test_a_server_that_only_takes_connections_and_loses_them_is_not_waited_for_any_longer() -> None:
+    stage, _ = copying()
+    stage.say("a", open_failed(LOST))
+    begun = stage.now
+    while not (told := stops(stage.wait(0.5, "a"))):
+        stage.say("a", opened(DISK, DISK), open_failed(LOST)) if stage.scheduler._crew.workers["a"].assigned else None
+        assert stage.now < begun + 2 * LOSS_SECONDS
+    assert told[0][0] == "a"
+    assert ended(stage, "a")[0] is Verdict.PAUSED
+
+
+def test_a_byte_that_is_completed_ends_the_loss() -> None:
+    stage, _ = copying()
+    stage.say("a", open_failed(LOST))
+    stage.wait(LOSS_SECONDS - 10, "a")
+    stage.say("a", opened(DISK, DISK))
+    (lease,) = leases_in(stage.say("a", wanted()))
+    stage.say("a", written(lease), open_failed(LOST))
+    assert stage.scheduler.status().waiting_seconds == 0
+    assert stops(stage.wait(20, "a")) == []
+
+
 def test_others_go_on_while_one_worker_has_lost_its_connections() -> None:
     stage, (lost, kept) = copying(2)
     followed = stage.say("a", open_failed(LOST))
@@ -178,6 +206,17 @@ def test_a_worker_that_dies_while_it_waits_is_replaced_by_one_that_waits() -> No
     until_assigned(stage)
     stage.say("b", opened(DISK, DISK))
     assert leases_in(stage.say("b", wanted()))
+
+
+def test_a_worker_that_dies_while_it_waits_does_not_shorten_the_wait() -> None:
+    stage = Stage(job(loss_seconds=2 * IDLE_JOB_SECONDS))
+    stage.start()
+    stage.join("a", DISK, DISK)
+    stage.say("a", open_failed(LOST))
+    stage.wait(IDLE_JOB_SECONDS + 1, "a")
+    stage.gone("a")
+    assert stops(stage.wait(1) + stage.say("b", hello("b"))) == []
+    assert stage.scheduler.outcome is None
 
 
 def test_a_server_that_dies_of_one_range_again_and_again_fails_the_job() -> None:
