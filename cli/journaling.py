@@ -22,8 +22,7 @@ from nbdshard.coordinator.keeping import Keeper
 if TYPE_CHECKING:
     from nbdshard.coordinator.journal_facts import JobFacts
 
-_WITH_VALUE: Final = ("--journal",)
-_ALONE: Final = ("--resume", "--force-resume")
+_OWN: Final = ("--journal", "--resume", "--force-resume")  # a resumed copy is given its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +94,26 @@ def resume_command(words: Sequence[str], journal: str) -> str:
 
 
 def _without_journal(words: Sequence[str]) -> Iterator[str]:
+    """`words` without these options. What is in `[ CMD ]` or behind `--` are no options of ours."""
     pending = iter(words)
     for word in pending:
-        if word in _WITH_VALUE:
-            next(pending, None)
-        elif word not in _ALONE and not word.startswith("--journal="):
+        if word == "--":
             yield word
+            yield from pending
+        elif word == "[":
+            yield word
+            for inner in pending:
+                yield inner
+                if inner == "]":
+                    break
+        else:
+            name, equals, _ = word.partition("=")
+            # A beginning that is understood is that of one option only.
+            option = next((own for own in _OWN if len(name) > 2 and own.startswith(name)), None)
+            if option is None:
+                yield word
+            elif option == "--journal" and not equals:
+                next(pending, None)
 
 
 def _new_uuid() -> str:
