@@ -150,6 +150,8 @@ class UringRing(RingBase):
                 timeout = 0.0  # operations that are done must not starve those that watch
             if self._queue or self._again or self._cancels or self._prepared:
                 timeout = min(timeout, RING_RETRY_SECONDS)  # something new, or the kernel had no memory just now
+        elif self._done:
+            timeout = 0.0  # cancelled since the last wait
         woken = completed = False
         for number, events in self._epoll.poll(timeout if timeout > 0.0 else 0.0, RING_EVENTS_MAX):
             watch = self._watching.get(number)

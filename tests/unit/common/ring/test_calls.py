@@ -95,6 +95,20 @@ def test_cancelling_a_call_that_has_not_begun_prevents_it(loop: Loop) -> None:
     assert ran == []
 
 
+def test_a_cancelled_call_is_returned_by_the_next_wait_at_once(loop: Loop) -> None:
+    gate = threading.Event()
+    blocked = [call(lambda: gate.wait(SECONDS_MAX)) for _ in range(RING_THREADS_MAX)]
+    waiting = call(lambda: None)
+    loop.submit(*blocked, waiting)
+    loop.turn(0.01)
+    loop.ring.cancel(waiting)
+    started = time.monotonic()
+    assert loop.turn() == [waiting]
+    assert time.monotonic() - started < SECONDS_MAX / 2
+    gate.set()
+    loop.finish(*blocked)
+
+
 def test_cancelling_a_call_that_runs_lets_it_end(loop: Loop) -> None:
     begun, gate = threading.Event(), threading.Event()
     operation = call(lambda: (begun.set(), gate.wait(SECONDS_MAX))[1])

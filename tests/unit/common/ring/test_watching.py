@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from nbdshard.common.errors import BugError
 from nbdshard.common.ring import Descriptor, Kind, Operation
-from support.loops import Loop, call, close, poll, receive, send
+from support.loops import SECONDS_MAX, Loop, call, close, poll, receive, send
 from support.waiting import wait_for
 
 IN, OUT, RDHUP, HUP, ERR = select.EPOLLIN, select.EPOLLOUT, select.EPOLLRDHUP, select.EPOLLHUP, select.EPOLLERR
@@ -242,6 +243,16 @@ def test_a_cancelled_watch_ends_once_and_hears_nothing_more(loop: Loop, ends: En
     loop.ring.cancel(watcher.operation)  # which is nothing any more
     watcher.hears_nothing()
     assert (loop.ring.in_flight, ours.pending) == (0, 0)
+
+
+def test_a_cancelled_watch_is_returned_by_the_next_wait_at_once(loop: Loop, ends: Ends) -> None:
+    ours, _ = ends
+    watcher = Watcher(loop, ours)
+    watcher.hears_nothing()
+    loop.ring.cancel(watcher.operation)
+    started = time.monotonic()
+    assert loop.ring.wait(SECONDS_MAX) == [watcher.operation]
+    assert time.monotonic() - started < SECONDS_MAX / 2
 
 
 def test_a_watch_cancelled_before_it_began_was_never_told_anything(loop: Loop, ends: Ends) -> None:
