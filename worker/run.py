@@ -52,6 +52,7 @@ def _work(ring: Ring, channel: WorkerChannel) -> None:
     def stop(_number: int, _frame: FrameType | None) -> None:
         nonlocal stops
         stops += 1
+        worker.hear()  # or it would go on for as long as data moves
         ring.wake()
 
     handled = 0

@@ -147,7 +147,7 @@ class Worker:
         """
         copier, crew, clock = self._copier, self._crew, self._clock
         while True:
-            has_work = has_work or (copier is not None and copier.has_work and self.state is WorkerState.WORKING)
+            has_work = has_work or (copier is not None and copier.has_work and self.state is not WorkerState.LOSING)
             timeout = 0.0 if has_work else max(0.0, until - clock.steady)
             clock.waiting(timeout)
             completions = self._ring.wait(timeout)
@@ -216,8 +216,10 @@ class Worker:
         deadline = min(self._next_tick, self._next_heartbeat)
         if self._copier is None:
             return deadline
-        retry, expiry = self._copier.deadline(), self._copier.earliest_expiry
-        return min(deadline, (expiry if retry is None else min(retry, expiry)) - self._clock.stopped_seconds)
+        due, retry = self._copier.earliest_expiry, self._copier.deadline()
+        if retry is not None and self.state is not WorkerState.LOSING:  # then nothing is tried again
+            due = min(due, retry)
+        return min(deadline, due - self._clock.stopped_seconds)
 
     def _look_at_clock(self, now: float) -> None:
         if now >= self._next_tick:
