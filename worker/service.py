@@ -27,7 +27,6 @@ from nbdshard.common.messages import (
     Alive,
     AliveToo,
     Assign,
-    DataPath,
     ErrorReport,
     Flush,
     FromCoordinator,
@@ -45,6 +44,7 @@ from nbdshard.common.messages import (
     Written,
 )
 from nbdshard.common.ring import Ring
+from nbdshard.worker.agreement import check_agreement, check_likeness, may_splice
 from nbdshard.worker.clock import WorkerClock
 from nbdshard.worker.copier import Copier
 from nbdshard.worker.crew import SIDES, Crew
@@ -352,6 +352,8 @@ class Worker:
             return
         if self.state in _LEAVING_STATES:
             return
+        if self._crew is None and self._opened_at and message.expected_source is None:
+            return  # more of what we have lost meanwhile: who is to connect anew is told what to find
         self._assign = message
         self._next_heartbeat = min(self._next_heartbeat, now + message.heartbeat_seconds)
         if message.source_connections == 0 or message.destination_connections == 0:
@@ -380,9 +382,9 @@ class Worker:
             looked_at: Side | None = None
             try:
                 for looked_at, each in zip(SIDES, first, strict=True):
-                    self._check_agreement(assign, looked_at, each)
+                    check_agreement(assign, looked_at, each.description)
                 looked_at = None  # what does not fit together is the fault of neither
-                splice = _may_splice(first, assign.options.data_path)
+                splice = may_splice(first, assign.options.data_path)
                 shape = CopyShape.of(first[0].description, first[1].description, assign.options, splice=splice)
             except UserError as error:
                 self._open_failed(error, looked_at)
@@ -394,7 +396,9 @@ class Worker:
                 self._join(self._copier, each_side, each)
         else:
             try:
-                self._check_likeness(assign, side, connection, crew)
+                source, destination = crew.first_pair() or _bug("no connection is up")
+                like = source if side == "source" else destination
+                check_likeness(assign, side, connection.description, like.description)
             except UserError as error:
                 self._open_failed(error, side)
                 return
@@ -408,26 +412,6 @@ class Worker:
         else:
             assert self._assign is not None
             connection.listener = copier.add_target(connection, self._assign.options.requests)
-
-    def _check_agreement(self, assign: Assign, side: Side, connection: OpenConnection) -> None:
-        """Refuse to work on something else than the job's other workers do."""
-        if side == "source":
-            wanted, grows = assign.expected_source, False
-        else:
-            wanted = assign.expected_destinations[0] if assign.expected_destinations is not None else None
-            # The coordinator gives a file its size after the first worker opened it.
-            grows = assign.destinations[0].kind == "file"
-        found = connection.description
-        if wanted is not None and not found.agrees_with(wanted, any_size=grows):
-            raise UserError("differs from what the job's other workers found (size, flags or block sizes)", found.peer)
-
-    def _check_likeness(self, assign: Assign, side: Side, connection: OpenConnection, crew: Crew) -> None:
-        """Refuse to go on when a further connection leads to something else than the first one to that side."""
-        source, destination = crew.first_pair() or _bug("no connection is up")
-        first, grows = (source, False) if side == "source" else (destination, assign.destinations[0].kind == "file")
-        found = connection.description
-        if not found.agrees_with(first.description, any_size=grows):
-            raise UserError("differs from one connection to the next (size, flags or block sizes)", found.peer)
 
     def _report_opened(self, assign: Assign, crew: Crew) -> Opened:
         source, destination = crew.first_pair() or _bug("no connection is up")
@@ -474,17 +458,6 @@ class Worker:
         self._close_pipes()
         self._crew = self._copier = self._failure = None
         self.state = WorkerState.STANDING_BY
-
-
-def _may_splice(ends: tuple[OpenConnection, OpenConnection], data_path: DataPath) -> bool:
-    """Whether payload goes through pipes. Raises UserError where it must and cannot."""
-    if data_path == "buffer":
-        return False
-    unable = next((end for end in ends if not end.splices), None)
-    if unable is not None and data_path == "splice":
-        advice = "leave --data-path out"
-        raise UserError("payload cannot be spliced to or from it", unable.description.peer, advice)
-    return unable is None
 
 
 _LEAVING_STATES = frozenset({WorkerState.DRAINING, WorkerState.LEAVING, WorkerState.PARTING, WorkerState.GONE})
