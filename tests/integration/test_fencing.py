@@ -32,7 +32,7 @@ ESTABLISHED = "01"
 
 
 def sockets(port: int) -> Iterator[tuple[str, bool, int, int]]:
-    """Either end of each TCP connection to `port`: its name in proc(5), if it is the server's, its two queues in bytes."""
+    """Either end of each TCP connection to `port`: its name in proc(5), if it is the server's, its queues in bytes."""
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         local, remote = (int(fields[index].rpartition(":")[2], 16) for index in (1, 2))
