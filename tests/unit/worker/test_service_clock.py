@@ -16,6 +16,7 @@ from nbdshard.common.messages import (
     Counters,
     DataPath,
     EndpointAddress,
+    EndpointDescription,
     Failed,
     FromCoordinator,
     FromWorker,
@@ -395,3 +396,24 @@ def test_writes_under_leases_that_end_are_not_left_to_the_ring(
         stage.until("the lease to be written", Written)
     assert target.content == b"\x5a" * LONG
     assert (plumbing.moved_since > LONG) is is_direct
+
+
+def test_connections_that_were_given_before_the_loss_was_heard_of_are_not_opened() -> None:
+    with stopped_while_reading(10.0, 60.0) as (stage, _):
+        stage.until("the loss", OpenFailed)
+        (opened,) = stage.channel.heard(Opened)
+        assert isinstance(opened, Opened)
+        first = stage.worker._assign
+        assert first is not None
+        ends = first.source, first.destinations
+
+        def given(count: int, source: EndpointDescription | None, targets: list[EndpointDescription] | None) -> Assign:
+            return Assign("job", 1, *ends, OPTIONS, count, count, 2.0, 10.0, source, targets)
+
+        stage.channel.to_worker.append(given(4, None, None))
+        stage.let_pass(1.0)
+        assert stage.worker.state is WorkerState.STANDING_BY
+        stage.channel.said.clear()
+        stage.channel.to_worker.append(given(1, opened.source, opened.destinations))
+        stage.until("both sides again", Opened)
+        stage.end()
