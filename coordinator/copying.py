@@ -352,9 +352,9 @@ class Copying:
                 raise BugError(f"worker {worker.name} has {written} written leases that no flush covers")
             if self._can_take(worker) and worker.identity not in self._wishing:
                 raise BugError(f"worker {worker.name} wants a lease and is not in the queue")
-            if worker.state is WorkerState.READY and worker.holding is not None and self._job.options.flush:
-                if written and worker.flush is None and worker.identity not in self._unflushed:
-                    raise BugError(f"worker {worker.name} wrote what no flush will cover")
+            is_awaited = worker.flush is not None or worker.identity in self._unflushed
+            if worker.state is WorkerState.READY and written and self._job.options.flush and not is_awaited:
+                raise BugError(f"worker {worker.name} wrote what no flush will cover")
             if worker.identity in self._unflushed and (not written or worker.flush is not None):
                 raise BugError(f"worker {worker.name} is to be flushed for nothing")
             if worker.flush is not None and self._unanswered.get(worker.identity) != worker.flush.number:
