@@ -143,6 +143,7 @@ def started(
         err = stack.enter_context((folder / "err").open("wb"))
         out = stack.enter_context((folder / "out").open("wb"))
         environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "XDG_RUNTIME_DIR": str(folder / "run")}
+        environment |= {"XDG_STATE_HOME": str(folder / "state")}
         environment |= {mark.partition("=")[0]: mark.partition("=")[2], **(env or {})}
         process = subprocess.Popen(
             command,
