@@ -27,7 +27,7 @@ from nbdshard.coordinator import journal_schema as schema
 from nbdshard.coordinator.journal_facts import JobFacts, JournalState, encode_facts
 from nbdshard.coordinator.private_directory import PrivateDirectory
 
-READ_ATTEMPTS: Final = 5  # to copy the files between two commits of a run; it commits every few seconds
+READ_ATTEMPTS: Final = 20  # to copy the files between two commits of a run, which has one every few seconds
 READ_BYTES_MAX: Final = 1 << 30  # more of a journal is not copied to look at it: some fifty million ranges
 COPY_BYTES: Final = 1 << 20  # in one call
 
