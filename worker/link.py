@@ -109,6 +109,7 @@ class NbdLink:
         self._outstanding_bytes = 0
         self._unflushed_bytes = 0
         self._now = 0.0
+        self._has_told_loss = False
         self._pending_failure: NbdshardError = ConnectionLost(self.peer, "connecting", "no address")
 
     # -- opening -------------------------------------------------------------------------------------------------------
@@ -404,10 +405,12 @@ class NbdLink:
     def _closed(self, _: Operation) -> None:
         self._descriptor = None
 
-    def _fail(self, error: NbdshardError) -> None:
+    def _fail(self, error: NbdshardError, *, softly: bool = False) -> None:
         if self.state is not LinkState.CLOSED:
-            self.close()
-            self._on_lost(self, error)
+            (self.disconnect if softly else self.close)()
+            if not self._has_told_loss:
+                self._has_told_loss = True
+                self._on_lost(self, error)
 
     # -- completions ---------------------------------------------------------------------------------------------------
 
@@ -473,6 +476,9 @@ class NbdLink:
                 listener.sent(event.handle)
             else:
                 listener.arriving(event.handle)
+        if self._client is not None and self._client.shutdown_seen and self.state is LinkState.READY:
+            # ESHUTDOWN: the specification asks for a soft disconnect.
+            self._fail(ConnectionLost(self.peer, "copying", "the server is shutting down"), softly=True)
 
     def _ended(self) -> None:
         """The server closed the connection. The machine knows what was cut short."""

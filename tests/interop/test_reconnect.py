@@ -131,3 +131,31 @@ def test_ctrl_c_ends_a_copy_that_waits(image: Path, tmp_path: Path, sockets: tup
         wait_for("the loss to be told of", lambda: "waiting for it" in run.err())
         run.signal_group()
         run.wait(SECONDS).failed(130, saying=["stopped at"])
+
+
+@pytest.mark.parametrize("path", ["splice", "buffer"])
+@pytest.mark.parametrize("lost", ["source", "destination"])
+def test_a_server_that_says_it_shuts_down_is_left_softly_and_waited_for(
+    image: Path, tmp_path: Path, sockets: tuple[Path, Path], ring: str, path: str, lost: str
+) -> None:
+    copied, trouble = images.empty_image(tmp_path / "copy", SIZE), tmp_path / "trouble"
+    refusing = ("--filter=error", "--filter=rate", "--threads=1", "file")
+    error = ("error=ESHUTDOWN", "error-rate=100%", f"error-file={trouble}", f"rate={BITS_PER_SECOND}")
+    ends = [[str(image)], [str(copied)]]
+    plugins = [["file"], ["file"]]
+    index = 0 if lost == "source" else 1
+    plugins[index], ends[index] = list(refusing), [*ends[index], *error]
+    with contextlib.ExitStack() as stack:
+        source, destination = (
+            stack.enter_context(at_socket(socket, "nbdkit", "-f", "-U", str(socket), *plugin, *end))
+            for socket, plugin, end in zip(sockets, plugins, ends, strict=True)
+        )
+        words = ("copy", "--ring", ring, "--data-path", path, "--range-size", "8M", source.uri, destination.uri)
+        run = stack.enter_context(started(*words))
+        in_the_middle(run, copied)
+        trouble.touch()
+        wait_for("the loss to be told of", lambda: "waiting for it" in run.err() or run.process.poll() is not None)
+        trouble.unlink()
+        outcome = run.wait(SECONDS).succeeded()
+    assert "the server is shutting down" in outcome.err
+    images.assert_identical(image, copied)

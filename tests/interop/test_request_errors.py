@@ -121,4 +121,5 @@ def test_a_server_that_shuts_down_softly_and_returns_no_more_fails_the_copy(
         nbdkit("file", str(source_image), *source_args[0], filters=source_args[1], flags=["-r"]) as source,
         nbdkit("file", str(destination_image), *destination_args[0], filters=destination_args[1]) as destination,
     ):
-        copy("--ring", ring, source.uri, destination.uri, timeout=110).failed(1, saying=[side])
+        words = ("--ring", ring, "--loss-timeout", "0", source.uri, destination.uri)
+        copy(*words).failed(1, saying=[side, "the server is shutting down"])
