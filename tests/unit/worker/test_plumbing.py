@@ -39,21 +39,6 @@ SIOCOUTQNSD = 0x894B  # linux/sockios.h: bytes that wait in a TCP socket and wer
 EVERY = bytes(range(256))
 
 
-@pytest.fixture
-def plumbing() -> Iterator[SystemPlumbing]:
-    one = SystemPlumbing()
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def pipe(plumbing: SystemPlumbing) -> Iterator[Pipe]:
-    """A pipe of 1 MiB."""
-    one = opened(plumbing)
-    yield one
-    plumbing.close_pipe(one)
-
-
 @pytest.fixture(params=[unix_ends, tcp_ends], ids=["unix", "tcp"])
 def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
     """Our end, which never waits, and the peer's."""

@@ -15,21 +15,6 @@ from support.pipes import PAGE, Ends, closed_number, fill_up, opened, prepared, 
 
 
 @pytest.fixture
-def plumbing() -> Iterator[SystemPlumbing]:
-    one = SystemPlumbing()
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def pipe(plumbing: SystemPlumbing) -> Iterator[Pipe]:
-    """A pipe of 1 MiB."""
-    one = opened(plumbing)
-    yield one
-    plumbing.close_pipe(one)
-
-
-@pytest.fixture
 def unix() -> Iterator[Ends]:
     with prepared(unix_ends()) as one:
         yield one

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,21 +12,7 @@ from nbdshard.worker.pipes import SAMPLE_BYTES, SAMPLES_MAX, Pipe
 from nbdshard.worker.plumbing import SAMPLE_OFFSET, SystemPlumbing
 from support.descriptors import none_left
 from support.images import KIB, MIB, pattern, random_bytes
-from support.pipes import fill_up, opened, prepared, taken_out, unix_ends
-
-
-@pytest.fixture
-def plumbing() -> Iterator[SystemPlumbing]:
-    one = SystemPlumbing()
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def pipe(plumbing: SystemPlumbing) -> Iterator[Pipe]:
-    one = opened(plumbing)
-    yield one
-    plumbing.close_pipe(one)
+from support.pipes import fill_up, prepared, taken_out, unix_ends
 
 
 def put(plumbing: SystemPlumbing, pipe: Pipe, data: bytes) -> PipedPayload:
