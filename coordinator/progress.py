@@ -195,6 +195,7 @@ class JsonDisplay:
             "bytes_zeroed": status.counters.zeroed,
             "bytes_skipped": status.counters.skipped,
             "bytes_spliced": status.counters.spliced,
+            "bytes_resumed": status.resumed,
             "rate_bytes_per_second": round(self._meter.rate),
             "eta_seconds": None if left is None else round(left, 1),
             "elapsed_seconds": round(self._meter.elapsed(now), 3),

@@ -147,6 +147,7 @@ def test_json_objects_come_once_a_second_and_hold_every_field(pipe: tuple[int, i
         "bytes_zeroed": 60,
         "bytes_skipped": 40,
         "bytes_spliced": 90,
+        "bytes_resumed": 0,
         "rate_bytes_per_second": 100,
         "eta_seconds": 8.0,
         "elapsed_seconds": 2.0,
@@ -155,6 +156,13 @@ def test_json_objects_come_once_a_second_and_hold_every_field(pipe: tuple[int, i
         "waiting_for": None,
         "waiting_seconds": None,
     }
+
+
+def test_json_objects_count_what_an_earlier_run_did(pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    JsonDisplay(100.0, write_end).show(replace(STATUS, counters=Counters(copied=100), resumed=300), 100.0)
+    (record,) = map(json.loads, lines(read_end))
+    assert (record["bytes_done"], record["bytes_copied"], record["bytes_resumed"]) == (400, 100, 300)
 
 
 def test_json_objects_tell_what_is_waited_for(pipe: tuple[int, int]) -> None:
