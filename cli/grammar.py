@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final, NoReturn
+
+import msgspec
 
 from nbdshard.cli.standard_streams import tell
 from nbdshard.common.errors import UserError
@@ -27,8 +28,7 @@ class UsageError(UserError):
     """The command line itself is wrong: exit code 2."""
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
+class Words(msgspec.Struct, frozen=True):
     """A command line whose bracketed commands were taken out: `rest` holds a mark where each one stood."""
 
     rest: list[str]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+
+import msgspec
 
 from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, EXIT_PAUSED, EXIT_UNFENCED
 from nbdshard.cli.journaling import Start, resume_command
@@ -21,8 +22,7 @@ from nbdshard.coordinator.progress import DelayedDisplay, Display, JsonDisplay, 
 from nbdshard.coordinator.service import Shell, run_job
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """A job that is over. `resume`: the command that goes on with it; "" when none can."""
 
     outcome: Outcome
@@ -49,7 +49,7 @@ def run(setting: Setting, stack: ExitStack) -> Ended:
     resume = ""
     if keeper is not None and keeper.path and outcome.verdict is not Verdict.COMPLETE:
         resume = resume_command(setting.args.command_line, keeper.path)
-    outcome = replace(outcome, error=ends.in_users_words(outcome.error))
+    outcome = msgspec.structs.replace(outcome, error=ends.in_users_words(outcome.error))
     return Ended(outcome, time.monotonic() - start, resume)
 
 

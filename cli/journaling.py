@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from nbdshard.cli.grammar import UsageError
 from nbdshard.cli.setting import Setting
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 _OWN: Final = ("--journal", "--resume", "--force-resume")  # a resumed copy is given its own
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """How a job starts: anew, or where an earlier run of it ended."""
 
     uuid: str

@@ -9,9 +9,10 @@ import argparse
 import fcntl
 import os
 import re
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, get_args
+
+import msgspec
 
 from nbdshard.cli.grammar import COUNT, Parser, UsageError, count_between, refuse, size_where
 from nbdshard.common.endpoints import Endpoint, parse_endpoint
@@ -74,8 +75,7 @@ class ProgressKind(Enum):
     DESCRIPTOR = auto()  # lines "N/100" on a descriptor, as nbdcopy writes them
 
 
-@dataclass(frozen=True, slots=True)
-class ProgressChoice:
+class ProgressChoice(msgspec.Struct, frozen=True):
     """What `--progress` asks for; `descriptor` only with DESCRIPTOR."""
 
     kind: ProgressKind

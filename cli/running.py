@@ -10,7 +10,8 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+
+import msgspec
 
 from nbdshard.cli.ends import Ends
 from nbdshard.cli.options import job_options, parse_operands
@@ -39,7 +40,7 @@ def run_copy(args: Namespace, crew: Crew) -> int:
     with SignalWatch() as signals, ExitStack() as stack:
         ends = Ends(*endpoints, stack, resumes=args.resume or args.force_resume)
         if ends.has_stream:  # it has one reader or writer
-            crew = replace(crew, count=1)
+            crew = msgspec.structs.replace(crew, count=1)
         launcher: Launcher | None = None
         url = crew.listen
         if url is None:

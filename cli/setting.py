@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from nbdshard.cli.ends import Ends
 from nbdshard.common.control_url import ControlUrl
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from nbdshard.common.keys import CoordinatorKeys
 
 
-@dataclass(frozen=True, slots=True)
-class Crew:
+class Crew(msgspec.Struct, frozen=True):
     """Where the workers come from: `count` local processes, or whoever connects to `listen`."""
 
     count: int
@@ -26,8 +26,7 @@ class Crew:
     keys: CoordinatorKeys | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(msgspec.Struct, frozen=True):
     """A checked command line, open ends, an address to listen at. `launcher` is None if workers come from elsewhere."""
 
     args: Namespace

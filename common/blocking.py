@@ -8,9 +8,10 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self
+
+import msgspec
 
 from nbdshard.common.dial import cause_of, dial
 from nbdshard.common.errors import BugError, ConnectionLost, NbdshardError, TimedOut, UserError
@@ -39,8 +40,7 @@ _GO: Final = "go acknowledged"  # keys of Negotiation.extra
 _LISTED: Final = "contexts listed"
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
+class Timeouts(msgspec.Struct, frozen=True):
     """Seconds each step may take; a request gets a second more for each MiB of it."""
 
     connect: float = CONNECT_SECONDS
@@ -51,8 +51,7 @@ class Timeouts:
 DEFAULT_TIMEOUTS: Final = Timeouts()
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
+class Findings(msgspec.Struct, frozen=True):
     """All that a negotiation told, also what a copy has no use for."""
 
     export: Export
@@ -242,7 +241,7 @@ def _curious() -> OptionTable:
         go.acknowledged(negotiation)
 
     table = with_option(OPTIONS, _LIST_CONTEXTS, before=Option.GO)
-    return with_option(table, replace(go, acknowledged=acknowledged), before=Option.GO)
+    return with_option(table, msgspec.structs.replace(go, acknowledged=acknowledged), before=Option.GO)
 
 
 def _list_all(negotiation: Negotiation) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import UNIX_PATH_BYTES_MAX
@@ -13,8 +14,7 @@ from nbdshard.common.limits import UNIX_PATH_BYTES_MAX
 _TCP = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>\d{1,5}|\*)")
 
 
-@dataclass(frozen=True, slots=True)
-class ControlUrl:
+class ControlUrl(msgspec.Struct, frozen=True):
     """An address of the control channel. TCP has `host` ("*": every interface) and `port` (0: any), ipc has
     `path`.
     """

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, TypeAlias
+
+import msgspec
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.messages import EndpointAddress, Side
@@ -27,35 +28,30 @@ _NUMBER: Final = re.compile(r"0[xX][0-9a-fA-F]{1,8}|0[0-7]{0,12}|[1-9][0-9]{0,10
 _NBD_LIKE: Final = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class NbdEndpoint:
+class NbdEndpoint(msgspec.Struct, frozen=True):
     """An export of an NBD server; `text` is the URI as the user wrote it."""
 
     uri: NbdUri
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class FileEndpoint:
+class FileEndpoint(msgspec.Struct, frozen=True):
     """A local file or block device, by its path as given."""
 
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class StreamEndpoint:
+class StreamEndpoint(msgspec.Struct, frozen=True):
     """Standard input as a source, standard output as a destination."""
 
 
-@dataclass(frozen=True, slots=True)
-class CommandEndpoint:
+class CommandEndpoint(msgspec.Struct, frozen=True):
     """`[ CMD ARGS ... ]`: an NBD server to start by systemd socket activation."""
 
     argv: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class NullEndpoint:
+class NullEndpoint(msgspec.Struct, frozen=True):
     """`null:`, which takes every write and keeps nothing."""
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import inf
+
+import msgspec
 
 from nbdshard.common.errors import BugError
 from nbdshard.common.limits import (
@@ -34,8 +35,7 @@ from nbdshard.coordinator.states import RangeState, WorkerState
 from nbdshard.coordinator.workers import FlushAsked, Worker
 
 
-@dataclass(frozen=True, slots=True)
-class Trouble:
+class Trouble(msgspec.Struct, frozen=True):
     """Something that ends more than a lease: the job (`is_fatal`), or the worker that broke the protocol."""
 
     text: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from nbdshard.common.messages import Counters, EndpointDescription, ErrorReport
 from nbdshard.coordinator.crew import Crew
@@ -13,8 +14,7 @@ from nbdshard.coordinator.job import Job, Outcome, Verdict
 _NAMED_MAX: Final = 5  # workers named in one line; `Outcome.unfenced` has them all
 
 
-@dataclass(slots=True)
-class Ending:
+class Ending(msgspec.Struct):
     """The end of a job under way: decided once, carried out by `deadline` (monotonic seconds) at the latest."""
 
     verdict: Verdict

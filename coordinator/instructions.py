@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from nbdshard.common.messages import FromCoordinator
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.job import Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """Queue `message` to `worker`. One that cannot be routed any more is dropped: silence will tell."""
 
     worker: str
     message: FromCoordinator
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Start `count` local worker processes. Each answers with a `Hello`, or with `worker_gone`/`worker_unstartable`."""
 
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Kill:
+class Kill(msgspec.Struct, frozen=True):
     """Kill the local process of `worker` (SIGKILL by its pidfd) and reap it; answered by `worker_gone`."""
 
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class Prepare:
+class Prepare(msgspec.Struct, frozen=True):
     """Create the destination or set its size, in bytes (0 when the source is a stream); answered by `prepared`."""
 
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Forget:
+class Forget(msgspec.Struct, frozen=True):
     """The scheduler knows `worker` no more: its routing can be dropped."""
 
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class Journal:
+class Journal(msgspec.Struct, frozen=True):
     """Record what a later run need not copy again, before any instruction that comes after this one is carried out.
 
     `durable`: acknowledged by a flush on the connections that wrote it, and no flush sent before is without an answer.
@@ -59,8 +54,7 @@ class Journal:
     demoted: tuple[Range, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(msgspec.Struct, frozen=True):
     """The job is over; comes exactly once and last. Processes that never said `Hello` may still have to be killed."""
 
     outcome: Outcome

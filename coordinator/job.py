@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
+
+import msgspec
 
 from nbdshard.common.limits import (
     CHECKPOINT_BYTES,
@@ -17,8 +18,7 @@ from nbdshard.common.messages import Counters, EndpointAddress, EndpointDescript
 from nbdshard.common.ranges import Range
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """What was asked for. `connections` is the total per side, shared out among the workers."""
 
     uuid: str
@@ -57,8 +57,7 @@ class Verdict(Enum):
     UNFENCED = auto()  # a worker was not heard to close its connections: it may still write to the destination
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """The end of a job: what the summary line and the exit code are made of."""
 
     verdict: Verdict
@@ -82,8 +81,7 @@ class Outcome:
         return self.counters.total + self.resumed
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(msgspec.Struct, frozen=True):
     """How far a job is, for the progress display.
 
     `counters` holds completed bytes, those of leases under way too; it falls back when a range has to be copied

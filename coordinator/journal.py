@@ -17,9 +17,10 @@ import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self
+
+import msgspec
 
 from nbdshard.common.errors import BugError, UserError
 from nbdshard.common.ranges import Range, RangeSet
@@ -35,8 +36,7 @@ Clock = Callable[[], int]  # nanoseconds since 1970
 _held: set[tuple[int, int]] = set()  # device and inode of the journals this process has open
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(msgspec.Struct, frozen=True):
     """A journal as it was at one moment, after a commit. Times in nanoseconds since 1970."""
 
     path: str
@@ -124,7 +124,7 @@ class Journal:
                 raise
         try:
             row = journal._row
-            journal._write(replace(row, epoch=row.epoch + 1, opened_ns=clock()))
+            journal._write(msgspec.structs.replace(row, epoch=row.epoch + 1, opened_ns=clock()))
             schema.fold(connection)
         except BaseException:
             journal.close()
@@ -196,7 +196,7 @@ class Journal:
 
     def set_state(self, state: JournalState) -> None:
         """Remember how the job stands. Raises as `record` does."""
-        self._write(replace(self._row, state=state.value))
+        self._write(msgspec.structs.replace(self._row, state=state.value))
 
     def close(self) -> None:
         """Let go of the journal. Never raises; does nothing the second time."""
@@ -244,7 +244,7 @@ class Journal:
             tally = edit(self._tally) if edit is not None else self._tally
             changed = row is not self._row or tally != self._tally
             if changed:
-                row = replace(row, changed_ns=self._clock())
+                row = msgspec.structs.replace(row, changed_ns=self._clock())
                 self._seal(row, tally)
             self._connection.execute("COMMIT")
         except BaseException as error:

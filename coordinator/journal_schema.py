@@ -23,9 +23,10 @@ import os
 import sqlite3
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
+
+import msgspec
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.logs import printable
@@ -57,8 +58,7 @@ class DamagedJournal(UserError):
         super().__init__(f"the journal is damaged: {printable(reason)}", path, _ANEW)
 
 
-@dataclass(frozen=True, slots=True)
-class JobRow:
+class JobRow(msgspec.Struct, frozen=True):
     """The job's row without its seal. Times in nanoseconds since 1970."""
 
     facts_text: str
@@ -69,8 +69,7 @@ class JobRow:
     changed_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(msgspec.Struct, frozen=True):
     """What there is of durable ranges: how many, of how many bytes, and the XOR of their digests."""
 
     count: int = 0
@@ -84,8 +83,7 @@ class Tally:
         return Tally(self.count - 1, self.total_bytes - (end - start), self.mark ^ _mark(start, end))
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
+class Contents(msgspec.Struct, frozen=True):
     """A journal that passed every check."""
 
     row: JobRow

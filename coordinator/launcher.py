@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import SPARE_WORKERS_MAX, WORKER_EXIT_SECONDS
@@ -28,8 +29,7 @@ STDERR = 2
 WorkerMain = Callable[[Sequence[str]], int]  # given the words of a worker's command line, be it; the exit status
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerCommand:
+class WorkerCommand(msgspec.Struct, frozen=True):
     """What every local worker of one job is started with."""
 
     url: str  # the coordinator's ipc address
@@ -57,8 +57,7 @@ class WorkerCommand:
         return None if self.inherits_stdout else STDERR
 
 
-@dataclass(frozen=True, slots=True)
-class Departure:
+class Departure(msgspec.Struct, frozen=True):
     """A local worker's end, as its process tells it."""
 
     worker: str

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
+
+import msgspec
 
 from nbdshard.common.errors import BugError
 from nbdshard.common.limits import ATTEMPTS_PER_RANGE, RETURNS_PER_RANGE
@@ -32,8 +33,7 @@ from nbdshard.coordinator.states import RANGES, RangeEvent, RangeState
 NOTHING = Counters()
 
 
-@dataclass(slots=True, eq=False)
-class Granted:
+class Granted(msgspec.Struct, eq=False):
     """One lease. `end` is where the bytes end that are written under it: a stream's end, else the range's."""
 
     number: int
@@ -57,12 +57,11 @@ class Granted:
         return f"lease {self.number} of {self.range} held by {self.worker}"
 
 
-@dataclass(slots=True, eq=False)
-class Holding:
+class Holding(msgspec.Struct, eq=False):
     """What one worker holds: its valid leases, and what it wrote and no flush covers. By lease number."""
 
-    leased: dict[int, Granted] = field(default_factory=dict)
-    written: dict[int, Granted] = field(default_factory=dict)
+    leased: dict[int, Granted] = msgspec.field(default_factory=dict)
+    written: dict[int, Granted] = msgspec.field(default_factory=dict)
 
 
 class Intervals:

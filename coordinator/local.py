@@ -12,8 +12,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass, field
 from enum import Enum, auto
+
+import msgspec
 
 from nbdshard.common import logs
 from nbdshard.common.errors import UserError
@@ -33,8 +34,7 @@ class Sort(Enum):
     STREAM = auto()  # bytes in order, once: a pipe, a socket, a character device
 
 
-@dataclass(slots=True)
-class LocalEnd:
+class LocalEnd(msgspec.Struct):
     """One local end, checked and open. `size` in bytes; None for a stream."""
 
     side: Side
@@ -42,7 +42,7 @@ class LocalEnd:
     address: EndpointAddress
     size: int | None
     descriptor: int
-    facts: os.stat_result = field(repr=False)
+    facts: os.stat_result
     created: bool = False  # by us: so ours to remove
     resumed: bool = False  # it holds what an earlier run wrote, and has its size
     prepared: bool = False

@@ -12,8 +12,9 @@ A resumed copy cuts the gaps that are left in the same way, at the same multiple
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import (
@@ -33,8 +34,7 @@ from nbdshard.coordinator.job import Job
 OFFSET_MAX: Final = (1 << 63) - 1  # the spec's largest size: the bound of a stream whose end nobody knows
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """How the job is cut up and shared out. Sizes in bytes.
 
     `size` is None for a stream source; `bound` is then the most that can be copied. `in_order`: one worker, one
@@ -189,7 +189,9 @@ def _plan(job: Job, source: EndpointDescription, destination: EndpointDescriptio
         return plan
     # Ranges are cut as they were; but the rest may be too little for all those workers.
     left = bound - plan.usable(job.durable).total
-    return replace(plan, worker_count=min(worker_count, _useful(worker_count, left, wanted_range, WORKER_BYTES_MIN)))
+    return msgspec.structs.replace(
+        plan, worker_count=min(worker_count, _useful(worker_count, left, wanted_range, WORKER_BYTES_MIN))
+    )
 
 
 def _useful(count: int, size: int, wanted_range: int | None, unit: int) -> int:

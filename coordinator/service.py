@@ -9,8 +9,8 @@ from __future__ import annotations
 import select
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
+import msgspec
 import zmq
 
 from nbdshard.common import logs
@@ -37,8 +37,7 @@ from nbdshard.coordinator.scheduler import Scheduler
 from nbdshard.coordinator.signals import SignalWatch
 
 
-@dataclass(frozen=True, slots=True)
-class Shell:
+class Shell(msgspec.Struct, frozen=True):
     """What the loop works with; whoever made each of these closes it."""
 
     channel: CoordinatorChannel
@@ -48,7 +47,7 @@ class Shell:
     display: Display
     signals: SignalWatch
     keeper: Keeper | None = None  # None: nothing of the job is kept
-    clock: SteadyClock = field(default_factory=SteadyClock)
+    clock: SteadyClock = msgspec.field(default_factory=SteadyClock)
     worker_start_seconds: float = WORKER_START_SECONDS
     finish_seconds: float = FINISH_SECONDS_MAX
 

@@ -13,9 +13,10 @@ A step that is not in its table raises IllegalEvent and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, Generic, TypeVar
+
+import msgspec
 
 from nbdshard.common import messages
 from nbdshard.common.errors import IllegalEvent
@@ -24,8 +25,7 @@ State = TypeVar("State", bound=Enum)
 Event = TypeVar("Event", bound=Enum)
 
 
-@dataclass(frozen=True, slots=True)
-class Table(Generic[State, Event]):
+class Table(Generic[State, Event], msgspec.Struct, frozen=True):
     """The moves of one machine, and a sentence for each of its states."""
 
     machine: str

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import inf
+
+import msgspec
 
 from nbdshard.common.messages import Hello
 from nbdshard.coordinator.leases import Holding
 from nbdshard.coordinator.states import WORKERS, WorkerEvent, WorkerState
 
 
-@dataclass(frozen=True, slots=True)
-class FlushAsked:
+class FlushAsked(msgspec.Struct, frozen=True):
     """A `Flush` that is not answered yet, and the written leases it must cover."""
 
     number: int
@@ -20,8 +20,7 @@ class FlushAsked:
     seconds: float
 
 
-@dataclass(slots=True, eq=False)
-class Worker:
+class Worker(msgspec.Struct, eq=False):
     """A worker from its Hello until it is gone. `*_share`: connections given to it, `*_connections`: those it has."""
 
     identity: str

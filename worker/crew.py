@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from nbdshard.common.errors import NbdshardError
 from nbdshard.common.messages import Assign, Side
@@ -15,8 +16,7 @@ from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
 SIDES: tuple[Side, Side] = ("source", "destination")
 
 
-@dataclass(slots=True, eq=False)
-class _Member:
+class _Member(msgspec.Struct, eq=False):
     """One connection of the crew."""
 
     side: Side

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
+
+class Timeouts(msgspec.Struct, frozen=True):
     """Seconds; the names of the design's table."""
 
     connect: float

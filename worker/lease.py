@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+
+import msgspec
 
 from nbdshard.common.limits import SEGMENTS_LOW, SEGMENTS_MAX
 from nbdshard.common.messages import Counters, ErrorReport
@@ -11,8 +12,7 @@ from nbdshard.common.nbd.constants import STATE_ZERO
 from nbdshard.common.ranges import Range, RangeSet
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True):
     """A stretch of one kind: `zero` reads as zeroes for certain, everything else is data."""
 
     where: Range

@@ -7,9 +7,10 @@ commands={**COMMANDS, mine.command: mine})`, then `client.submit(...)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
+
+import msgspec
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.limits import CHUNK_BYTES_MEAN_MIN, CHUNKS_WITHOUT_DATA_MAX
@@ -109,8 +110,7 @@ class Pending:
         return start
 
 
-@dataclass(frozen=True, slots=True)
-class CommandEntry:
+class CommandEntry(msgspec.Struct, frozen=True):
     """One entry of the table.
 
     `needs` must be set in the export's flags; `flags` are the command flags that make sense, each with the
@@ -125,7 +125,7 @@ class CommandEntry:
     sends_payload: bool = False
     receives_payload: bool = False  # into a sink
     queries_contexts: bool = False
-    flags: Mapping[int, TransmissionFlag] = field(default_factory=dict)
+    flags: Mapping[int, TransmissionFlag] = msgspec.field(default_factory=dict)
     content: frozenset[int] = frozenset()
     missing: Callable[[Pending], str] = lambda _pending: ""
 

@@ -13,8 +13,9 @@ which is polite and may be left out. It never asks for a byte of the transmissio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Final, NoReturn
+
+import msgspec
 
 from nbdshard.common.errors import (
     BugError,
@@ -68,15 +69,13 @@ _MAGIC_BYTES: Final = 8
 _DONE: Final = frozenset({_State.HAGGLED, _State.NEGOTIATED, _State.ABORTING, _State.PARTED})
 
 
-@dataclass(frozen=True, slots=True)
-class Negotiated:
+class Negotiated(msgspec.Struct, frozen=True):
     """The export is known; with Goal.GO the transmission phase has begun."""
 
     export: Export
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(msgspec.Struct, frozen=True):
     """The server's exports: (name, description), printable, in its order."""
 
     exports: list[tuple[str, str]]

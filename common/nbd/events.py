@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.ranges import Range
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(msgspec.Struct, frozen=True):
     """The last byte of the request has left."""
 
     handle: int
 
 
-@dataclass(frozen=True, slots=True)
-class Arriving:
+class Arriving(msgspec.Struct, frozen=True):
     """The first content of a READ's reply is here or on its way; an error may still follow."""
 
     handle: int
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(msgspec.Struct, frozen=True):
     """The request is answered and its handle free. `extents` (range, flags) only for BLOCK_STATUS."""
 
     handle: int

@@ -7,10 +7,11 @@ with_option(OPTIONS, mine, before=Option.GO))`. Handlers write what they learn i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from types import MappingProxyType
 from typing import Final
+
+import msgspec
 
 from nbdshard.common.errors import BugError
 from nbdshard.common.limits import EXPORTS_LISTED_MAX, OPTION_REPLIES_MAX
@@ -39,8 +40,7 @@ class Goal(Enum):
     LIST = auto()  # learn the names of the exports, then leave
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
+class Wishes(msgspec.Struct, frozen=True):
     """What the caller wants of the server; what it does not offer is done without."""
 
     export_name: str = ""
@@ -50,22 +50,21 @@ class Wishes:
     goal: Goal = Goal.GO
 
 
-@dataclass(slots=True)
-class Negotiation:
+class Negotiation(msgspec.Struct):
     """What is known so far; the handlers' shared notebook. `extra` is for handlers from outside."""
 
     wishes: Wishes
     structured: bool = False
     extended: bool = False
-    contexts_offered: dict[str, int] = field(default_factory=dict)  # told, but not acknowledged yet
-    contexts: dict[str, int] = field(default_factory=dict)
+    contexts_offered: dict[str, int] = msgspec.field(default_factory=dict)  # told, but not acknowledged yet
+    contexts: dict[str, int] = msgspec.field(default_factory=dict)
     size: int | None = None
     flags: TransmissionFlag = TransmissionFlag.HAS_FLAGS
     block_sizes: BlockSizes | None = None
     canonical_name: str = ""
     description: str = ""
-    exports: list[tuple[str, str]] = field(default_factory=list)
-    extra: dict[str, object] = field(default_factory=dict)
+    exports: list[tuple[str, str]] = msgspec.field(default_factory=list)
+    extra: dict[str, object] = msgspec.field(default_factory=dict)
 
     def set_export(self, size: int, flags: int) -> None:
         """Note size and flags. Raises Malformed where the spec does not allow them."""
@@ -129,8 +128,7 @@ def _refuse(_reply: int) -> Outcome:
     return Outcome.REFUSED
 
 
-@dataclass(frozen=True, slots=True)
-class OptionHandler:
+class OptionHandler(msgspec.Struct, frozen=True):
     """One entry of the table.
 
     `wanted` says whether to send the option at its turn, `data` what with, `replies` which intermediate
@@ -141,7 +139,7 @@ class OptionHandler:
     option: int
     wanted: Callable[[Negotiation], bool]
     data: Callable[[Negotiation], bytes] = _nothing
-    replies: Mapping[int, Callable[[Negotiation, memoryview], None]] = field(default_factory=dict)
+    replies: Mapping[int, Callable[[Negotiation, memoryview], None]] = msgspec.field(default_factory=dict)
     acknowledged: Callable[[Negotiation], None] = _no_effect
     on_ack: Outcome = Outcome.NEXT
     on_error: Callable[[int], Outcome] = _go_on

@@ -7,9 +7,10 @@ buffer of the machine's own, and handled when they are whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
+
+import msgspec
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.limits import (
@@ -35,8 +36,7 @@ from nbdshard.common.nbd.wire_options import printable
 Complete = Callable[[Pending, memoryview, int, int], None]  # request, payload as kept, chunk type, length
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkKind:
+class ChunkKind(msgspec.Struct, frozen=True):
     """One entry of the table: a payload of `length_min` plus a multiple of `step` bytes, up to `length_max`.
 
     What is longer than `kept_max` is dropped from there on as it arrives.

@@ -6,9 +6,10 @@ Everything that may happen to a machine is in these tables; `advance` is the onl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
 from typing import Final, TypeVar
+
+import msgspec
 
 from nbdshard.common.errors import IllegalEvent
 
@@ -45,8 +46,7 @@ class ReceiveState(IntEnum):
     SURPLUS = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """One state: what it means, and the states it may go to."""
 
     sentence: str

@@ -11,11 +11,12 @@ Not with urllib's splitter: it silently drops tabs and newlines, and reads `+` a
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv6Address
 from types import MappingProxyType
 from typing import Final, Literal, NoReturn
 from urllib.parse import quote, unquote_to_bytes
+
+import msgspec
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import EXPORT_NAME_BYTES_MAX, UNIX_PATH_BYTES_MAX
@@ -40,8 +41,7 @@ _NOT_IN_A_URI: Final = frozenset(' "<>\\^`{|}')
 _NOT_IN_A_HOST: Final = re.compile(r"[\x00-\x20\x7f:/?#\[\]@%\\]")
 
 
-@dataclass(frozen=True, slots=True)
-class NbdUri:
+class NbdUri(msgspec.Struct, frozen=True):
     """Where a server is, and which export of it is meant. `str()` gives a canonical URI back."""
 
     transport: Transport

@@ -6,9 +6,8 @@ coordinators with one wrong order each: the same world finds every one of them o
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from nbdshard.common.messages import ErrorReport, Flushed, Written
 from nbdshard.coordinator import scheduler

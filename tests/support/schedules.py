@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from msgspec.structs import replace as replace_record
+from msgspec.structs import replace
 
 from nbdshard.common import messages
 from nbdshard.common.limits import MIB
@@ -34,17 +32,17 @@ SERVER = EndpointDescription(peer="nbd://server", size=None, can_multi_conn=True
 def job(**changes: object) -> Job:
     """A job over TCP servers, 4 connections a side, changed as told."""
     whole = Job(UUID, EPOCH, SOURCE, (DESTINATION,), OPTIONS, connections=4, workers=1, machine="here")
-    return replace(whole, **changes)  # type: ignore[arg-type]
+    return replace(whole, **changes)
 
 
 def server(size: int | None, **changes: object) -> EndpointDescription:
     """An NBD server that can all there is, changed as told."""
-    return replace_record(SERVER, size=size, **changes)
+    return replace(SERVER, size=size, **changes)
 
 
 def hello(name: str, **changes: object) -> Hello:
     whole = Hello(messages.PROTOCOL_VERSION, name, "here", f"host-{name}", 100, "epoll")
-    return replace_record(whole, **changes)
+    return replace(whole, **changes)
 
 
 def opened(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from nbdshard.common.messages import Counters
 from nbdshard.coordinator.job import Outcome, Status, Verdict

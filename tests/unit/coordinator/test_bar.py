@@ -8,9 +8,9 @@ import os
 import select
 import termios
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from nbdshard.coordinator.bar import BarDisplay

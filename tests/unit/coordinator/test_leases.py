@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from nbdshard.common.errors import BugError, IllegalEvent
 from nbdshard.common.limits import KIB

@@ -6,9 +6,9 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from nbdshard.common.messages import Counters
 from nbdshard.coordinator.job import Outcome, Status, Verdict
