@@ -44,6 +44,7 @@ SPARSE_UNIT_MIN: Final = 512  # nbdcopy's limit for --sparse
 RANGE_BYTES_DEFAULT: Final = 128 * MIB  # the peers' measured unit of work
 RANGE_BYTES_MAX: Final = 1024 * GIB  # more would leave nothing to share out
 RANGE_BYTES_MIN: Final = 64 * KIB  # the spec's largest minimum block size: a range boundary is aligned for every server
+RANGE_UNITS_MAX: Final = 4  # range sizes in one lease of a worker that meets no data: what a lost lease costs
 RANGES_PER_WORKER_MIN: Final = 4  # smaller ranges for small exports, so that every worker has work
 LEASES_PER_WORKER: Final = 2  # the one being copied and the next, so that extents are asked while data moves
 ATTEMPTS_PER_REQUEST: Final = 5  # tries of one read or write before its range fails

@@ -24,7 +24,7 @@ from heapq import heappop, heappush
 import msgspec
 
 from nbdshard.common.errors import BugError
-from nbdshard.common.limits import ATTEMPTS_PER_RANGE, RETURNS_PER_RANGE
+from nbdshard.common.limits import ATTEMPTS_PER_RANGE, RANGE_UNITS_MAX, RETURNS_PER_RANGE
 from nbdshard.common.messages import Counters
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.planner import Plan
@@ -62,6 +62,7 @@ class Holding(msgspec.Struct, eq=False):
 
     leased: dict[int, Granted] = msgspec.field(default_factory=dict)
     written: dict[int, Granted] = msgspec.field(default_factory=dict)
+    dataless: int = 0  # leases written in a row without any data
 
 
 class Intervals:
@@ -156,7 +157,9 @@ class Ledger:
         elif self._left:
             if self._cursor == self._gap_end:
                 self._cursor, self._gap_end = self._gaps.pop()
-            length = self._plan.next_length(self._left, self._cursor, self._gap_end)
+            # Where there is no data a range is over at once: most of what it costs is to be leased.
+            units = min(RANGE_UNITS_MAX, 1 << self.holding(worker).dataless)
+            length = self._plan.next_length(self._left, self._cursor, self._gap_end, units)
             where = Range.of(self._cursor, length)
             self._cursor = where.end
             self._left -= length
@@ -186,6 +189,7 @@ class Ledger:
             self.size = granted.end
         holding = self._holdings[granted.worker]
         holding.written[granted.number] = holding.leased.pop(granted.number)
+        holding.dataless = min(holding.dataless + 1, RANGE_UNITS_MAX) if not done.copied else 0
         self.leased_count -= 1
         self.written_count += 1
         self.unsettled_bytes += granted.end - granted.range.start

@@ -48,6 +48,7 @@ class Plan(msgspec.Struct, frozen=True):
     granularity: int
     range_size: int
     range_size_min: int
+    may_grow: bool  # nobody has asked for ranges of a certain size
     in_order: bool
     repeatable: bool
     single_writer: bool
@@ -66,17 +67,17 @@ class Plan(msgspec.Struct, frozen=True):
                 taken.add(Range(start, end))
         return taken
 
-    def next_length(self, remaining: int, start: int, gap_end: int) -> int:
+    def next_length(self, remaining: int, start: int, gap_end: int, units: int = 1) -> int:
         """How long the next range is, which begins at `start` and ends at `gap_end` at the latest, when `remaining`
-        bytes are left to hand out in all gaps together."""
+        bytes are left to hand out in all gaps together. `units`: how many range sizes it may have."""
         if self.size is None:
             return gap_end - start
-        length = self.range_size
+        whole = length = self.range_size * (units if self.may_grow else 1)
         if self.worker_count > 1:
             share = remaining // (2 * self.worker_count)
             while length > share and length > self.range_size_min:
                 length = max(self.range_size_min, length // 2 // self.granularity * self.granularity)
-        length = min(length, self.range_size - start % self.range_size)
+        length = min(length, whole - start % self.range_size)
         # A rest too short for a range of its own stays with the last one.
         return gap_end - start if gap_end - start - length < self.granularity else length
 
@@ -176,6 +177,7 @@ def _plan(job: Job, source: EndpointDescription, destination: EndpointDescriptio
         alignment=alignment,
         granularity=granularity,
         range_size=range_size,
+        may_grow=wanted_range is None,
         range_size_min=min(range_size, max(granularity, RANGE_BYTES_TAIL_MIN)),
         in_order=in_order,
         repeatable=not stream,

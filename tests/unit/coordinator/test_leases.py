@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from nbdshard.common.errors import BugError, IllegalEvent
-from nbdshard.common.limits import KIB
+from nbdshard.common.limits import GIB, KIB, MIB
 from nbdshard.common.messages import Counters, EndpointDescription
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.leases import Intervals, Ledger
@@ -121,3 +121,26 @@ def test_ranges_that_became_durable_in_order_cost_no_memory() -> None:
         tracemalloc.stop()
     assert used < 100_000
     many.validate()
+
+
+def lengths(of: Ledger, copied: list[int]) -> list[int]:
+    """How long the ranges of one worker are, in MiB, that finds so many bytes of data in each."""
+    found = []
+    for data in copied:
+        granted = of.grant("w")
+        found.append(granted.range.length // MIB)
+        of.wrote(granted, Counters(copied=data, zeroed=granted.range.length - data), None)
+    of.validate()
+    return found
+
+
+def test_a_worker_that_meets_no_data_is_leased_more_at_a_time_and_no_more_once_it_does() -> None:
+    end = server(100 * GIB)
+    sparse = Ledger(check_job(job(), end, end))
+    assert lengths(sparse, [0, 0, 0, 0, 1, 5, 0, 0]) == [128, 256, 512, 512, 512, 128, 128, 256]
+
+
+def test_ranges_of_the_size_that_was_asked_for_do_not_grow() -> None:
+    end = server(100 * GIB)
+    asked = Ledger(check_job(job(range_size=128 * MIB), end, end))
+    assert lengths(asked, [0, 0, 0, 0]) == [128, 128, 128, 128]
