@@ -38,6 +38,7 @@ _FUA: Final = CommandFlag.FUA.value
 _NO_HOLE: Final = CommandFlag.NO_HOLE.value
 _DF: Final = CommandFlag.DF.value
 _REQ_ONE: Final = CommandFlag.REQ_ONE.value
+_BEFORE_US: Final = -1  # in front of all that the client has sent itself
 _FAST_ZERO: Final = CommandFlag.FAST_ZERO.value
 
 
@@ -149,6 +150,44 @@ class Client:
         self._unsent.append(request)
         self._requests[handle] = request
         self.pending += 1
+
+    def adopt(self, handle: int, command: int, where: Range | None, sink: Sink | None = None) -> None:
+        """Take over a request that somebody else has sent whole on this connection, and that is not answered.
+
+        Raises BugError where the handle is taken, or is none of ours.
+        """
+        entry = self._rules.entry(command)
+        is_free = 0 <= handle < len(self._requests) and self._requests[handle] is None
+        if self.state is not ClientState.RUNNING or not is_free:
+            self._illegal(f"adopting a request with handle {handle}")
+        start, length = (where.start, where.end - where.start) if where is not None else (0, 0)
+        request = Pending(handle, entry, start, length, 0)
+        request.begins = request.ends = _BEFORE_US
+        request.sink = sink
+        self._sinks += sink is not None
+        self._requests[handle] = request
+        self.pending += 1
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing is asked, nothing is to be sent, and no part of a reply has come: somebody else may take over."""
+        return not self.pending and self._sent == self._queued and self._receiver.at_rest
+
+    def overhear(self, data: bytes) -> list[Event]:
+        """`data` came on this connection while somebody else received: what `received` would have made of it.
+
+        No more than HEAD_BYTES_MAX bytes, from the start of a reply on, while nothing was received here. Raises
+        ProtocolError.
+        """
+        if self.state not in _LIVE:
+            self._illegal("overhear")
+        events: list[Event] = []
+        try:
+            self._receiver.overhear(data, events)
+        except Malformed as error:
+            self._blame(str(error))
+        self._offered = 0  # what was offered before led elsewhere
+        return events
 
     def disconnect(self) -> None:
         """Queue NBD_CMD_DISC behind everything else: the server answers what it has, then closes."""

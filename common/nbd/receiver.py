@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from struct import Struct
 from typing import Final
 
-from nbdshard.common.errors import RequestError
+from nbdshard.common.errors import BugError, RequestError
 from nbdshard.common.limits import HEAD_BYTES_MAX
 from nbdshard.common.nbd import wire
 from nbdshard.common.nbd.commands import Pending
@@ -101,6 +101,20 @@ class Receiver:
             self._sink_filled(events)
         self._filled += count
         if self._filled:
+            self._parse(events)
+
+    @property
+    def at_rest(self) -> bool:
+        """Between two replies."""
+        return not self.left and not self._filled
+
+    def overhear(self, data: bytes, events: list[Event]) -> None:
+        """`data`, from the start of a reply on, has come somewhere else. Raises Malformed."""
+        if self.left or self._filled or len(data) > len(self._head):
+            raise BugError(f"overhearing {len(data)} bytes in the middle of a reply")
+        self._head[: len(data)] = data
+        self._filled = len(data)
+        if data:
             self._parse(events)
 
     # -- headers ------------------------------------------------------------------------------------------------------

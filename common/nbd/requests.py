@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
+
+import msgspec
 
 from nbdshard.common.errors import BugError
 from nbdshard.common.nbd import wire
@@ -27,8 +28,7 @@ _COMPACT_LENGTH_MAX: Final = (1 << 32) - 1
 _PAYLOAD_LEN: Final = CommandFlag.PAYLOAD_LEN.value
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(msgspec.Struct, frozen=True):
     """What one export makes of one command: why it is not to be sent ("" if it may be), and its flags."""
 
     entry: CommandEntry
@@ -55,9 +55,7 @@ class RequestRules:
         sink: Sink | None,
     ) -> CommandEntry:
         """The table's entry for `command`. Raises BugError where the export does not allow the request."""
-        rule = self._rules.get(command)
-        if rule is None:
-            raise BugError(f"{command_name(command)} is not in the table of commands")
+        rule = self._rule_for(command)
         entry = rule.entry
         if rule.refusal:
             raise BugError(f"{entry.name} {rule.refusal}")
@@ -77,6 +75,16 @@ class RequestRules:
         if isinstance(sink, BufferSink) and len(sink) != length:
             raise BugError(f"{entry.name} of {length} bytes into a buffer of {len(sink)}")
         return entry
+
+    def entry(self, command: int) -> CommandEntry:
+        """The table's entry for `command`, allowed or not. Raises BugError where there is none."""
+        return self._rule_for(command).entry
+
+    def _rule_for(self, command: int) -> Rule:
+        rule = self._rules.get(command)
+        if rule is None:
+            raise BugError(f"{command_name(command)} is not in the table of commands")
+        return rule
 
     def _check_range(self, entry: CommandEntry, where: Range) -> None:
         """ "The client MUST ensure that offset and length are integer multiples of any advertised minimum"."""
