@@ -31,6 +31,7 @@ from nbdshard.common.limits import (
 from nbdshard.common.messages import ErrorReport, Failed, FromWorker, Lease, Progress, Side, Wanted, Written
 from nbdshard.common.ranges import Range
 from nbdshard.worker.flushes import Flushes
+from nbdshard.worker.lanes import Lanes, MakeLane
 from nbdshard.worker.lease import LeaseWork
 from nbdshard.worker.operation import Operation, Part
 from nbdshard.worker.payloads import Payloads
@@ -45,8 +46,19 @@ from nbdshard.worker.writer import Writer
 class Copier:
     """One worker's part of one job."""
 
-    def __init__(self, shape: CopyShape, job: str, epoch: int, now: float, pipes: PipePool | None = None) -> None:
-        """`pipes`: where payload that need not enter user space goes; None: all of it goes through buffers."""
+    def __init__(
+        self,
+        shape: CopyShape,
+        job: str,
+        epoch: int,
+        now: float,
+        pipes: PipePool | None = None,
+        make_lane: MakeLane | None = None,
+    ) -> None:
+        """`pipes`: where payload that need not enter user space goes; None: all of it goes through buffers.
+
+        `make_lane`: None for a copier that does everything itself.
+        """
         self.shape = shape
         self.job = job
         self.epoch = epoch
@@ -60,6 +72,7 @@ class Copier:
         self.flushes = Flushes(self)
         self.payloads = Payloads(shape.request_size, pipes)
         self._writer = Writer(shape, self)
+        self.lanes = Lanes(shape, make_lane, self)
         self._delayed: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._wish = 0  # leases the coordinator knows we want
@@ -73,9 +86,11 @@ class Copier:
     def add_source(self, connection: Connection) -> Source:
         """Use one more connection to the source; the returned listener hears of its requests."""
         self.has_work = True
-        source = Source(len(self.sources), connection, self.shape.depth, self)
+        rows = max(self.shape.depth, self.shape.requests)
+        source = Source(len(self.sources), connection, self.shape.depth, rows, self)
         self.sources.append(source)
-        self.payloads.grow(self.shape.depth)
+        self.payloads.grow(rows)
+        self.lanes.join()
         return source
 
     def add_target(self, connection: Connection, requests: int) -> Target:
@@ -83,6 +98,7 @@ class Copier:
         self.has_work = True
         target = Target(len(self.targets), connection, requests, self.shape.queue_size, self)
         self.targets.append(target)
+        self.lanes.join()
         return target
 
     def grant(self, message: Lease, expires: float) -> None:
@@ -119,7 +135,7 @@ class Copier:
         for lease in over:
             self.abandon(lease, ErrorReport(kind="connection", text="the lease expired"))
         self._find_earliest_expiry(now)
-        return self._writer.is_writing(over)
+        return self._writer.is_writing(over) or self.lanes.is_writing(over)
 
     def _find_earliest_expiry(self, now: float) -> None:
         self.earliest_expiry = min(
@@ -134,6 +150,7 @@ class Copier:
     def drain(self) -> None:
         """Begin nothing more; `idle` tells when what was begun is finished."""
         self.draining = True
+        self.lanes.stop()
         for lease in list(self.leases.values()):
             self.abandon(lease, None)
 
@@ -152,10 +169,11 @@ class Copier:
     @property
     def idle(self) -> bool:
         """Nothing is under way on any connection."""
-        return self._operations == 0 and not self.flushes.busy
+        return self._operations == 0 and not self.flushes.busy and self.lanes.idle
 
     def report_progress(self) -> None:
         """Queue a Progress message for every lease that got further since the last."""
+        self.lanes.collect()
         for lease in self.leases.values():
             done = lease.counters
             if done != lease.reported and not lease.abandoned:
@@ -170,11 +188,13 @@ class Copier:
         """Queue all requests that have become possible. Call after every batch of events, and at `deadline`."""
         self.now = now
         self.has_work = False
+        self.lanes.collect()
         while self._delayed and self._delayed[0][0] <= now:
             heapq.heappop(self._delayed)[2]()
         self._writer.pump()
         if not self.draining and self.sources and self.targets:
             self._ask_extents()
+            self.lanes.pump()
             self._begin_reads()
             self._finish_quiet_leases()
             self._want_leases()
@@ -195,7 +215,9 @@ class Copier:
             if not self.shape.ask_extents:
                 lease.learn_data()
                 continue
-            source = next((source for source in self.sources if source.vector.used <= source.active), None)
+            # The last connections first: a lane may want the others.
+            free = (each for each in reversed(self.sources) if each.vector.used <= each.active and not each.is_lent)
+            source = next(free, None)
             if source is None:
                 return
             lease.asking = True
@@ -211,7 +233,7 @@ class Copier:
         while full < len(self.sources):
             source = self.sources[self._next_source % len(self.sources)]
             self._next_source += 1
-            if source.active >= source.depth:
+            if source.active >= source.depth or source.is_lent:
                 full += 1
             elif self._begin_next(source):
                 full = 0
@@ -227,7 +249,7 @@ class Copier:
         for lease in list(self.leases.values()):  # one that has expired may go while its zeroes are issued
             if self.shape.splice and lease.is_dense and lease.has_data and not self._may_begin_spliced():
                 return False
-            while not lease.abandoned and (piece := lease.next_piece(self.shape.request_size)):
+            while self._may_take_from(lease) and (piece := lease.next_piece(self.shape.request_size)):
                 if not piece.zero:
                     self._begin_read(source, lease, piece.where)
                     return True
@@ -238,6 +260,9 @@ class Copier:
                 self._begin_read(source, lease, Range.of(lease.where.end, 1))
                 return True
         return False
+
+    def _may_take_from(self, lease: LeaseWork) -> bool:
+        return not lease.abandoned and not self.lanes.serves(lease)
 
     def _begin_read(self, source: Source, lease: LeaseWork, where: Range) -> None:
         operation = self.begin(lease, where)
@@ -345,6 +370,16 @@ class Copier:
         if operation.lease.abandoned:
             self._forget_if_quiet(operation.lease)
 
+    def note_zeroes(self, lease: LeaseWork, where: Range) -> None:
+        """Passed on to the writer."""
+        self._writer.note_zeroes(lease, where)
+
+    def stretch_over(self, lease: LeaseWork) -> None:
+        """A lane has done a stretch of `lease`, or given it back."""
+        self.has_work = True
+        if lease.abandoned:
+            self._forget_if_quiet(lease)
+
     def _finish_quiet_leases(self) -> None:
         """Issue the zeroes of leases whose reads are over; report as written those with nothing left."""
         for lease in list(self.leases.values()):
@@ -370,6 +405,7 @@ class Copier:
             self.has_work = True
             lease.abandoned = True
             lease.error = error
+            self.lanes.stop(lease)
             self._forget_if_quiet(lease)
 
     def _forget_if_quiet(self, lease: LeaseWork) -> None:

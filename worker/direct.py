@@ -17,7 +17,7 @@ from nbdshard.common.nbd.client import Client, Event
 from nbdshard.common.nbd.payload import Elsewhere, Piece, in_memory
 from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
 from nbdshard.worker.piped import PipedPayload, PipeRun
-from nbdshard.worker.pipes import Plumbing
+from nbdshard.worker.pipes import Plumbing, tell_of_small_pieces
 
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP
 _ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -64,6 +64,20 @@ class DirectStream:
     def idle(self) -> bool:
         """All that was queued is sent."""
         return not self._out
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing is under way either way, and nothing is wrong."""
+        return not (self._out or self._sent or self._is_full or self._payload or self.error or self.ended)
+
+    def pause(self) -> None:
+        """Somebody else uses the socket: nothing that happens to it is told, but its failure."""
+        self._ring.change_watch(self._watch, 0)
+
+    def resume(self) -> None:
+        """The socket is ours again: what has happened meanwhile is told, or found out by `receive`."""
+        self.has_more = True
+        self._ring.change_watch(self._watch, _READABLE)
 
     def take_note(self, events: int) -> bool:
         """The ring has reported `events` (select.EPOLL*) of the socket. Whether it takes more after it was full."""
@@ -209,7 +223,4 @@ class DirectStream:
         payload.spill()
         if not self._has_told_of_full_pipe:
             self._has_told_of_full_pipe = True
-            logs.info(
-                f"{self._peer}: its data comes in small pieces: a pipe of {payload.pipe.capacity} bytes was full with "
-                f"{payload.pipe.held}; the rest of such payload goes through a buffer"
-            )
+            logs.info(tell_of_small_pieces(self._peer, payload.pipe.capacity, payload.pipe.held))

@@ -6,18 +6,28 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-from nbdshard.common.errors import BugError, UserError
-from nbdshard.common.limits import BLOCK_BYTES_MAX_DEFAULT, FILE_OPERATIONS_MAX
+import msgspec
+
+from nbdshard.common.errors import BugError, RequestError, TimedOut, UserError
+from nbdshard.common.limits import (
+    BLOCK_BYTES_MAX_DEFAULT,
+    FILE_OPERATIONS_MAX,
+    MIB,
+    REQUEST_SECONDS,
+    REQUEST_SECONDS_PER_MIB,
+)
 from nbdshard.common.messages import EndpointDescription, Side
+from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Kind, Operation, Splice
 from nbdshard.worker.file_calls import NEVER, find_extents, zero_device, zero_file
-from nbdshard.worker.local import LocalConnection, Request, Task, refusal
+from nbdshard.worker.lane_ends import FileSource, FileTarget
+from nbdshard.worker.lending import LaneAge, LanePort, LaneSource, LaneTarget, Lendable
+from nbdshard.worker.local import Life, LocalConnection, Request, Task, refusal
 from nbdshard.worker.page_cache import PageCache
 from nbdshard.worker.piped import PipedPayload, PipeRun
-from nbdshard.worker.ports import Extents
+from nbdshard.worker.ports import Extents, Payload
 
 _PREFERRED_DEFAULT = 4096
 # The pipe is full: from an offset inside a page, 1 MiB takes one slot more than it has. Or nothing of this file system
@@ -26,8 +36,7 @@ _INTO_MEMORY = (-errno.EAGAIN, -errno.EINVAL)
 _NO_ZEROES = refusal(errno.EOPNOTSUPP, "the file system or device cannot make zeroes")
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
+class _Opened(msgspec.Struct, frozen=True):
     """An open file, and what was found out about it."""
 
     number: int
@@ -35,7 +44,7 @@ class _Opened:
     description: EndpointDescription
 
 
-class FileConnection(LocalConnection):
+class FileConnection(LocalConnection, Lendable):
     """A regular file or block device, read and written by position through the ring.
 
     The file is neither created, claimed nor resized here, which is the coordinator's part, and must still be the inode
@@ -75,6 +84,9 @@ class FileConnection(LocalConnection):
         return self._page_cache
 
     def _may_leave(self) -> bool:
+        if self._lane is not None:
+            self._lane.stop()
+            return False
         self._cache.finish()
         return not self._cache.busy
 
@@ -88,6 +100,69 @@ class FileConnection(LocalConnection):
     @property
     def splices(self) -> bool:
         return True
+
+    # -- lending.Lendable: reads and writes by position may go on beside those of a lane -------------------------------
+
+    is_shared = True
+    _lane: LanePort | None = None
+
+    def lend_source(self, lane: LanePort, request_bytes: int) -> LaneSource | None:
+        del request_bytes
+        return FileSource(self._file.number) if self._lend(lane) else None
+
+    def lend_target(self, lane: LanePort) -> LaneTarget | None:
+        return FileTarget(self._file.number) if self._lend(lane) else None
+
+    def _lend(self, lane: LanePort) -> bool:
+        if self.life is not Life.OPEN:
+            return False
+        self._lane, self._age = lane, LaneAge()
+        return True
+
+    def adopt_read(self, handle: int, where: Range, into: Payload) -> None:
+        self.read(handle, where, into)
+
+    def adopt_write(self, handle: int, where: Range) -> None:
+        """It is over, well or not, and its listener is told by who knows."""
+
+    def adopt_flush(self, handle: int) -> None:
+        raise BugError("a file is flushed by its connection, not by a lane")
+
+    def take_back(self, data: bytes, lost: int | None, reason: str = "") -> None:
+        """What was wrong, if anything, its own reads and writes will find."""
+        self._lane = None
+        if self.life is Life.CLOSING:
+            super()._release()
+        else:
+            self._leave_if_done()
+
+    def _release(self) -> None:
+        if self._lane is not None:
+            self._lane.stop()  # it still has the descriptor's number
+        else:
+            super()._release()
+
+    def tick(self, now: float) -> None:
+        super().tick(now)
+        if self._lane is None:
+            return
+        since, size = self._lane.oldest_read() if self.side == "source" else self._lane.oldest_write()
+        seconds = REQUEST_SECONDS + REQUEST_SECONDS_PER_MIB * size / MIB
+        if self._age.seconds(since, now) >= seconds:
+            self._lose(TimedOut(self.peer, "reading" if self.side == "source" else "writing", seconds))
+
+    def lane_reads(self, where: Range) -> None:
+        self._cache.before_read(where)
+
+    def lane_moved(self, where: Range) -> None:
+        if self.side == "source":
+            self._cache.after_read(where)
+        else:
+            self._unflushed_bytes += where.length
+            self._cache.after_write(where)
+
+    def refusal(self, error: int) -> RequestError:
+        return refusal(error)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

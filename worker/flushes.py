@@ -57,7 +57,8 @@ class Flushes:
             return
         self._pending = len(targets)
         for target in targets:
-            target.flush()
+            if not self._copier.lanes.flush(target):
+                target.flush()
 
     def done(self, target: Target, error: RequestError | None) -> None:
         """One connection answered."""

@@ -11,17 +11,12 @@ fails in any state says so once (`on_lost`) and closes; nothing is heard of it t
 
 from __future__ import annotations
 
-import errno
 import os
-import select
-import socket
 from collections.abc import Callable, Sequence
-from enum import Enum, auto
+from math import inf
 
-from nbdshard.common.dial import unreachable
-from nbdshard.common.errors import ConnectionLost, NbdshardError, TimedOut, UserError
+from nbdshard.common.errors import BugError, ConnectionLost, NbdshardError, RequestError, TimedOut
 from nbdshard.common.limits import (
-    ADDRESSES_MAX,
     BUFFERS_PER_SEND_MAX,
     DISCONNECT_SECONDS,
     FLUSH_BYTES_PER_SECOND,
@@ -32,32 +27,28 @@ from nbdshard.common.limits import (
 from nbdshard.common.messages import EndpointDescription, Side
 from nbdshard.common.nbd.client import Client, Done, Event, Sent
 from nbdshard.common.nbd.connecter import Connecter, Negotiated
+from nbdshard.common.nbd.constants import Command
 from nbdshard.common.nbd.export import Export
 from nbdshard.common.nbd.options import Wishes
 from nbdshard.common.nbd.payload import Elsewhere, Piece, in_memory
+from nbdshard.common.nbd.quick import Quick, quick
+from nbdshard.common.nbd.sinks import BufferSink
 from nbdshard.common.nbd.uri import NbdUri
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
+from nbdshard.common.ring.base import shut_down
 from nbdshard.worker.deadlines import Outstanding, Timeouts
 from nbdshard.worker.describing import describe
+from nbdshard.worker.dialing import Dialing, LinkState
 from nbdshard.worker.direct import DirectStream
+from nbdshard.worker.lane_ends import SocketSource, SocketTarget
+from nbdshard.worker.lending import LaneAge, LanePort, LaneSource, LaneTarget, Lendable
 from nbdshard.worker.pipes import Plumbing
 from nbdshard.worker.ports import Listener, Payload
-from nbdshard.worker.sockets import SYSTEM_SOCKETS, Address, Connector
+from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
 
 
-class LinkState(Enum):
-    """Where a link is in its life."""
-
-    RESOLVING = auto()
-    CONNECTING = auto()
-    NEGOTIATING = auto()
-    READY = auto()
-    LEAVING = auto()
-    CLOSED = auto()
-
-
-class NbdLink:
+class NbdLink(Dialing, Lendable):
     """A connection to one export. Implements `ports.Connection`.
 
     `on_ready(link)` is called once the export is negotiated and `description` is set, `on_lost(link, error)` at most
@@ -77,133 +68,33 @@ class NbdLink:
         look: Callable[[], object] = lambda: None,
     ) -> None:
         """`plumbing`: None for a link that splices nothing. `look`: look at the clock; whoever does may `close` us."""
-        self.peer = str(uri)
+        super().__init__(ring, uri, timeouts, connector)
         self.side = side
-        self.state = LinkState.RESOLVING
         self.description = EndpointDescription(self.peer, None)
         self.listener: Listener | None = None
-        self._ring = ring
-        self._uri = uri
-        self._timeouts = timeouts
         self._on_ready = on_ready
         self._on_lost = on_lost
-        self._connector = connector
         self._plumbing = plumbing
         self._look = look
-        self._addresses: list[Address] = []
-        self._attempt_by = 0.0  # until then the present address may take
-        self._busy_address: Address | None = None  # its server has not yet accepted those before us
-        self._descriptor: Descriptor | None = None
-        self._closing = 0  # descriptors of addresses that could not be reached, until the ring has let go of them
-        self._deadline = 0.0  # of the present state, up to READY; in LEAVING, of the soft disconnect
         self._connecter: Connecter | None = None
         self._client: Client | None = None
-        self._handles = 0
         self._out: list[Piece] = []
         self._out_of: Client | None = None  # whose bytes these are; None: the connecter's
         self._sending = Operation(Kind.SEND, owner=self._sent)
         self._receiving = Operation(Kind.RECEIVE, owner=self._received)
         self._stream: DirectStream | None = None  # once it is ready, if payload may be spliced
-        self.has_work = False  # there is something to do for `pump`
+        self._lane: LanePort | None = None  # whom the socket is lent to
+        self._is_unwanted = False  # to be left softly when it is back
+        self._request_age, self._flush_age = LaneAge(), LaneAge()  # of the lane's
         self._outstanding: dict[int, Outstanding] = {}
         self._outstanding_bytes = 0
         self._unflushed_bytes = 0
-        self._now = 0.0
         self._has_told_loss = False
-        self._pending_failure: NbdshardError = ConnectionLost(self.peer, "connecting", "no address")
 
-    # -- opening -------------------------------------------------------------------------------------------------------
+    # -- opening: dialing.py comes before ------------------------------------------------------------------------------
 
-    def start(self, now: float, handles: int) -> None:
-        """Begin to connect; `handles` requests at most will be outstanding."""
-        self._now = now
-        self._handles = handles
-        self._deadline = now + self._timeouts.connect
-        if self._uri.socket is not None:
-            self._addresses = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", self._uri.socket)]
-            self._connect()
-        else:
-            host, port = self._uri.host or "localhost", self._uri.port
-            resolve = Operation(
-                Kind.CALL,
-                function=lambda: self._connector.resolve(host, port),
-                owner=self._resolved,
-            )
-            self._ring.submit(resolve)
-
-    def _resolved(self, operation: Operation) -> None:
-        if self.state is not LinkState.RESOLVING:
-            return
-        if operation.result < 0:
-            reason = getattr(operation.value, "strerror", None) or str(operation.value)
-            self._fail(UserError(f"the host name cannot be resolved: {reason}", self.peer))
-            return
-        self._addresses = list(operation.value)[:ADDRESSES_MAX]  # type: ignore[call-overload]
-        self._connect()
-
-    def _connect(self) -> None:
-        """Try the next address, for its share of the time that is left; the last one's failure is the link's."""
-        self.state = LinkState.CONNECTING
-        self._attempt_by = self._now + (self._deadline - self._now) / len(self._addresses)
-        self._begin(self._addresses.pop(0))
-
-    def _begin(self, address: Address) -> None:
-        number = self._connector.begin(address)
-        if number == -errno.EAGAIN:
-            self._busy_address = address  # `tick` tries again
-            return
-        self._busy_address = None
-        if number < 0:
-            self._connect_failed(-number)
-            return
-        self._descriptor = self._ring.attach(number, is_socket=True)
-        self._ring.submit(Operation(Kind.POLL, self._descriptor, mask=select.POLLOUT, owner=self._connected))
-
-    def _connected(self, operation: Operation) -> None:
-        descriptor = operation.descriptor
-        if self.state is not LinkState.CONNECTING or descriptor is not self._descriptor or descriptor is None:
-            return
-        error = -operation.result if operation.result < 0 else self._connector.error(descriptor.number)
-        if error:
-            self._end_attempt(descriptor)
-            self._connect_failed(error)
-            return
-        self.state = LinkState.NEGOTIATING
-        self.has_work = True
-        self._deadline = self._now + self._timeouts.handshake
+    def _dialed(self) -> None:
         self._connecter = Connecter(Wishes(self._uri.export_name), self.peer)
-
-    def _end_attempt(self, descriptor: Descriptor) -> None:
-        self._closing += 1
-        self._ring.submit(Operation(Kind.CLOSE, descriptor, owner=self._attempt_closed))
-        self._descriptor = None
-
-    def _attempt_closed(self, _: Operation) -> None:
-        self._closing -= 1
-
-    def _tick_connecting(self, now: float) -> None:
-        if now >= self._attempt_by:
-            if not self._addresses:
-                self._fail(TimedOut(self.peer, "connecting", self._timeouts.connect))
-                return
-            if self._descriptor is not None:
-                self._end_attempt(self._descriptor)
-            self._connect()
-        elif self._busy_address is not None:
-            self._begin(self._busy_address)
-
-    def _connect_failed(self, error: int) -> None:
-        if self._addresses:
-            self._connect()
-        else:
-            self._addresses = []
-            self._pending_failure = unreachable(self.peer, OSError(error, ""), self._uri.socket)
-            # Not called out of `start`: the next turn of the loop tells.
-            self._ring.submit(Operation(Kind.CALL, function=lambda: None, owner=self._tell_failure))
-
-    def _tell_failure(self, _: Operation) -> None:
-        if self.state is not LinkState.CLOSED:
-            self._fail(self._pending_failure)
 
     def _negotiated(self, export: Export) -> None:
         self.description = describe(export, self.peer)
@@ -240,6 +131,9 @@ class NbdLink:
 
     def flush(self, handle: int) -> None:
         self._running().flush(handle)
+        self._expect_flush(handle)
+
+    def _expect_flush(self, handle: int) -> None:
         seconds = FLUSH_SECONDS + self._unflushed_bytes / FLUSH_BYTES_PER_SECOND
         self._unflushed_bytes = 0
         self._outstanding[handle] = Outstanding(self._now + seconds, "flushing", seconds, 0)
@@ -272,7 +166,7 @@ class NbdLink:
         if not self.has_work:
             return
         self.has_work = False
-        if self._descriptor is None or self.state is LinkState.CLOSED:
+        if self._descriptor is None or self.state is LinkState.CLOSED or self._lane is not None:
             return
         try:
             if self._plumbing is not None and self._client is not None:
@@ -345,8 +239,8 @@ class NbdLink:
     def _changed(self, operation: Operation) -> bool:
         """The socket has become readable or writable, or has failed. False where nobody needs to know."""
         stream = self._stream
-        if stream is None or self.state is LinkState.CLOSED:
-            return False
+        if stream is None or self.state is LinkState.CLOSED or self._lane is not None:
+            return False  # what happens while it is lent is the lane's to find
         if operation.result < 0:  # it could not be watched
             self._fail(self._broken(operation.result))
             return True
@@ -379,6 +273,8 @@ class NbdLink:
             self._fail(TimedOut(self.peer, "negotiating", self._timeouts.handshake))
         elif self.state is LinkState.LEAVING and now >= self._deadline:
             self.close()
+        elif self._lane is not None:
+            self._tick_lane(self._lane)
         elif self.state is LinkState.READY and self._outstanding:
             oldest = min(self._outstanding.values(), key=lambda request: request.deadline)
             if now >= oldest.deadline:
@@ -389,9 +285,13 @@ class NbdLink:
         if self.state is not LinkState.READY or self._client is None:
             self.close()
             return
+        self._deadline = self._now + DISCONNECT_SECONDS
+        if self._lane is not None:
+            self._is_unwanted = True
+            self._lane.stop()
+            return
         self.state = LinkState.LEAVING
         self.has_work = True
-        self._deadline = self._now + DISCONNECT_SECONDS
         self._client.disconnect()
 
     def close(self) -> None:
@@ -399,7 +299,12 @@ class NbdLink:
         if self.state is LinkState.CLOSED:
             return
         self.state = LinkState.CLOSED
-        if self._descriptor is not None:
+        if self._descriptor is None:
+            return
+        if self._lane is not None:
+            self._lane.stop()
+            shut_down(self._descriptor)  # whatever the lane waits for is over; it still has the number
+        else:
             self._ring.submit(Operation(Kind.CLOSE, self._descriptor, owner=self._closed))
 
     def _closed(self, _: Operation) -> None:
@@ -411,6 +316,91 @@ class NbdLink:
             if not self._has_told_loss:
                 self._has_told_loss = True
                 self._on_lost(self, error)
+
+    # -- lending.Lendable: somebody else moves the bytes ---------------------------------------------------------------
+
+    def lend_source(self, lane: LanePort, request_bytes: int) -> LaneSource | None:
+        lent = self._lend(lane)
+        return SocketSource(*lent, request_bytes) if lent is not None else None
+
+    def lend_target(self, lane: LanePort) -> LaneTarget | None:
+        lent = self._lend(lane)
+        return SocketTarget(*lent) if lent is not None else None
+
+    def _lend(self, lane: LanePort) -> tuple[int, Quick] | None:
+        """The socket, and what is said on it."""
+        client, descriptor = self._client, self._descriptor
+        if self.state is not LinkState.READY or client is None or descriptor is None or not client.at_rest:
+            return None
+        if self._stream is None:
+            self.has_work = True
+            self.pump(self._now)
+        if self._stream is None or not self._stream.at_rest or self._is_unwanted:
+            return None
+        self._stream.pause()
+        self._lane = lane
+        return descriptor.number, quick(client.export)
+
+    def _tick_lane(self, lane: LanePort) -> None:
+        """As for our own requests, by what the lane has outstanding."""
+        if self.state is not LinkState.READY:
+            return
+        if self._is_unwanted and self._now >= self._deadline:
+            self.close()
+            return
+        is_source = self.side == "source"
+        since, size = lane.oldest_read() if is_source else lane.oldest_write()
+        seconds = self._timeouts.request + size / MIB * REQUEST_SECONDS_PER_MIB
+        if self._request_age.seconds(since, self._now) >= seconds:
+            self._fail(TimedOut(self.peer, "reading" if is_source else "writing", seconds))
+        seconds = FLUSH_SECONDS + self._unflushed_bytes / FLUSH_BYTES_PER_SECOND
+        if not is_source and self._flush_age.seconds(lane.flush_sent or inf, self._now) >= seconds:
+            self._fail(TimedOut(self.peer, "flushing", seconds))
+
+    def adopt_read(self, handle: int, where: Range, into: Payload) -> None:
+        self._running().adopt(handle, Command.READ, where, BufferSink(into) if isinstance(into, memoryview) else into)
+        self._expect(handle, "reading", where.length)
+
+    def adopt_write(self, handle: int, where: Range) -> None:
+        self._running().adopt(handle, Command.WRITE, where)
+        self._expect(handle, "writing", where.length)
+
+    def adopt_flush(self, handle: int) -> None:
+        self._running().adopt(handle, Command.FLUSH, None)
+        self._expect_flush(handle)
+
+    def take_back(self, data: bytes, lost: int | None, reason: str = "") -> None:
+        self._lane = None
+        if self.state is LinkState.CLOSED:
+            if self._descriptor is not None:
+                self._ring.submit(Operation(Kind.CLOSE, self._descriptor, owner=self._closed))
+            return
+        client, stream = self._running(), self._stream
+        assert stream is not None
+        stream.resume()
+        try:
+            if reason:
+                raise ConnectionLost(self.peer, "copying", reason)
+            if lost:
+                raise self._broken(-lost)
+            if lost == 0:
+                self._ended()
+            else:
+                self._dispatch(client.overhear(data))
+        except NbdshardError as error:
+            self._fail(error)
+        if self._is_unwanted:
+            self.disconnect()
+
+    def lane_reads(self, where: Range) -> None:
+        """A server needs no hints."""
+
+    def lane_moved(self, where: Range) -> None:
+        if self.side == "destination":
+            self._unflushed_bytes += where.length
+
+    def refusal(self, error: int) -> RequestError:
+        raise BugError(f"{self.peer} reports its errors itself ({error})")
 
     # -- completions ---------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,13 @@ class Vector(Generic[Entry]):
         self._entries[handle] = entry
         return handle
 
+    def take_at(self, handle: int, entry: Entry) -> None:
+        """Put `entry` in the row `handle`. Raises BugError where it is taken."""
+        if self._entries[handle] is not None:
+            raise BugError(f"handle {handle} is in use")
+        self._free.remove(handle)
+        self._entries[handle] = entry
+
     def release(self, handle: int) -> None:
         """Free the row."""
         self._entries[handle] = None
@@ -101,6 +108,12 @@ class Operation:
         self.state = following
 
 
+class Gone:
+    """The payload of a WRITE that a lane has sent: there is nothing to send it again from."""
+
+    __slots__ = ()
+
+
 class Part:
     """One write request of an operation: data out of its buffer, or zeroes.
 
@@ -110,7 +123,7 @@ class Part:
 
     __slots__ = ("attempts", "fills", "is_merge", "is_zero", "operation", "payload", "where")
 
-    def __init__(self, operation: Operation, where: Range, payload: Payload | None, *, is_zero: bool) -> None:
+    def __init__(self, operation: Operation, where: Range, payload: Payload | Gone | None, *, is_zero: bool) -> None:
         self.operation = operation
         self.where = where
         self.payload = payload

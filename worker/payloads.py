@@ -35,7 +35,7 @@ class Payloads:
 
     def hold_in_memory(self, operation: Operation) -> None:
         """What `operation` holds is worthless; its next payload is to be kept for as long as it may be needed."""
-        if operation.piped is not None:
+        if operation.buffer is None:
             self.release(operation)
             operation.buffer = self._buffers.take()
 

@@ -72,3 +72,11 @@ class Plumbing(Protocol):
 
     def close(self) -> None:
         """Close what it opened for its own use. Idempotent."""
+
+
+def tell_of_small_pieces(peer: str, capacity: int, held: int) -> str:
+    """For the log: a pipe of `capacity` bytes was full when it held less."""
+    return (
+        f"{peer}: its data comes in small pieces: a pipe of {capacity} bytes was full with {held}; "
+        "the rest of such payload goes through a buffer"
+    )

@@ -18,8 +18,10 @@ from nbdshard.common.machine import machine_id
 from nbdshard.common.messages import PROTOCOL_VERSION, Hello
 from nbdshard.common.ring import Kind, Operation, Ring
 from nbdshard.common.ring.choose import open_ring
+from nbdshard.worker.lane import Lane
 from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.service import Worker, WorkerState
+from nbdshard.worker.shape import CopyShape
 
 if TYPE_CHECKING:
     from nbdshard.common.keys import WorkerKeys
@@ -45,7 +47,15 @@ def run_worker(connect: str, *, ring: str = "auto", name: str = "", keys: Worker
 
 
 def _work(ring: Ring, channel: WorkerChannel) -> None:
-    worker = Worker(ring, channel, _hello(ring, channel), _seconds, plumbing=SystemPlumbing())
+    def wake() -> None:
+        worker.hear()  # or its loop would only look at what the ring has
+        ring.wake()
+
+    def make_lane(shape: CopyShape) -> Lane:
+        return Lane(shape.request_size, shape.sparse_unit, shape.requests, _seconds, wake, SystemPlumbing())
+
+    hello = _hello(ring, channel)
+    worker = Worker(ring, channel, hello, _seconds, plumbing=SystemPlumbing(), make_lane=make_lane)
     _watch(ring, channel.descriptor, worker.hear)
     stops = 0
 

@@ -48,6 +48,7 @@ from nbdshard.worker.agreement import check_agreement, check_likeness, may_splic
 from nbdshard.worker.clock import WorkerClock
 from nbdshard.worker.copier import Copier
 from nbdshard.worker.crew import SIDES, Crew
+from nbdshard.worker.lanes import MakeLane
 from nbdshard.worker.opening import OpenConnection
 from nbdshard.worker.piped import PipePool
 from nbdshard.worker.pipes import Plumbing
@@ -93,8 +94,9 @@ class Worker:
         clock: Callable[[], float],
         connector: Connector = SYSTEM_SOCKETS,
         plumbing: Plumbing | None = None,
+        make_lane: MakeLane | None = None,
     ) -> None:
-        """`plumbing`: None for a worker that splices nothing."""
+        """`plumbing`: None for a worker that splices nothing. `make_lane`: None for one without lanes."""
         self.state = WorkerState.GREETING
         self.error: NbdshardError | None = None
         self._ring = ring
@@ -102,6 +104,7 @@ class Worker:
         self._clock = WorkerClock(clock)
         self._connector = connector
         self._plumbing = plumbing
+        self._make_lane = make_lane
         self._pipes: PipePool | None = None
         self._has_told_of_pipes = False
         self._has_mail = False
@@ -126,10 +129,12 @@ class Worker:
         now = self._look()
         self._read_channel(now)
         self._look_at_clock(now)
-        if self._copier is not None and self.state is not WorkerState.LOSING:
-            self._copier.pump(self._clock.true)
+        if self._copier is not None:
+            self._copier.lanes.collect()
+            if self.state is not WorkerState.LOSING:
+                self._copier.pump(self._clock.true)
             self._collect(self._copier)
-            self._tell_of_pipes()
+            self._tell_of_pipes(self._copier)
         has_work = self._crew is not None and self._crew.pump(now)
         self._advance(now)
         self._send()
@@ -262,13 +267,18 @@ class Worker:
     def _idle(self) -> bool:
         return self._copier is None or self._copier.idle
 
-    def _tell_of_pipes(self) -> None:
+    def _tell_of_pipes(self, copier: Copier) -> None:
+        for remark in copier.lanes.remarks:
+            logs.info(remark)
+        copier.lanes.remarks.clear()
         if self._pipes is not None and self._pipes.limited and not self._has_told_of_pipes:
             self._has_told_of_pipes = True
             logs.info(f"{self._pipes.limited}: the payload of other requests goes through buffers")
 
     def _close_pipes(self) -> None:
         """Every connection is closed: nothing uses them any more."""
+        if self._copier is not None:
+            self._copier.lanes.close()
         if self._pipes is not None:
             self._pipes.close()
             self._pipes = None
@@ -390,7 +400,7 @@ class Worker:
                 self._open_failed(error, looked_at)
                 return
             self._pipes = PipePool(self._plumbing, shape.request_size) if shape.splice and self._plumbing else None
-            self._copier = Copier(shape, assign.job, assign.epoch, self._clock.true, self._pipes)
+            self._copier = Copier(shape, assign.job, assign.epoch, self._clock.true, self._pipes, self._make_lane)
             self.state = WorkerState.WORKING
             for each_side, each in crew.ready():
                 self._join(self._copier, each_side, each)

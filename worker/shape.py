@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import HOLE_BYTES_MIN, SPARSE_UNIT_DEFAULT, SPLICE_BYTES_MIN
@@ -19,11 +20,11 @@ class ZeroPolicy(Enum):
     FILL = "written as data: the destination cannot zero"
 
 
-@dataclass(frozen=True, slots=True)
-class CopyShape:
+class CopyShape(msgspec.Struct, frozen=True):
     """Sizes in bytes, counts in requests."""
 
     request_size: int  # of one read and one write: a power of two, and within both sides' maximum
+    requests: int  # in flight on one connection
     depth: int  # operations per source connection: `requests`, as far as `queue_size` holds their buffers
     queue_size: int  # payload in flight per connection
     alignment: int  # the larger minimum block size: where zeroes and data may be cut
@@ -63,11 +64,12 @@ class CopyShape:
         sparse_unit = _sparse_unit(destination, options, alignment, request_size, policy)
         return cls(
             request_size=request_size,
+            requests=options.requests,
             depth=1 if synchronous else max(1, min(options.requests, options.queue_size // request_size)),
             queue_size=max(options.queue_size, request_size),
             alignment=alignment,
             sparse_unit=sparse_unit,
-            hole_min=min(HOLE_BYTES_MIN, request_size // 8) if sparse_unit else 1,
+            hole_min=min(HOLE_BYTES_MIN, request_size // 4) if sparse_unit else 1,
             merge_unit=destination.block_minimum,
             zero_policy=policy,
             allocated=options.allocated,

@@ -8,7 +8,8 @@ from typing import Protocol
 from nbdshard.common.errors import BugError, RequestError
 from nbdshard.common.ranges import Range
 from nbdshard.worker.lease import LeaseWork
-from nbdshard.worker.operation import Operation, Part, Vector
+from nbdshard.worker.lending import Lendable
+from nbdshard.worker.operation import Gone, Operation, Part, Vector
 from nbdshard.worker.ports import Connection, Extents
 from nbdshard.worker.states import OperationEvent
 
@@ -32,10 +33,13 @@ class Decisions(Protocol):
 class Source:
     """A connection to the source. Implements `ports.Listener`."""
 
-    def __init__(self, index: int, connection: Connection, depth: int, copier: Decisions) -> None:
+    def __init__(self, index: int, connection: Connection, depth: int, rows: int, copier: Decisions) -> None:
+        """`depth`: operations at a time; `rows`: handles, as many at least."""
         self.index = index
         self.connection = connection
-        self.vector: Vector[Operation | LeaseWork] = Vector(depth + 1)  # one row more, for block status
+        self.is_lent = False  # to a lane: nothing may be asked on it
+        self.is_laned = False  # a lane works on it, now and then
+        self.vector: Vector[Operation | LeaseWork] = Vector(rows + 1)  # one row more, for block status
         self.depth = depth
         self.active = 0  # operations that own a row
         self._copier = copier
@@ -44,6 +48,12 @@ class Source:
         """Give `operation` a row; it keeps it until it is EMPTY again."""
         operation.source = self.index
         operation.handle = self.vector.take(operation)
+        self.active += 1
+
+    def adopt(self, operation: Operation, handle: int) -> None:
+        """As `begin`, in a row of somebody else's choice."""
+        self.vector.take_at(handle, operation)
+        operation.source, operation.handle = self.index, handle
         self.active += 1
 
     def end(self, operation: Operation) -> None:
@@ -98,6 +108,8 @@ class Target:
         self.active = 0  # parts that own a row
         self.bytes_in_flight = 0
         self.flushing = False
+        self.is_lent = False  # to a lane: nothing may be asked on it
+        self.is_laned = False  # a lane works on it, now and then
         self._copier = copier
 
     def has_room(self, size: int) -> bool:
@@ -113,6 +125,8 @@ class Target:
             self.connection.zero(handle, part.where, allocated=allocated)
             return
         self.bytes_in_flight += part.where.length
+        if isinstance(part.payload, Gone):
+            raise BugError(f"a write of {part.where} has no payload")
         if part.is_merge:
             self.connection.read(handle, part.where, part.payload)
         else:
@@ -123,6 +137,26 @@ class Target:
             raise BugError("a flush is under way")
         self.flushing = True
         self.connection.flush(self.vector.take(self.FLUSH))
+
+    def adopt(self, part: Part, handle: int) -> None:
+        """`part` was sent by somebody else, with this handle."""
+        self.vector.take_at(handle, part)
+        self.active += 1
+        self.bytes_in_flight += part.where.length
+
+    def flush_over(self) -> None:
+        """The flush that a lane was asked for has succeeded."""
+        self.flushing = False
+
+    def flush_again(self) -> None:
+        """The flush that a lane was asked for was not begun."""
+        self.flushing = False
+        self.flush()
+
+    def adopt_flush(self, connection: Lendable) -> None:
+        """The flush that a lane was asked for is not answered."""
+        self.vector.take_at(self.requests, self.FLUSH)
+        connection.adopt_flush(self.requests)
 
     def sent(self, handle: int) -> None:
         part = self.vector[handle]

@@ -10,7 +10,7 @@ from nbdshard.common.limits import ATTEMPTS_PER_REQUEST, ZERO_BYTES_MAX, ZERO_RU
 from nbdshard.common.messages import ErrorReport, Side
 from nbdshard.common.ranges import Range
 from nbdshard.worker.lease import LeaseWork
-from nbdshard.worker.operation import Operation, Part
+from nbdshard.worker.operation import Gone, Operation, Part
 from nbdshard.worker.payloads import Payloads
 from nbdshard.worker.piped import PipedPayload
 from nbdshard.worker.ports import Connection
@@ -54,7 +54,7 @@ class Writer:
             self._send(target)
 
     def _send(self, target: Target) -> None:
-        while target.waiting and target.has_room(self._payload_size(target.waiting[0])):
+        while target.waiting and not target.is_lent and target.has_room(self._payload_size(target.waiting[0])):
             self._submit(target, target.waiting.popleft())
 
     def is_writing(self, leases: Collection[LeaseWork]) -> bool:
@@ -184,7 +184,7 @@ class Writer:
             self._owner.fail(operation.lease, "destination", doing, target.connection, part.where, error)
             self._part_over(part)
             return
-        if isinstance(part.payload, PipedPayload):
+        if isinstance(part.payload, PipedPayload | Gone):
             operation.advance(OperationEvent.DATA_LOST)
             operation.writes_lost = part.attempts
             self._owner.read_again(operation, part.attempts)
@@ -231,7 +231,8 @@ class Writer:
         else:
             parts = [Part(operation, piece, None, is_zero=True) for piece in where.split(ZERO_BYTES_MAX)]
         operation.parts_left = operation.parts_unsent = len(parts)
-        target = self.targets[where.start // self.shape.request_size % len(self.targets)]
+        targets = [target for target in self.targets if not target.is_laned] or self.targets
+        target = targets[where.start // self.shape.request_size % len(targets)]
         for part in parts:
             self._queue(target, part)
 

@@ -173,7 +173,7 @@ def test_a_network_of_small_packets_fills_pipes_early_and_the_copy_is_identical(
         nbdkit("file", str(destination)) as two,
     ):
         outcome = copy(
-            "-v", "--ring", ring, "--workers", "1", one, two.uri, executable=[*inside, EXECUTABLE]
+            "-v", "--ring", ring, "--workers", "1", "-S", "0", one, two.uri, executable=[*inside, EXECUTABLE]
         ).succeeded()
     images.assert_identical(source, destination)
     said = [line for line in outcome.err.splitlines() if SMALL_PIECES in line]
@@ -225,13 +225,32 @@ def test_a_user_whose_share_of_pipes_is_used_up_copies_through_buffers_and_is_to
         nbdkit("file", str(destination)) as two,
     ):
         assert taken > 0
-        options = ("-v", "--ring", ring, "--workers", "1", "-S", "0")
+        options = ("-v", "--ring", ring, "--workers", "1", "-S", "0", "-R", "4")  # too few for a lane
         outcome = copy(*options, one.uri, two.uri, **as_lonely).succeeded()
     images.assert_identical(source, destination)
     lines = [line for line in outcome.err.splitlines() if "the payload of other requests goes through buffers" in line]
     assert len(lines) == 1
     assert re.search(r"pipe \d can hold only \d+ bytes \(pipe-max-size, pipe-user-pages-soft\)", lines[0])
     assert ("spliced" in data_path(outcome)) is (mib_left > 0)
+
+
+def test_without_a_pipe_for_it_there_is_no_lane_and_the_copy_is_identical(
+    tmp_path: Path, ring: str, as_lonely: dict[str, Any]
+) -> None:
+    source = images.random_image(tmp_path / "source", SIZE)
+    destination = images.filled_image(tmp_path / "destination", SIZE, OLD)
+    with (
+        as_lonely_user(lambda: take_pipes(0)),
+        nbdkit("file", str(source), flags=["-r"]) as one,
+        nbdkit("file", str(destination)) as two,
+    ):
+        options = ("-v", "--ring", ring, "--workers", "1", "-S", "0")
+        outcome = copy(*options, one.uri, two.uri, **as_lonely).succeeded()
+    images.assert_identical(source, destination)
+    said = [line for line in outcome.err.splitlines() if "payload is copied without lanes" in line]
+    assert len(said) == 1
+    assert re.search(r"a pipe can hold only \d+ bytes \(pipe-max-size, pipe-user-pages-soft\)", said[0])
+    assert data_path(outcome) == "buffered"
 
 
 def test_a_user_with_a_share_of_pipes_splices(tmp_path: Path, ring: str, as_lonely: dict[str, Any]) -> None:

@@ -1,0 +1,77 @@
+"""The cookies of one side of a lane, and what was asked with each. Its thread writes them, others look at them."""
+
+from __future__ import annotations
+
+from math import inf
+
+from nbdshard.common.limits import LANE_DEPTH, SPLICED_BYTES_PER_SECOND
+from nbdshard.common.ranges import Range
+from nbdshard.worker.stretch import Stretch, Unanswered
+
+
+class Rows:
+    """Row number = cookie. `length` is 0 where nothing is asked; it may have rows of the lane's own behind the `count`.
+
+    `depth`: how many to keep in use: as many as SPLICED_BYTES_PER_SECOND takes, by the fastest answer so far.
+    """
+
+    __slots__ = ("_unit", "count", "depth", "fastest", "free", "length", "of", "sent", "spliced", "start", "used")
+
+    def __init__(self, count: int, unit: int, *, extra: int = 0) -> None:
+        self.count = count
+        self._unit = unit
+        self.fastest = inf
+        self.depth = min(count, LANE_DEPTH)
+        self.length = [0] * (count + extra)
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing is asked; what was learnt of the other side stays."""
+        count = self.count
+        self.used = 0
+        self.free = list(range(count - 1, -1, -1))  # the lowest on top: few rows are hot
+        self.of: list[Stretch | None] = [None] * count
+        self.start = [0] * len(self.length)
+        self.length = [0] * len(self.length)
+        self.spliced = [0] * count  # bytes of the payload that are in a pipe
+        self.sent = [inf] * count
+
+    def take(self, stretch: Stretch, start: int, length: int, now: float) -> int:
+        """A cookie for `length` bytes at `start`; the caller has seen that one is free."""
+        cookie = self.free.pop()
+        self.of[cookie] = stretch
+        self.start[cookie] = start
+        self.length[cookie] = length
+        self.sent[cookie] = now
+        self.used += 1
+        return cookie
+
+    def give(self, cookie: int) -> None:
+        """It was answered, or never sent."""
+        self.length[cookie] = 0
+        self.of[cookie] = None
+        self.sent[cookie] = inf
+        self.free.append(cookie)
+        self.used -= 1
+
+    def answered(self, cookie: int, now: float) -> None:
+        """Learn from how long the answer took."""
+        seconds = now - self.sent[cookie]
+        if seconds < self.fastest:
+            self.fastest = seconds
+            needed = int(seconds * SPLICED_BYTES_PER_SECOND / self._unit)
+            self.depth = min(self.count, max(LANE_DEPTH, needed))
+
+    def unanswered(self) -> list[Unanswered]:
+        return [
+            Unanswered(cookie, Range.of(self.start[cookie], self.length[cookie]), stretch)
+            for cookie, stretch in enumerate(self.of)
+            if stretch is not None
+        ]
+
+    def oldest(self) -> tuple[float, int]:
+        """When the oldest unanswered one was sent (inf: there is none), and the bytes of all.
+
+        From another thread: a row may change under the look, and is no older for it.
+        """
+        return min(self.sent), sum(self.length[: self.count])
