@@ -30,7 +30,7 @@ BLOCK_BYTES_MAX_DEFAULT: Final = 32 * MIB  # spec: what a client may send when t
 # -- one copy ---------------------------------------------------------------------------------------------------------
 REQUEST_BYTES_MIN: Final = 4 * KIB  # nbdcopy's limits for --request-size
 REQUEST_BYTES_MAX: Final = 32 * MIB
-REQUEST_BYTES_DEFAULT: Final = MIB
+REQUEST_BYTES_DEFAULT: Final = 512 * KIB  # of 256 KiB to 1 MiB the best for servers of one thread, and near it for others
 REQUESTS_MAX: Final = 1024
 REQUESTS_DEFAULT: Final = 64  # in flight per connection (nbdcopy's default)
 QUEUE_BYTES_DEFAULT: Final = 16 * MIB  # in flight per connection (nbdcopy's default)

@@ -18,6 +18,7 @@ from benchmarks.results import (
     SchedulerCost,
     Series,
 )
+from nbdshard.common.limits import REQUEST_BYTES_DEFAULT
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -51,7 +52,7 @@ def row(
     return Row(name, 8 * GIB, [series(tool, [wall], [cpu]) for tool, (wall, cpu) in pairs.items()])
 
 
-def point(workers: int, connections: int, wall: float, request_size: int = MIB) -> Point:
+def point(workers: int, connections: int, wall: float, request_size: int = REQUEST_BYTES_DEFAULT) -> Point:
     return Point(workers, connections, request_size, series("nbdshard", [wall]))
 
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.main import SECONDS
 from benchmarks.rows import PARTS, ROWS, Content, LocalFile, Nbdkit, QemuNbd, Row
 from benchmarks.scaling import BY_WORKERS, by_request_size
-from nbdshard.common.limits import GIB, MIB
+from nbdshard.common.limits import GIB, MIB, REQUEST_BYTES_DEFAULT
 
 
 def named(name: str) -> Row:
@@ -49,7 +49,7 @@ def test_only_nbdkit_null_forgets_what_was_written() -> None:
 
 def test_every_worker_of_the_scaling_table_has_a_connection() -> None:
     assert all(connections >= workers for workers, connections, _ in BY_WORKERS)
-    assert (1, 1, MIB) in BY_WORKERS and (4, 8, MIB) in BY_WORKERS
+    assert (1, 1, REQUEST_BYTES_DEFAULT) in BY_WORKERS and (4, 8, REQUEST_BYTES_DEFAULT) in BY_WORKERS
 
 
 def test_request_sizes_go_from_64_kib_to_4_mib() -> None:
