@@ -169,7 +169,7 @@ class Campaign:
         found = []
         for row in self.rows:
             wanted = self.plan.rounds * TASKS[row.name].rounds_factor
-            made = min((len(series.samples) for series in row.series if not series.failed), default=wanted)
+            made = max((len(series.samples) for series in row.series if not series.failed), default=wanted)
             if made < wanted:
                 found.append(f"{row.name} ({made} of {wanted})")
         if found:

@@ -9,6 +9,7 @@ from benchmarks import judging
 from benchmarks.commands import TOOLS, shown
 from benchmarks.results import AFTER_ONE, AFTER_ROUNDS, NBDCOPY, NBDSHARD, QEMU_IMG, Point, Results, Row, Sample, Series
 from benchmarks.rows import ROWS
+from benchmarks.series import SLOW_FACTOR, SLOW_ROUNDS
 from nbdshard.common.limits import CONNECTIONS_DEFAULT, REQUEST_BYTES_DEFAULT
 from nbdshard.common.units import format_bytes
 
@@ -282,7 +283,8 @@ def _how(results: Results) -> str:
             f"1. Whole commands, from before the process is made until its exit: {', '.join(zero)}; where zeroes are "
             "looked for, the same without `-S 0`. Nothing else is tuned.",
             f"2. The tools take turns, {results.rounds} rounds where time allows, each round begun by another tool; "
-            "the servers run on, and a destination file is emptied before each run.",
+            "the servers run on, and a destination file is emptied before each run. A tool that takes more than "
+            f"{SLOW_FACTOR:g} times as long as the others does so in {SLOW_ROUNDS} rounds only.",
             "3. CPU is user and system time by wait4(2), of the command, its threads, the kernel's threads that work "
             "for its ring, and all its processes, which it waits for; the servers' is not in it.",
             "4. Sources and destinations are in memory or made up by nbdkit, files in /dev/shm (a tmpfs): no disk "
@@ -331,7 +333,7 @@ def _point(point: Point | None) -> str:
 
 
 def _rounds(row: Row) -> int:
-    return min((len(series.samples) for series in row.series), default=0)
+    return max((len(series.samples) for series in row.series), default=0)
 
 
 def _wall(sample: Sample) -> float:

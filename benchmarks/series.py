@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from benchmarks.budget import Rounds, alternating
 from benchmarks.measure import CommandFailed, timed
 from benchmarks.results import Sample, Series
+
+SLOW_FACTOR: Final = 2.5
+SLOW_ROUNDS: Final = 2
 
 
 @dataclass(slots=True)
@@ -37,11 +41,22 @@ class Runner:
 def alternate(runners: Sequence[Runner], wanted: int, deadline: float, reset: Callable[[], None]) -> list[Series]:
     """Run all of them, round by round, `wanted` times or as often as there is time until `deadline`, at least once.
 
-    `reset` is called before each run, outside the timing.
+    `reset` is called before each run, outside the timing. Who is slower than all others by SLOW_FACTOR takes part in
+    SLOW_ROUNDS rounds: more would take the others' time, and say nothing new.
     """
     rounds = Rounds(wanted, deadline)
     while rounds.another(time.monotonic()):
         for runner in alternating(runners, rounds.made - 1):
-            reset()
-            runner.run()
+            if not _is_left_behind(runner, runners):
+                reset()
+                runner.run()
     return [runner.series for runner in runners]
+
+
+def _is_left_behind(runner: Runner, runners: Sequence[Runner]) -> bool:
+    others = [
+        min(sample.wall for sample in other.samples) for other in runners if other is not runner and other.samples
+    ]
+    if len(runner.samples) < SLOW_ROUNDS or not others:
+        return False
+    return min(sample.wall for sample in runner.samples) > SLOW_FACTOR * max(others)
