@@ -11,7 +11,8 @@ from nbdshard.common.errors import NbdshardError
 from nbdshard.common.nbd.uri import parse_uri
 from nbdshard.common.ring import Ring, open_ring
 from nbdshard.worker.deadlines import Timeouts
-from nbdshard.worker.link import LinkState, NbdLink
+from nbdshard.worker.dialing import LinkState
+from nbdshard.worker.link import NbdLink
 from nbdshard.worker.sockets import SYSTEM_SOCKETS, Address, Sockets
 from support.waiting import wait_for
 

@@ -12,7 +12,7 @@ import pytest
 from nbdshard.common.errors import ConnectionLost, NbdshardError, ProtocolError
 from nbdshard.common.limits import DISCONNECT_SECONDS
 from nbdshard.common.ranges import Range
-from nbdshard.worker.link import LinkState
+from nbdshard.worker.dialing import LinkState
 from support.doubles import (
     CMD_DISC,
     CMD_FLUSH,
