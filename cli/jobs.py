@@ -68,6 +68,7 @@ def _job(setting: Setting, begun: Start) -> Job:
         destination_grows=ends.destination_grows,
         machine=machine_id(),
         loss_seconds=args.loss_timeout,
+        reconnect_seconds=args.reconnect_delay,
         expected=begun.expected,
         durable=begun.durable,
         checkpoint_seconds=args.checkpoint,

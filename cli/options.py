@@ -17,9 +17,12 @@ import msgspec
 from nbdshard.cli.grammar import COUNT, Parser, UsageError, count_between, refuse, size_where
 from nbdshard.common.endpoints import Endpoint, parse_endpoint
 from nbdshard.common.limits import (
+    BACKOFF_SECONDS_MAX,
     CHECKPOINT_SECONDS,
+    CONNECT_SECONDS,
     CONNECTIONS_DEFAULT,
     CONNECTIONS_MAX,
+    HANDSHAKE_SECONDS,
     LOSS_SECONDS,
     LOSS_SECONDS_MAX,
     QUEUE_BYTES_DEFAULT,
@@ -30,9 +33,14 @@ from nbdshard.common.limits import (
     REQUEST_BYTES_DEFAULT,
     REQUEST_BYTES_MAX,
     REQUEST_BYTES_MIN,
+    REQUEST_SECONDS,
     REQUESTS_DEFAULT,
     REQUESTS_MAX,
+    RETRIES,
+    RETRIES_MAX,
     SPARSE_UNIT_MIN,
+    TIMEOUT_SECONDS_MAX,
+    TIMEOUT_SECONDS_MIN,
     WORKERS_MAX,
 )
 from nbdshard.common.messages import DataPath, JobOptions
@@ -109,6 +117,14 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _timeout(text: str) -> float:
+    """As `_seconds`, for something that has to be answered."""
+    seconds = _seconds(text)
+    if not TIMEOUT_SECONDS_MIN <= seconds <= TIMEOUT_SECONDS_MAX:
+        refuse(text, f"a number of seconds from {TIMEOUT_SECONDS_MIN:g} to {TIMEOUT_SECONDS_MAX:g}")
+    return seconds
+
+
 def add_copy_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how to copy, shared by `copy` and `coordinator`."""
     size = "SIZE"
@@ -134,6 +150,13 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
         help=f"flush what was written, and remember it, so often (default {CHECKPOINT_SECONDS:g})",
     )
     add(
+        "--connect-timeout",
+        metavar="SECONDS",
+        type=_timeout,
+        default=CONNECT_SECONDS,
+        help=f"how long a connection may take to come up (default {CONNECT_SECONDS:g})",
+    )
+    add(
         "--destination-is-zero",
         "--target-is-zero",
         action="store_true",
@@ -141,6 +164,13 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--flush", action="store_true", help="flush before exit: the default, taken for nbdcopy's sake")
     add("--no-flush", action="store_true", help="do not flush: what is copied may still be in caches at exit")
+    add(
+        "--handshake-timeout",
+        metavar="SECONDS",
+        type=_timeout,
+        default=HANDSHAKE_SECONDS,
+        help=f"how long a server may take to offer its export (default {HANDSHAKE_SECONDS:g})",
+    )
     add("--journal", metavar="FILE", help="where to remember how far the copy is (default: in the state directory)")
     add("--keep-journal", action="store_true", help="keep the journal of a copy that is complete")
     add("--resume", action="store_true", help="go on where the copy of --journal ended")
@@ -174,6 +204,13 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
         help=f"bytes a worker takes at a time (default {size_text(RANGE_BYTES_DEFAULT)}, less for small exports)",
     )
     add(
+        "--reconnect-delay",
+        metavar="SECONDS",
+        type=_timeout,
+        default=BACKOFF_SECONDS_MAX,
+        help=f"the longest pause before a lost server is tried again (default {BACKOFF_SECONDS_MAX:g})",
+    )
+    add(
         "--request-size",
         metavar=size,
         type=_request_size,
@@ -187,6 +224,20 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
         type=count_between(1, REQUESTS_MAX),
         default=REQUESTS_DEFAULT,
         help=f"requests in flight on each connection (default {REQUESTS_DEFAULT})",
+    )
+    add(
+        "--request-timeout",
+        metavar="SECONDS",
+        type=_timeout,
+        default=REQUEST_SECONDS,
+        help=f"how old a request may become, and a second more for each MiB of it (default {REQUEST_SECONDS:g})",
+    )
+    add(
+        "--retries",
+        metavar="N",
+        type=count_between(0, RETRIES_MAX),
+        default=RETRIES,
+        help=f"how often a failed read or write is tried again (default {RETRIES})",
     )
     add(
         "-S",
@@ -279,6 +330,10 @@ def job_options(args: argparse.Namespace) -> JobOptions:
         synchronous=args.synchronous,
         flush=not args.no_flush,
         data_path=args.data_path,
+        connect_seconds=args.connect_timeout,
+        handshake_seconds=args.handshake_timeout,
+        request_seconds=args.request_timeout,
+        attempts=args.retries + 1,
     )
 
 

@@ -30,7 +30,9 @@ BLOCK_BYTES_MAX_DEFAULT: Final = 32 * MIB  # spec: what a client may send when t
 # -- one copy ---------------------------------------------------------------------------------------------------------
 REQUEST_BYTES_MIN: Final = 4 * KIB  # nbdcopy's limits for --request-size
 REQUEST_BYTES_MAX: Final = 32 * MIB
-REQUEST_BYTES_DEFAULT: Final = 512 * KIB  # of 256 KiB to 1 MiB the best for servers of one thread, and near it for others
+REQUEST_BYTES_DEFAULT: Final = (
+    512 * KIB
+)  # from 256 KiB to 1 MiB the best for servers of one thread (measured)
 REQUESTS_MAX: Final = 1024
 REQUESTS_DEFAULT: Final = 64  # in flight per connection (nbdcopy's default)
 QUEUE_BYTES_DEFAULT: Final = 16 * MIB  # in flight per connection (nbdcopy's default)
@@ -47,9 +49,11 @@ RANGE_BYTES_MIN: Final = 64 * KIB  # the spec's largest minimum block size: a ra
 RANGE_UNITS_MAX: Final = 4  # range sizes in one lease of a worker that meets no data: what a lost lease costs
 RANGES_PER_WORKER_MIN: Final = 4  # smaller ranges for small exports, so that every worker has work
 LEASES_PER_WORKER: Final = 2  # the one being copied and the next, so that extents are asked while data moves
-ATTEMPTS_PER_REQUEST: Final = 5  # tries of one read or write before its range fails
+RETRIES: Final = 4  # of one read or write, before its range fails
+RETRIES_MAX: Final = 1000
 ATTEMPTS_PER_RANGE: Final = 3  # leases of one range before the job fails
-RETRY_DELAY_SECONDS: Final = 0.05  # before the second try; doubles with each
+RETRY_DELAY_SECONDS: Final = 0.05  # before the second try; doubles with each ...
+RETRY_DELAY_SECONDS_MAX: Final = 5.0  # ... up to this
 SEGMENTS_MAX: Final = 16 * KIB  # stretches of data and zeroes a lease knows of at a time, about 200 bytes each
 SEGMENTS_LOW: Final = KIB  # when so many are left, the next are asked for
 ZERO_RUNS_MAX: Final = 256  # runs of zeroes a lease holds back to coalesce them
@@ -78,6 +82,8 @@ PROGRESS_SECONDS: Final = 0.25  # between a worker's reports of one lease
 DISCONNECT_SECONDS: Final = 2.0  # for a soft disconnect before the socket is shut down
 BACKOFF_SECONDS_MIN: Final = 0.2  # before a lost server is tried again; doubled with each loss in a row ...
 BACKOFF_SECONDS_MAX: Final = 5.0  # ... up to this
+TIMEOUT_SECONDS_MIN: Final = 0.1  # of what may be asked for: less is a mistake of units
+TIMEOUT_SECONDS_MAX: Final = 86_400.0
 BACKOFF_JITTER: Final = 0.25  # of the pause by which workers differ
 LOSS_SECONDS: Final = 600.0  # for a lost server to come back, then the job pauses
 RESUME_SAMPLES: Final = 16  # places of what is durable that a resumed copy reads from both sides first ...

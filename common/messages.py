@@ -16,10 +16,18 @@ import msgpack
 import msgspec
 
 from nbdshard.common.errors import ProtocolError
-from nbdshard.common.limits import MESSAGE_BYTES_MAX, TEXT_BYTES_MAX
+from nbdshard.common.limits import (
+    CONNECT_SECONDS,
+    HANDSHAKE_SECONDS,
+    MESSAGE_BYTES_MAX,
+    REQUEST_SECONDS,
+    RETRIES,
+    RETRIES_MAX,
+    TEXT_BYTES_MAX,
+)
 from nbdshard.common.ranges import Range
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _NAMES = "surrogateescape"  # as os.fsdecode: the system's names are bytes
 
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
@@ -88,9 +96,10 @@ class JobOptions(Record, frozen=True):
     synchronous: bool = False
     flush: bool = True
     data_path: DataPath = "auto"
-    connect_seconds: Seconds = 5.0
-    handshake_seconds: Seconds = 10.0
-    request_seconds: Seconds = 30.0
+    connect_seconds: Seconds = CONNECT_SECONDS
+    handshake_seconds: Seconds = HANDSHAKE_SECONDS
+    request_seconds: Seconds = REQUEST_SECONDS
+    attempts: Annotated[int, msgspec.Meta(ge=1, le=RETRIES_MAX + 1)] = RETRIES + 1  # of one read or write
 
 
 class ErrorReport(Record, frozen=True):

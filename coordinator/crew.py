@@ -19,7 +19,7 @@ from zlib import crc32
 from msgspec.structs import replace
 
 from nbdshard.common.errors import BugError
-from nbdshard.common.limits import BACKOFF_JITTER, BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN, OPEN_SECONDS
+from nbdshard.common.limits import BACKOFF_JITTER, BACKOFF_SECONDS_MIN, OPEN_SECONDS
 from nbdshard.common.messages import Assign, EndpointDescription, FromCoordinator, Hello, Stop
 from nbdshard.coordinator.instructions import Forget, Instruction, Kill, Send
 from nbdshard.coordinator.job import Job
@@ -115,7 +115,7 @@ class Crew:
         self._take_share(worker)
         # Those who lost the same server come back one after the other.
         share = 1 - BACKOFF_JITTER * (crc32(worker.identity.encode()) % 256) / 256
-        pause = min(BACKOFF_SECONDS_MIN * 2.0 ** min(worker.losses - 1, 16), BACKOFF_SECONDS_MAX)
+        pause = min(BACKOFF_SECONDS_MIN * 2.0 ** min(worker.losses - 1, 16), self._job.reconnect_seconds)
         worker.return_at = now + pause * share
         self.arm(worker)
 

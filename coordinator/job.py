@@ -7,6 +7,7 @@ from enum import Enum, auto
 import msgspec
 
 from nbdshard.common.limits import (
+    BACKOFF_SECONDS_MAX,
     CHECKPOINT_BYTES,
     CHECKPOINT_SECONDS,
     CONNECTIONS_DEFAULT,
@@ -33,6 +34,7 @@ class Job(msgspec.Struct, frozen=True):
     destination_grows: bool = False  # a regular file or a stream: `Prepare` gives it its size
     machine: str = ""  # the coordinator's own machine id, to compare with `Hello.machine`
     loss_seconds: float = 0.0  # how long a server that was lost is waited for; 0: not at all
+    reconnect_seconds: float = BACKOFF_SECONDS_MAX  # the longest pause before it is tried again
     lease_seconds: float = LEASE_SECONDS
     heartbeat_seconds: float = HEARTBEAT_SECONDS
     expected: tuple[EndpointDescription, EndpointDescription] | None = None  # what an earlier run found

@@ -20,10 +20,10 @@ from typing import assert_never
 
 from nbdshard.common.errors import BugError, IllegalEvent, UserError
 from nbdshard.common.limits import (
-    ATTEMPTS_PER_REQUEST,
     BEATS_PER_TICK_MAX,
     DRAIN_SECONDS,
     IDLE_JOB_SECONDS,
+    RETRY_DELAY_SECONDS_MAX,
     STALL_SECONDS,
 )
 from nbdshard.common.messages import (
@@ -452,4 +452,5 @@ class Scheduler(Membership):
             return inf
         if self._crew.ready_count == 0 or self._crew.flushing_count:
             return inf  # other clocks run
-        return self._moved_at + STALL_SECONDS + ATTEMPTS_PER_REQUEST * self._job.options.request_seconds
+        options = self._job.options
+        return self._moved_at + STALL_SECONDS + options.attempts * (options.request_seconds + RETRY_DELAY_SECONDS_MAX)

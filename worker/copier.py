@@ -6,7 +6,7 @@ batch of events; the copier queues requests on its connections and messages in `
 - No WRITE is queued before its READ ended without error and all payload is held.
 - A lease's clock is looked at before each write is queued; whoever sends what is queued compares the time with
   `earliest_expiry` before each piece, and calls `expire`. An expired lease writes nothing more.
-- A failed read is asked again, a failed write is sent again from its buffer, ATTEMPTS_PER_REQUEST times in all; then
+- A failed read is asked again, a failed write is sent again from its buffer, `attempts` times in all; then
   the lease fails, and with it nothing else. What was spliced is gone after a failed write: it is read again, and both
   go through a buffer from then on.
 - Counters count acknowledged bytes only.
@@ -21,9 +21,9 @@ from math import inf
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.limits import (
-    ATTEMPTS_PER_REQUEST,
     LEASES_PER_WORKER,
     RETRY_DELAY_SECONDS,
+    RETRY_DELAY_SECONDS_MAX,
     SPLICED_BYTES_PER_SECOND,
     SPLICED_PER_CONNECTION,
     ZERO_BYTES_MAX,
@@ -308,7 +308,7 @@ class Copier:
     def _read_failed(self, operation: Operation, error: RequestError) -> None:
         source = self.sources[operation.source]
         operation.attempts += 1
-        if operation.attempts >= ATTEMPTS_PER_REQUEST:
+        if operation.attempts >= self.shape.attempts:
             self.fail(operation.lease, "source", "read", source.connection, operation.where, error)
             self.drop(operation)
             return
@@ -425,7 +425,7 @@ class Copier:
         peer = connection.description.peer
         text = (
             f"{side} {peer}: {doing} of {where.length} bytes at offset {where.start} failed "
-            f"{ATTEMPTS_PER_REQUEST} times: {error}"
+            f"{'once' if self.shape.attempts == 1 else f'{self.shape.attempts} times'}: {error}"
         )
         report = ErrorReport("request", text, side, peer, where.start, where.length, error.errno_name)
         self.abandon(lease, report)
@@ -437,7 +437,8 @@ class Copier:
 
     def later(self, attempts: int, action: Callable[[], None]) -> None:
         """Try again after a pause that doubles with each attempt."""
-        when = self.now + RETRY_DELAY_SECONDS * (1 << (attempts - 1))
+        pause = min(RETRY_DELAY_SECONDS * 2.0 ** min(attempts - 1, 16), RETRY_DELAY_SECONDS_MAX)
+        when = self.now + pause
         heapq.heappush(self._delayed, (when, next(self._order), action))
 
     def part_done(self, target: Target, part: Part, error: RequestError | None) -> None:

@@ -25,6 +25,7 @@ class CopyShape(msgspec.Struct, frozen=True):
 
     request_size: int  # of one read and one write: a power of two, and within both sides' maximum
     requests: int  # in flight on one connection
+    attempts: int  # of one read or write
     depth: int  # operations per source connection: `requests`, as far as `queue_size` holds their buffers
     queue_size: int  # payload in flight per connection
     alignment: int  # the larger minimum block size: where zeroes and data may be cut
@@ -65,6 +66,7 @@ class CopyShape(msgspec.Struct, frozen=True):
         return cls(
             request_size=request_size,
             requests=options.requests,
+            attempts=options.attempts,
             depth=1 if synchronous else max(1, min(options.requests, options.queue_size // request_size)),
             queue_size=max(options.queue_size, request_size),
             alignment=alignment,

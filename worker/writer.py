@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Protocol
 
 from nbdshard.common.errors import RequestError
-from nbdshard.common.limits import ATTEMPTS_PER_REQUEST, ZERO_BYTES_MAX, ZERO_RUNS_MAX
+from nbdshard.common.limits import ZERO_BYTES_MAX, ZERO_RUNS_MAX
 from nbdshard.common.messages import ErrorReport, Side
 from nbdshard.common.ranges import Range
 from nbdshard.worker.lease import LeaseWork
@@ -179,7 +179,7 @@ class Writer:
             operation.advance(OperationEvent.WRITE_FAILED)
             self._fill_instead(target, part)
             return
-        if part.attempts >= ATTEMPTS_PER_REQUEST:
+        if part.attempts >= self.shape.attempts:
             doing = "read" if part.is_merge else "write" if part.payload is not None else "zero"
             self._owner.fail(operation.lease, "destination", doing, target.connection, part.where, error)
             self._part_over(part)

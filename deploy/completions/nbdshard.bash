@@ -2,12 +2,12 @@
 # For zsh: autoload -U +X bashcompinit && bashcompinit && source this file.
 # tests/unit/cli/test_documented_options.py compares the lists with the parsers'.
 
-_nbdshard_copy="-C -R -S -T -V -h -p -v --allocated --checkpoint= --connections= --data-path= --destination-is-zero --flush --force-resume
---help --journal= --keep-journal --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --request-size=
---requests= --resume --ring= --sparse= --synchronous --target-is-zero --threads= --verbose --version --workers="
-_nbdshard_coordinator="-C -R -S -T -h -p -v --allocated --allow= --checkpoint= --connections= --data-path= --destination-is-zero
---flush --force-resume --help --insecure --journal= --keep-journal --key= --listen= --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size=
---request-size= --requests= --resume --sparse= --synchronous --target-is-zero --threads= --verbose --workers="
+_nbdshard_copy="-C -R -S -T -V -h -p -v --allocated --checkpoint= --connect-timeout= --connections= --data-path= --destination-is-zero --flush --force-resume --handshake-timeout=
+--help --journal= --keep-journal --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --reconnect-delay= --request-size= --request-timeout=
+--requests= --resume --retries= --ring= --sparse= --synchronous --target-is-zero --threads= --verbose --version --workers="
+_nbdshard_coordinator="-C -R -S -T -h -p -v --allocated --allow= --checkpoint= --connect-timeout= --connections= --data-path= --destination-is-zero
+--flush --force-resume --handshake-timeout= --help --insecure --journal= --keep-journal --key= --listen= --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --reconnect-delay=
+--request-size= --request-timeout= --requests= --resume --retries= --sparse= --synchronous --target-is-zero --threads= --verbose --workers="
 _nbdshard_worker="-h -v --connect= --coordinator-key= --help --key= --ring= --verbose"
 _nbdshard_jobs="-h --format= --help --json"
 _nbdshard_keygen="-h --dir= --help"

@@ -123,3 +123,35 @@ def test_a_server_that_shuts_down_softly_and_returns_no_more_fails_the_copy(
     ):
         words = ("--ring", ring, "--loss-timeout", "0", source.uri, destination.uri)
         copy(*words).failed(1, saying=[side, "the server is shutting down"])
+
+
+def test_without_retries_one_refusal_fails_the_copy(source_image: Path, destination_image: Path, ring: str) -> None:
+    with (
+        nbdkit("file", str(source_image), "error-pread-rate=100%", filters=["error"], flags=["-r"]) as source,
+        nbdkit("file", str(destination_image)) as destination,
+    ):
+        outcome = copy("--ring", ring, "--retries", "0", "-C", "1", source.uri, destination.uri)
+    outcome.failed(1, saying=["source", "failed once", "EIO"])
+
+
+def test_with_many_retries_a_source_that_mostly_refuses_is_copied(tmp_path: Path, ring: str) -> None:
+    source_image = images.sparse_image(tmp_path / "source", images.MIB, runs=4)
+    destination_image = images.filled_image(tmp_path / "destination", images.MIB)
+    with (
+        nbdkit("file", str(source_image), "error-pread-rate=60%", filters=["error"], flags=["-r"]) as source,
+        nbdkit("file", str(destination_image)) as destination,
+    ):
+        copy("--ring", ring, "--retries", "100", source.uri, destination.uri).succeeded()
+    images.assert_identical(source_image, destination_image)
+
+
+def test_a_request_that_is_not_answered_in_the_time_that_was_given_loses_the_server(
+    source_image: Path, destination_image: Path, ring: str
+) -> None:
+    with (
+        nbdkit("file", str(source_image), "rdelay=60", filters=["delay"], flags=["-r"]) as source,
+        nbdkit("file", str(destination_image)) as destination,
+    ):
+        words = ("--ring", ring, "--request-timeout", "0.5", "--loss-timeout", "0", "--no-extents")
+        outcome = copy(*words, source.uri, destination.uri)
+        outcome.failed(1, saying=["source", "timed out", "reading"])

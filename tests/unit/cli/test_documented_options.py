@@ -91,7 +91,7 @@ def complete(*words: str) -> list[str]:
 
 def test_completion_offers_subcommands_then_options() -> None:
     assert complete("nbdshard", "co") == ["copy", "coordinator"]
-    assert complete("nbdshard", "copy", "--re") == ["--request-size=", "--requests=", "--resume"]
+    assert complete("nbdshard", "copy", "--res") == ["--resume"]
     assert complete("nbdshard", "map", "--") == ["--help", "--json", "--totals"]
     assert complete("nbdshard", "nosuch", "--") == []
 
@@ -104,7 +104,7 @@ def test_completion_offers_the_values_of_options_with_few() -> None:
 
 def test_completion_leaves_bracketed_commands_alone() -> None:
     assert complete("nbdshard", "copy", "[", "nbdkit", "--re") == []
-    assert complete("nbdshard", "copy", "[", "nbdkit", "]", "--re") == ["--request-size=", "--requests=", "--resume"]
+    assert complete("nbdshard", "copy", "[", "nbdkit", "]", "--res") == ["--resume"]
 
 
 def test_completion_offers_the_kinds_of_endpoints() -> None:

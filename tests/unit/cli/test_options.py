@@ -54,6 +54,28 @@ def test_every_option_of_nbdcopy_reaches_the_job() -> None:
     assert (options.sparse_unit, options.extents, options.destination_is_zero) == (65536, False, True)
 
 
+def test_times_and_tries_reach_the_job() -> None:
+    options = job_options(parse())
+    assert (options.connect_seconds, options.handshake_seconds, options.request_seconds) == (5.0, 10.0, 30.0)
+    assert (options.attempts, parse().reconnect_delay) == (5, 5.0)
+    words = [
+        "--connect-timeout=0.5",
+        "--handshake-timeout=1m",
+        "--request-timeout=2h",
+        "--reconnect-delay=1",
+        "--retries=0",
+    ]
+    options = job_options(parse(*words))
+    assert (options.connect_seconds, options.handshake_seconds, options.request_seconds) == (0.5, 60.0, 7200.0)
+    assert (options.attempts, parse(*words).reconnect_delay) == (1, 1.0)
+
+
+@pytest.mark.parametrize("text", ["0", "0.05", "2d", "-1", "soon", ""])
+def test_a_time_for_an_answer_is_neither_nothing_nor_for_ever(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--request-timeout.*a number of seconds"):
+        parse(f"--request-timeout={text}")
+
+
 def test_sizes_take_suffixes() -> None:
     args = parse("--queue-size=64M", "--request-size=256k", "-S", "64k", "--range-size=1G")
     assert (args.queue_size, args.request_size, args.sparse, args.range_size) == (
@@ -112,7 +134,7 @@ def test_no_worker_count_means_the_cores_this_process_may_use() -> None:
         ),
         (["--progress=987654"], "argument --progress: '987654' is not an open descriptor"),
         (["--progress=99999999999999"], "argument --progress: '99999999999999' is not an open descriptor"),
-        (["--re=5"], "ambiguous option: --re=5 could match --resume, --request-size, --requests"),
+        (["--reque=5"], "ambiguous option: --reque=5 could match --request-size, --requests, --request-timeout"),
     ],
 )
 def test_a_bad_value_is_one_line_with_option_value_and_range(words: list[str], line: str) -> None:

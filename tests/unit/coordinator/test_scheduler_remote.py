@@ -126,8 +126,8 @@ def test_a_job_that_was_left_by_everybody_goes_on_with_whoever_comes() -> None:
 def test_a_job_without_a_completed_byte_gives_up() -> None:
     stage = copying()
     stage.say("a", wanted(2))
-    stage.wait(1050.0, "a")
-    assert ended(stage, "a") == (Verdict.FAILED, "no byte was completed for 1050 s")
+    stage.wait(1075.0, "a")
+    assert ended(stage, "a") == (Verdict.FAILED, "no byte was completed for 1075 s")
 
 
 # -- one writer --------------------------------------------------------------------------------------------------------

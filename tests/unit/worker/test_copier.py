@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nbdshard.common.limits import ATTEMPTS_PER_REQUEST, LEASES_PER_WORKER, RETRY_DELAY_SECONDS
+from nbdshard.common.limits import LEASES_PER_WORKER, RETRIES, RETRY_DELAY_SECONDS
 from nbdshard.common.messages import Counters, EndpointDescription, ErrorReport, Failed, JobOptions, Progress, Wanted
 from nbdshard.common.messages import Written as WrittenMessage
 from nbdshard.common.ranges import Range
@@ -194,7 +194,7 @@ def test_a_failed_read_is_asked_again_after_pauses_that_double() -> None:
     bench = Bench()
     bench.lease(0, 4096)
     pause = RETRY_DELAY_SECONDS
-    for _ in range(ATTEMPTS_PER_REQUEST - 1):
+    for _ in range(RETRIES):
         bench.answer(bench.source.open[0], EIO)
         assert bench.source.open == []
         assert bench.copier.deadline() == bench.now + pause
@@ -210,7 +210,7 @@ def test_a_failed_read_is_asked_again_after_pauses_that_double() -> None:
 def test_a_read_that_keeps_failing_fails_its_lease_with_offset_length_side_peer_and_error() -> None:
     bench = Bench()
     bench.lease(4096, 6096)
-    for _ in range(ATTEMPTS_PER_REQUEST):
+    for _ in range(RETRIES + 1):
         bench.pump(5.0)
         bench.copier.renew(bench.now, bench.now + 10.0)
         bench.answer(bench.source.open[0], EIO)
@@ -239,7 +239,7 @@ def test_a_write_that_keeps_failing_fails_its_lease_and_drops_what_was_not_begun
     bench = Bench(options(requests=2))
     bench.lease(0, 16 * KIB)
     bench.answer(bench.source.open[0])
-    for _ in range(ATTEMPTS_PER_REQUEST):
+    for _ in range(RETRIES + 1):
         bench.answer(bench.target.open[0], EIO)
         bench.pump(1.0)
     assert bench.told(Failed) == []  # another read is still under way
@@ -248,14 +248,14 @@ def test_a_write_that_keeps_failing_fails_its_lease_and_drops_what_was_not_begun
     report = ErrorReport("request", text, "destination", "here", 0, 4096, "EIO")
     assert bench.told(Failed) == [Failed(JOB, EPOCH, 1, report)]
     assert len(bench.source.calls) == 2
-    assert len(bench.target.calls) == ATTEMPTS_PER_REQUEST
+    assert len(bench.target.calls) == RETRIES + 1
 
 
 def test_a_lease_that_fails_takes_no_other_with_it() -> None:
     bench = Bench(options(requests=1))
     bench.lease(0, 4096, number=1)
     bench.lease(4096, 8192, number=2)
-    for _ in range(ATTEMPTS_PER_REQUEST):
+    for _ in range(RETRIES + 1):
         bench.answer(bench.source.open[0], EIO)
         bench.pump(1.0)
     bench.answer_all()
@@ -289,7 +289,7 @@ def test_reading_the_last_block_is_tried_again_and_fails_by_name() -> None:
     bench = Bench(destination=BLOCKS)
     bench.lease(0, 100)
     bench.answer(bench.source.open[0])
-    for _ in range(ATTEMPTS_PER_REQUEST):
+    for _ in range(RETRIES + 1):
         bench.answer(bench.target.open[0], EIO)
         bench.pump(1.0)
     (failed,) = bench.told(Failed)

@@ -9,8 +9,8 @@ import pytest
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.limits import (
-    ATTEMPTS_PER_REQUEST,
     KIB,
+    RETRIES,
     RETRY_DELAY_SECONDS,
     SPLICE_BYTES_MIN,
     SPLICED_BYTES_PER_SECOND,
@@ -219,10 +219,10 @@ def test_reads_that_fail_for_ever_fail_the_lease_and_leave_no_pipe_behind() -> N
     plumbing = Counted()
     with bench(plumbing, requests=1) as one:
         one.lease(0, SIZE, seconds=1000.0)
-        for attempt in range(ATTEMPTS_PER_REQUEST):
+        for attempt in range(RETRIES + 1):
             one.answer(one.source.open[0], EIO, data=DENSE[:1000] if attempt == 0 else b"")
             one.pump(10.0)
-        assert paths(one) == ["pipe"] + ["buffer"] * (ATTEMPTS_PER_REQUEST - 1)
+        assert paths(one) == ["pipe"] + ["buffer"] * RETRIES
         (failed,) = one.told(Failed)
         assert isinstance(failed, Failed)
         assert failed.error.side == "source"
@@ -274,15 +274,15 @@ def test_writes_that_fail_for_ever_are_counted_together_spliced_or_not() -> None
         one.answer(one.target.open[0], EIO)
         one.pump(10.0)
         read(one)
-        for _ in range(ATTEMPTS_PER_REQUEST - 1):
+        for _ in range(RETRIES):
             one.answer(one.target.open[0], EIO)
             one.pump(10.0)
-        assert len(one.target.calls) == ATTEMPTS_PER_REQUEST
-        assert [path_of(call) for call in one.target.calls] == ["pipe"] + ["buffer"] * (ATTEMPTS_PER_REQUEST - 1)
+        assert len(one.target.calls) == RETRIES + 1
+        assert [path_of(call) for call in one.target.calls] == ["pipe"] + ["buffer"] * RETRIES
         (failed,) = one.told(Failed)
         assert isinstance(failed, Failed)
         assert failed.error.text == (
-            f"destination here: write of {SIZE} bytes at offset 0 failed {ATTEMPTS_PER_REQUEST} times: EIO"
+            f"destination here: write of {SIZE} bytes at offset 0 failed {RETRIES + 1} times: EIO"
         )
         assert one.copier.idle
 
@@ -304,12 +304,12 @@ def test_a_read_that_fails_after_a_lost_write_has_tries_of_its_own() -> None:
         one.lease(0, SIZE, seconds=1000.0)
         read(one)
         one.answer(one.target.open[0], EIO)
-        for _ in range(ATTEMPTS_PER_REQUEST - 1):
+        for _ in range(RETRIES):
             one.pump(10.0)
             one.answer(one.source.open[0], EIO)
         one.pump(10.0)
         read(one)
-        for _ in range(ATTEMPTS_PER_REQUEST - 2):
+        for _ in range(RETRIES - 1):
             one.answer(one.target.open[0], EIO)
             one.pump(10.0)
         assert one.told(Failed) == []

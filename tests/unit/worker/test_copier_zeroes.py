@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nbdshard.common.limits import ATTEMPTS_PER_REQUEST, GIB, RETRY_DELAY_SECONDS, ZERO_RUNS_MAX
+from nbdshard.common.limits import GIB, RETRIES, RETRY_DELAY_SECONDS, ZERO_RUNS_MAX
 from nbdshard.common.messages import Counters, EndpointDescription, ErrorReport, Failed, JobOptions, Written
 from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO
 from nbdshard.common.ranges import Range
@@ -216,7 +216,7 @@ def test_zeroing_that_fails_is_tried_again_and_then_fails_the_lease() -> None:
     bench = Bench(options())
     bench.lease(0, 4 * BLOCK)
     bench.answer(bench.source.open[0], extents=[(blocks(0, 4), STATE_ZERO)])
-    for attempt in range(ATTEMPTS_PER_REQUEST):
+    for attempt in range(RETRIES + 1):
         assert bench.target.made("zero") == [blocks(0, 4)] * (attempt + 1)
         bench.answer(bench.target.open[0], EIO)
         bench.pump(RETRY_DELAY_SECONDS * (1 << attempt))

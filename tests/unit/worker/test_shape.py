@@ -45,11 +45,12 @@ def test_plain_ends_and_options_make_this_shape() -> None:
     assert shape() == CopyShape(
         request_size=MIB,
         requests=64,
+        attempts=5,
         depth=16,
         queue_size=16 * MIB,
         alignment=1,
         sparse_unit=4096,
-        hole_min=MIB // 8,
+        hole_min=128 * 1024,
         merge_unit=1,
         zero_policy=ZeroPolicy.REQUEST,
         allocated=False,
@@ -57,7 +58,7 @@ def test_plain_ends_and_options_make_this_shape() -> None:
         synchronous=False,
         splice=False,
     )
-    assert len(CopyShape.__struct_fields__) == 13
+    assert len(CopyShape.__struct_fields__) == 14
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
