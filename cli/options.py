@@ -214,8 +214,8 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
         "--request-size",
         metavar=size,
         type=_request_size,
-        default=REQUEST_BYTES_DEFAULT,
-        help=f"bytes of one read or write, at most (default {size_text(REQUEST_BYTES_DEFAULT)})",
+        default=None,
+        help=f"bytes of one read or write, at most (default {size_text(REQUEST_BYTES_DEFAULT)}, or half of it)",
     )
     add(
         "-R",
@@ -319,10 +319,12 @@ def job_options(args: argparse.Namespace) -> JobOptions:
     """The options a worker needs. A queue smaller than one request is raised to it."""
     if args.flush and args.no_flush:
         raise UsageError("--flush and --no-flush contradict each other")
+    request_size = args.request_size or REQUEST_BYTES_DEFAULT
     return JobOptions(
-        request_size=args.request_size,
+        request_size=request_size,
+        request_size_varies=args.request_size is None,
         requests=1 if args.synchronous else args.requests,
-        queue_size=max(args.queue_size, args.request_size),
+        queue_size=max(args.queue_size, request_size),
         sparse_unit=0 if args.allocated else args.sparse,
         allocated=args.allocated,
         destination_is_zero=args.destination_is_zero,

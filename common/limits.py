@@ -30,9 +30,7 @@ BLOCK_BYTES_MAX_DEFAULT: Final = 32 * MIB  # spec: what a client may send when t
 # -- one copy ---------------------------------------------------------------------------------------------------------
 REQUEST_BYTES_MIN: Final = 4 * KIB  # nbdcopy's limits for --request-size
 REQUEST_BYTES_MAX: Final = 32 * MIB
-REQUEST_BYTES_DEFAULT: Final = (
-    512 * KIB
-)  # from 256 KiB to 1 MiB the best for servers of one thread (measured)
+REQUEST_BYTES_DEFAULT: Final = MIB  # or half as much, where that is found to be faster
 REQUESTS_MAX: Final = 1024
 REQUESTS_DEFAULT: Final = 64  # in flight per connection (nbdcopy's default)
 QUEUE_BYTES_DEFAULT: Final = 16 * MIB  # in flight per connection (nbdcopy's default)
@@ -150,6 +148,7 @@ LANE_LOOK_SECONDS: Final = 0.25  # for a lane's thread to see that it is to stop
 LANE_FEED_MAX: Final = 64  # stretches a lane is given at a time ...
 LANE_FEED_BYTES: Final = 128 * MIB  # ... and bytes: what a fast copy moves while the copier's thread is busy otherwise
 LANE_STRETCH_BYTES: Final = 16 * MIB  # between two looks of the copier at what a lane has done
+LANE_TRIAL_STRETCHES: Final = 4  # copied with one request size before another is tried
 LANE_BYTES_MIN: Final = 4 * MIB  # less is not worth a thread
 LANE_REQUESTS_MIN: Final = 8  # with fewer requests allowed in flight a lane would have no depth
 LANE_STRIKES_MAX: Final = 3  # loans in a row that end without LANE_BYTES_MIN copied: something is the matter for good

@@ -99,6 +99,7 @@ class JobOptions(Record, frozen=True):
     connect_seconds: Seconds = CONNECT_SECONDS
     handshake_seconds: Seconds = HANDSHAKE_SECONDS
     request_seconds: Seconds = REQUEST_SECONDS
+    request_size_varies: bool = False  # nobody has asked for one: half of it may be better
     attempts: Annotated[int, msgspec.Meta(ge=1, le=RETRIES_MAX + 1)] = RETRIES + 1  # of one read or write
 
 

@@ -33,6 +33,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.worker.flushes import Flushes
 from nbdshard.worker.lanes import Lanes, MakeLane
 from nbdshard.worker.lease import LeaseWork
+from nbdshard.worker.lending import Lendable
 from nbdshard.worker.operation import Operation, Part
 from nbdshard.worker.payloads import Payloads
 from nbdshard.worker.piped import PipePool
@@ -87,6 +88,8 @@ class Copier:
         """Use one more connection to the source; the returned listener hears of its requests."""
         self.has_work = True
         rows = max(self.shape.depth, self.shape.requests)
+        if isinstance(connection, Lendable) and connection.is_shared:
+            rows = self.shape.depth + self.shape.requests  # a lane's come on top of what was read beside it
         source = Source(len(self.sources), connection, self.shape.depth, rows, self)
         self.sources.append(source)
         self.payloads.grow(rows)

@@ -123,7 +123,7 @@ class FileConnection(LocalConnection, Lendable):
         self.read(handle, where, into)
 
     def adopt_write(self, handle: int, where: Range) -> None:
-        """It is over, well or not, and its listener is told by who knows."""
+        raise BugError("a write to a file is over when its lane is")
 
     def adopt_flush(self, handle: int) -> None:
         raise BugError("a file is flushed by its connection, not by a lane")
@@ -160,6 +160,11 @@ class FileConnection(LocalConnection, Lendable):
         else:
             self._unflushed_bytes += where.length
             self._cache.after_write(where)
+
+    def lane_flushes(self) -> None:
+        """Its connection does that."""
+
+    lane_flushed = lane_flushes
 
     def refusal(self, error: int) -> RequestError:
         return refusal(error)

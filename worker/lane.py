@@ -32,7 +32,7 @@ from nbdshard.common.limits import LANE_DEPTH
 from nbdshard.common.messages import Side
 from nbdshard.common.nbd.quick import ODD
 from nbdshard.common.ranges import Range
-from nbdshard.worker.lane_rows import Rows
+from nbdshard.worker.lane_rows import RequestSizes, Rows
 from nbdshard.worker.lending import ENDED, NOTHING, LaneSource, LaneTarget
 from nbdshard.worker.pipes import SAMPLE_BYTES, SAMPLES_MAX, Pipe
 from nbdshard.worker.stretch import Outcome, Stretch
@@ -65,8 +65,13 @@ class Lane:
         clock: Callable[[], float],
         wake: Callable[[], None],
         plumbing: Looks,
+        *,
+        varies: bool = False,
     ) -> None:
-        """`rows`: cookies of both sides together, 2 at least. `sparse_unit`: of the search for zeroes, 0 for none."""
+        """`rows`: cookies of both sides together, 2 at least. `sparse_unit`: of the search for zeroes, 0 for none.
+
+        `varies`: `request_bytes` may also be half as much.
+        """
         self.feed: deque[Stretch] = deque()
         self.finished: deque[Stretch] = deque()  # nothing of them is left
         self.feed_low = 0  # wake when so many are left
@@ -77,7 +82,8 @@ class Lane:
         self.small_pieces = 0  # bytes the pipe was full with before a payload's end; 0: that was never so
         self.copied = 0  # bytes, in this loan
         self._stopping = False
-        self._unit = request_bytes
+        self._unit = request_bytes  # the most that is asked for at a time
+        self._sizes = RequestSizes(request_bytes, varies=varies)
         self._sparse_unit = sparse_unit
         self._clock = clock
         self._wake_copier = wake
@@ -96,6 +102,7 @@ class Lane:
     def _reset(self) -> None:
         self._reads.clear()
         self._writes.clear()
+        self._sizes.pause()
         self._stretch: Stretch | None = None  # what is being asked
         self._flush_sent = 0.0
         # Payload that is held, and of which no WRITE has begun: of this stretch, between these offsets.
@@ -214,7 +221,7 @@ class Lane:
 
     def _ask(self, source: LaneSource) -> None:
         """Ask for as much as the depth allows."""
-        reads, unit = self._reads, self._unit
+        reads, sizes = self._reads, self._sizes
         now = self._clock()
         while reads.used < reads.depth:
             stretch = self._stretch
@@ -223,10 +230,11 @@ class Lane:
                     self._stretch = None
                     return
                 stretch = self._stretch = self.feed.popleft()
+                sizes.begin_stretch(stretch.end - stretch.at, now)
                 if len(self.feed) <= self.feed_low:
                     self._wake()
             start = stretch.at
-            end = (start // unit + 1) * unit
+            end = (start // sizes.size + 1) * sizes.size
             if end > stretch.end:
                 end = stretch.end
             cookie = reads.take(stretch, start, end - start, now)
@@ -267,7 +275,7 @@ class Lane:
             self._lose("source", source.error)
         if why != NOTHING:
             raise _Over
-        if self._writes.used:
+        if self._writes.used or self._flush_sent:
             self._take_acks(target, wait=False)
 
     def _hold(self, cookie: int, stretch: Stretch, start: int, length: int) -> None:
@@ -360,20 +368,18 @@ class Lane:
             if count == len(rest):
                 return
             rest = rest[count:]
-            expires = self._still_good(stretch, expires, cookie)
         while in_pipe:
+            expires = self._still_good(stretch, expires, cookie)
             count = target.drain(self._pipe, in_pipe)
             if count > 0:
                 in_pipe -= count
                 self._pipe.held = in_pipe
-                if not in_pipe:
-                    break
             elif count == -EAGAIN:
                 target.wait_for_room()
             else:
                 self._lose("destination", -count, cookie)
-            expires = self._still_good(stretch, expires, cookie)
         while rest is not None:
+            expires = self._still_good(stretch, expires, cookie)
             count = target.send(rest)
             if count == len(rest):
                 return
@@ -383,10 +389,9 @@ class Lane:
                 target.wait_for_room()
             else:
                 self._lose("destination", -count, cookie)
-            expires = self._still_good(stretch, expires, cookie)
 
     def _still_good(self, stretch: Stretch, expires: float, cookie: int) -> float:
-        """The lease's end, which is to come. We may have been stopped for long while the last piece went."""
+        """The lease's end, which is to come: we may have been stopped for long since the last piece went."""
         now = self._clock()
         if now < expires:
             return expires

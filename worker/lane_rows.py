@@ -1,10 +1,13 @@
-"""The cookies of one side of a lane, and what was asked with each. Its thread writes them, others look at them."""
+"""The cookies of one side of a lane, and what was asked with each; and how much to ask with each.
+
+A lane's thread writes them, others look at them.
+"""
 
 from __future__ import annotations
 
 from math import inf
 
-from nbdshard.common.limits import LANE_DEPTH, SPLICED_BYTES_PER_SECOND
+from nbdshard.common.limits import LANE_DEPTH, LANE_STRETCH_BYTES, LANE_TRIAL_STRETCHES, SPLICED_BYTES_PER_SECOND
 from nbdshard.common.ranges import Range
 from nbdshard.worker.stretch import Stretch, Unanswered
 
@@ -75,3 +78,38 @@ class Rows:
         From another thread: a row may change under the look, and is no older for it.
         """
         return min(self.sent), sum(self.length[: self.count])
+
+
+class RequestSizes:
+    """How much to ask for at a time: `size`, in bytes, a power of two.
+
+    What suits a server best depends on its buffers and its processor's cache: nbdkit's threads on requests of 1 MiB,
+    the one thread of qemu-nbd on half as much, by far. So, where nobody has asked for a size, both are tried in turns,
+    twice, and the one with the faster turn is kept.
+    """
+
+    def __init__(self, largest: int, *, varies: bool) -> None:
+        self.size = largest
+        self._left = [largest, largest // 2] * 2 if varies else []  # turns to come, the present one included
+        self._fastest: dict[int, float] = {}
+        self._since = inf  # when the present turn began; inf: it has not
+        self._stretches = 0  # of it
+
+    def begin_stretch(self, length: int, now: float) -> None:
+        """A stretch of `length` bytes is to be asked for next."""
+        if not self._left:
+            return
+        if length < LANE_STRETCH_BYTES or self._since == inf:  # what is shorter says little
+            self._since, self._stretches = (now, 0) if length >= LANE_STRETCH_BYTES else (inf, 0)
+            return
+        self._stretches += 1
+        if self._stretches < LANE_TRIAL_STRETCHES:
+            return
+        size = self._left.pop(0)
+        self._fastest[size] = min(self._fastest.get(size, inf), now - self._since)
+        self.size = self._left[0] if self._left else min(self._fastest, key=lambda each: self._fastest[each])
+        self._since, self._stretches = now, 0
+
+    def pause(self) -> None:
+        """Nothing more is asked for now: the present turn begins anew."""
+        self._since = inf

@@ -54,6 +54,7 @@ class Owner(Protocol):
     def begin(self, lease: LeaseWork, where: Range) -> Operation: ...
     def note_zeroes(self, lease: LeaseWork, where: Range) -> None: ...
     def stretch_over(self, lease: LeaseWork) -> None: ...
+    def part_done(self, target: Target, part: Part, error: RequestError | None) -> None: ...
     def flush_done(self, target: Target, error: RequestError | None) -> None: ...
 
 
@@ -73,10 +74,10 @@ class Pair:
 
     @property
     def may_be_lent(self) -> bool:
-        """Whether nothing is under way on either connection."""
+        """Whether nothing is under way on either connection; of one that is shared, no read."""
         if not self.is_fit or self.lane.is_out:
             return False
-        is_reading = not self.ends[0].is_shared and self.source.vector.used
+        is_reading = self.source.active or (not self.ends[0].is_shared and self.source.vector.used)
         is_writing = not self.ends[1].is_shared and (self.target.vector.used or self.target.waiting)
         return not is_reading and not is_writing
 
@@ -161,6 +162,7 @@ class Lanes:
         """Have the lane that `target` is lent to flush it; False where the copier has to."""
         for pair in self._pairs:
             if pair.target is target and target.is_lent:
+                pair.ends[1].lane_flushes()
                 target.flushing = pair.lane.wants_flush = True
                 return True
         return False
@@ -252,6 +254,7 @@ class Lanes:
                 self.remarks.append(tell_of_small_pieces(peer, self._shape.request_size, lane.small_pieces))
             if lane.flushed:
                 lane.flushed = False
+                pair.ends[1].lane_flushed()
                 pair.target.flush_over()
                 self._owner.flush_done(pair.target, None)
             if outcome is not None:
@@ -281,7 +284,7 @@ class Lanes:
         for each in outcome.reads:
             self._adopt_read(pair, each)
         for each in outcome.writes:
-            self._adopt_write(pair, each)
+            self._adopt_write(pair, each, outcome)
         for stretch, where in reversed(outcome.unwritten):
             _give_back(stretch, where)
         for stretch in sorted(lane.feed, key=lambda each: -each.start):
@@ -299,18 +302,10 @@ class Lanes:
         source.take_back(outcome.source_bytes, outcome.error if outcome.lost == "source" else None)
         if target.is_shared:
             target.take_back(b"", None)
-            self._answer_writes(pair, outcome)
         elif outcome.is_late:
             target.take_back(b"", 0, "a lease ended in the middle of a write")
         else:
             target.take_back(outcome.target_bytes, outcome.error if outcome.lost == "destination" else None)
-
-    def _answer_writes(self, pair: Pair, outcome: Outcome) -> None:
-        """A file has answered a write when it is over: all of them but one that failed, or was not finished."""
-        for each in outcome.writes:
-            is_whole = each.cookie != outcome.failed_write
-            error = None if is_whole else pair.ends[1].refusal(outcome.error or ECANCELED)
-            pair.target.done(each.cookie, error, each.where.length, None)
 
     def _judge(self, pair: Pair, outcome: Outcome) -> None:
         """A pair that always meets something odd soon is not lent any more."""
@@ -329,14 +324,17 @@ class Lanes:
         operation = self._owner.begin(stretch.lease, where)
         stretch.lease.reads += 1
         self._owner.payloads.hold(operation, splice=self._shape.may_splice(where))
-        pair.source.adopt(operation, each.cookie)
-        operation.advance(OperationEvent.BEGIN_READ)
-        if not pair.ends[0].is_shared:
+        if pair.ends[0].is_shared:  # nobody has asked it, and the row may be in use
+            pair.source.begin(operation)
+            operation.advance(OperationEvent.BEGIN_READ)
+        else:
+            pair.source.adopt(operation, each.cookie)
+            operation.advance(OperationEvent.BEGIN_READ)
             operation.advance(OperationEvent.REQUEST_SENT)
         into = operation.piped or memoryview(operation.buffer or b"")[: where.length]
-        pair.ends[0].adopt_read(each.cookie, where, into)
+        pair.ends[0].adopt_read(operation.handle, where, into)
 
-    def _adopt_write(self, pair: Pair, each: Unanswered) -> None:
+    def _adopt_write(self, pair: Pair, each: Unanswered, outcome: Outcome) -> None:
         stretch, where = each.stretch, each.where
         stretch.left -= where.length
         operation = self._owner.begin(stretch.lease, where)
@@ -346,8 +344,14 @@ class Lanes:
             operation.advance(event)
         operation.parts_left = 1
         operation.advance(OperationEvent.WRITES_SENT)
-        pair.target.adopt(Part(operation, where, Gone(), is_zero=False), each.cookie)
-        pair.ends[1].adopt_write(each.cookie, where)
+        part = Part(operation, where, Gone(), is_zero=False)
+        if pair.ends[1].is_shared:  # a file has answered when it is over: well, but for one that failed or was not done
+            is_whole = each.cookie != outcome.failed_write
+            error = None if is_whole else pair.ends[1].refusal(outcome.error or ECANCELED)
+            self._owner.part_done(pair.target, part, error)
+        else:
+            pair.target.adopt(part, each.cookie)
+            pair.ends[1].adopt_write(each.cookie, where)
 
 
 def _credit(stretch: Stretch) -> None:

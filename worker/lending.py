@@ -173,5 +173,13 @@ class Lendable(ABC):
         """A lane has read, or written, `where`."""
 
     @abstractmethod
+    def lane_flushes(self) -> None:
+        """The lane is asked to flush what it has moved."""
+
+    @abstractmethod
+    def lane_flushed(self) -> None:
+        """It has."""
+
+    @abstractmethod
     def refusal(self, error: int) -> RequestError:
         """A failed request, as a local end reports an errno."""

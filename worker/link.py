@@ -88,7 +88,7 @@ class NbdLink(Dialing, Lendable):
         self._request_age, self._flush_age = LaneAge(), LaneAge()  # of the lane's
         self._outstanding: dict[int, Outstanding] = {}
         self._outstanding_bytes = 0
-        self._unflushed_bytes = 0
+        self._unflushed_bytes = self._being_flushed_bytes = 0
         self._has_told_loss = False
 
     # -- opening: dialing.py comes before ------------------------------------------------------------------------------
@@ -353,6 +353,7 @@ class NbdLink(Dialing, Lendable):
         seconds = self._timeouts.request + size / MIB * REQUEST_SECONDS_PER_MIB
         if self._request_age.seconds(since, self._now) >= seconds:
             self._fail(TimedOut(self.peer, "reading" if is_source else "writing", seconds))
+            return
         seconds = FLUSH_SECONDS + self._unflushed_bytes / FLUSH_BYTES_PER_SECOND
         if not is_source and self._flush_age.seconds(lane.flush_sent or inf, self._now) >= seconds:
             self._fail(TimedOut(self.peer, "flushing", seconds))
@@ -398,6 +399,12 @@ class NbdLink(Dialing, Lendable):
     def lane_moved(self, where: Range) -> None:
         if self.side == "destination":
             self._unflushed_bytes += where.length
+
+    def lane_flushes(self) -> None:
+        self._being_flushed_bytes = self._unflushed_bytes
+
+    def lane_flushed(self) -> None:
+        self._unflushed_bytes -= self._being_flushed_bytes
 
     def refusal(self, error: int) -> RequestError:
         raise BugError(f"{self.peer} reports its errors itself ({error})")

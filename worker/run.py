@@ -52,7 +52,15 @@ def _work(ring: Ring, channel: WorkerChannel) -> None:
         ring.wake()
 
     def make_lane(shape: CopyShape) -> Lane:
-        return Lane(shape.request_size, shape.sparse_unit, shape.requests, _seconds, wake, SystemPlumbing())
+        return Lane(
+            shape.request_size,
+            shape.sparse_unit,
+            shape.requests,
+            _seconds,
+            wake,
+            SystemPlumbing(),
+            varies=shape.request_size_varies,
+        )
 
     hello = _hello(ring, channel)
     worker = Worker(ring, channel, hello, _seconds, plumbing=SystemPlumbing(), make_lane=make_lane)

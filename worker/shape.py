@@ -24,6 +24,7 @@ class CopyShape(msgspec.Struct, frozen=True):
     """Sizes in bytes, counts in requests."""
 
     request_size: int  # of one read and one write: a power of two, and within both sides' maximum
+    request_size_varies: bool  # half of it may be asked for, where that is faster
     requests: int  # in flight on one connection
     attempts: int  # of one read or write
     depth: int  # operations per source connection: `requests`, as far as `queue_size` holds their buffers
@@ -65,6 +66,7 @@ class CopyShape(msgspec.Struct, frozen=True):
         sparse_unit = _sparse_unit(destination, options, alignment, request_size, policy)
         return cls(
             request_size=request_size,
+            request_size_varies=options.request_size_varies and request_size // 2 >= max(alignment, SPLICE_BYTES_MIN),
             requests=options.requests,
             attempts=options.attempts,
             depth=1 if synchronous else max(1, min(options.requests, options.queue_size // request_size)),

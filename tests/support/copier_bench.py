@@ -11,6 +11,7 @@ from nbdshard.common.messages import EndpointDescription, FromWorker, JobOptions
 from nbdshard.common.nbd.payload import Piece
 from nbdshard.common.ranges import Range
 from nbdshard.worker.copier import Copier
+from nbdshard.worker.lanes import MakeLane
 from nbdshard.worker.piped import PipedPayload, PipePool
 from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.ports import Extents, Listener, Payload
@@ -131,6 +132,8 @@ class Bench:
         source: EndpointDescription | None = None,
         destination: EndpointDescription | None = None,
         splicing: Splicing | None = None,
+        kind: type[Recorder] = Recorder,
+        make_lane: MakeLane | None = None,
     ) -> None:
         source = source or EndpointDescription("there", 1 << 30, can_extents=True, can_multi_conn=True)
         destination = destination or EndpointDescription("here", 1 << 30, can_zero=True, can_flush=True)
@@ -138,9 +141,9 @@ class Bench:
         self.splicing = splicing
         splices = splicing is not None
         self.shape = CopyShape.of(source, destination, options, splice=splices)
-        self.copier = Copier(self.shape, JOB, EPOCH, self.now, splicing.pipes if splicing else None)
-        self.sources = [Recorder(f"source{index}", source, splices=splices) for index in range(sources)]
-        self.targets = [Recorder(f"target{index}", destination, splices=splices) for index in range(targets)]
+        self.copier = Copier(self.shape, JOB, EPOCH, self.now, splicing.pipes if splicing else None, make_lane)
+        self.sources = [kind(f"source{index}", source, splices=splices) for index in range(sources)]
+        self.targets = [kind(f"target{index}", destination, splices=splices) for index in range(targets)]
         for recorder in self.sources:
             recorder.listener = self.copier.add_source(recorder)
         for recorder in self.targets:

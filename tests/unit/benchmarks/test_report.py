@@ -70,7 +70,7 @@ def test_scaling_is_a_table_of_workers_by_connections() -> None:
 
 def test_the_default_is_set_beside_the_fastest() -> None:
     assert lines_with("The fastest here: 2 workers and 8 connections, 1.60 s. The default is 2 workers and 4 conn")
-    assert lines_with("The default is requests of 512 KiB: 2.00 s, 0% more.")
+    assert lines_with("The default is requests of 1 MiB: 2.00 s, 0% more.")
 
 
 def test_a_default_that_was_not_measured_is_not_judged() -> None:

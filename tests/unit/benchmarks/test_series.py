@@ -8,7 +8,7 @@ from benchmarks.series import SLOW_ROUNDS, Runner, alternate
 
 
 def test_each_command_has_its_turn_in_every_round() -> None:
-    runners = [Runner("one", ["true"]), Runner("other", ["true"])]
+    runners = [Runner("one", ["sleep", "0.1"]), Runner("other", ["sleep", "0.1"])]
     found = alternate(runners, 3, math.inf, lambda: None)
     assert [len(series.samples) for series in found] == [3, 3]
 

@@ -44,6 +44,7 @@ def shape(
 def test_plain_ends_and_options_make_this_shape() -> None:
     assert shape() == CopyShape(
         request_size=MIB,
+        request_size_varies=False,
         requests=64,
         attempts=5,
         depth=16,
@@ -58,7 +59,7 @@ def test_plain_ends_and_options_make_this_shape() -> None:
         synchronous=False,
         splice=False,
     )
-    assert len(CopyShape.__struct_fields__) == 14
+    assert len(CopyShape.__struct_fields__) == 15
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
