@@ -26,9 +26,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from errno import EAGAIN
+from math import inf
 from typing import Final, Protocol
 
-from nbdshard.common.limits import LANE_DEPTH
+from nbdshard.common.limits import LANE_DEPTH, LANE_LOOK_SECONDS
 from nbdshard.common.messages import Side
 from nbdshard.common.nbd.quick import ODD
 from nbdshard.common.ranges import Range
@@ -105,6 +106,7 @@ class Lane:
         self._sizes.pause()
         self._stretch: Stretch | None = None  # what is being asked
         self._flush_sent = 0.0
+        self._now = self._acks_due = 0.0  # of the last reply; when answers are to be looked for at the latest
         # Payload that is held, and of which no WRITE has begun: of this stretch, between these offsets.
         self._held_of: Stretch | None = None
         self._held_at = self._held_end = 0
@@ -196,9 +198,12 @@ class Lane:
                 pass
             except BaseException as error:  # it is raised again where somebody can tell of it
                 self._result.bug = error
-            source.close()
-            target.close()
-            self._describe(source, target)
+            try:
+                source.close()
+                target.close()
+                self._describe(source, target)
+            except BaseException as error:  # else the loan would never end
+                self._result.bug = self._result.bug or error
             self.outcome = self._result
             self._wake_copier()
 
@@ -212,7 +217,9 @@ class Lane:
                 self._ask(source)
             if reads.used:
                 self._copy_next(source, target)
-                if writes.used >= LANE_DEPTH:
+                # Not only when there are many: where zeroes come, no more are sent, and those would look unanswered.
+                is_due = (writes.used or self._flush_sent) and self._now >= self._acks_due
+                if writes.used >= LANE_DEPTH or is_due:
                     self._take_acks(target, wait=writes.used >= writes.depth)
             elif writes.used or self._flush_sent:
                 self._take_acks(target, wait=True)
@@ -252,7 +259,8 @@ class Lane:
             return
         start, length, stretch = reads.start[cookie], reads.length[cookie], reads.of[cookie]
         assert stretch is not None
-        reads.answered(cookie, self._clock())
+        self._now = self._clock()
+        reads.answered(cookie, self._now)
         pipe, unit = self._pipe, self._sparse_unit
         if unit and (self.small_pieces or not self._may_splice):  # what spills has to be searched in memory
             self._receive(source, start, length, 0)
@@ -349,7 +357,9 @@ class Lane:
         writes = self._writes
         while not writes.free:
             self._take_acks(target, wait=True)
-        cookie = writes.take(stretch, start, length, self._clock())
+        # First the row, then the clock: whoever ends the lease in between sees that something may be written.
+        cookie = writes.take(stretch, start, length, inf)
+        writes.sent[cookie] = self._clock()
         writes.spliced[cookie] = in_pipe
         self._held_at = start + length
         expires = stretch.lease.expires
@@ -422,6 +432,7 @@ class Lane:
     def _take_acks(self, target: LaneTarget, *, wait: bool) -> None:
         """Count what was acknowledged. `wait`: for at least one answer, or LANE_LOOK_SECONDS."""
         writes = self._writes
+        self._acks_due = self._now + LANE_LOOK_SECONDS
         cookies = target.acks(writes.start, writes.length)
         if not cookies and wait:
             target.wait_for_acks()

@@ -133,7 +133,7 @@ class Lanes:
 
     def serves(self, lease: LeaseWork) -> bool:
         """Whether what `lease` has next is left to the lanes."""
-        if not lease.has_data or not any(pair.is_fit for pair in self._pairs):
+        if lease.abandoned or not lease.has_data or not any(pair.is_fit for pair in self._pairs):
             return False
         where = lease.segments[0].where
         if self._end_of_stretch(where) <= where.start:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from errno import ENOSPC
 from pathlib import Path
 
@@ -137,3 +138,28 @@ def test_a_bug_in_the_thread_is_handed_over_to_who_can_tell_of_it(tmp_path: Path
         with pytest.raises(ZeroDivisionError, match="a fault"):
             bench.end()
         assert bench.wakes >= 1
+
+
+def test_writes_do_not_look_unanswered_while_nothing_but_zeroes_comes(tmp_path: Path) -> None:
+    content = random_bytes(2 * UNIT) + bytes(20 * UNIT)
+    (tmp_path / "source").write_bytes(content)
+    copied = empty_image(tmp_path / "copy", len(content))
+    seen: list[float] = []
+
+    class Watched(FileSource):
+        """Tells, before each reply, when the oldest write without an answer was sent."""
+
+        def reply(self, starts: Sequence[int], lengths: Sequence[int]) -> int:
+            seen.append(bench.lane.oldest_write()[0])
+            bench.now += 1.0
+            return super().reply(starts, lengths)
+
+    with (
+        lane_bench(sparse_unit=SECTOR) as bench,
+        opened(tmp_path / "source", os.O_RDONLY) as one,
+        opened(copied, os.O_RDWR) as other,
+    ):
+        bench.begin((0, len(content)), source=Watched(one), target=FileTarget(other))
+        assert bench.end() == Outcome()
+    assert len(seen) == 22
+    assert set(seen[4:]) == {math.inf}
