@@ -18,37 +18,26 @@ the clock is compared with the lease's end before each piece that is sent.
 
 from __future__ import annotations
 
-import os
 import queue
-import select
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable
 from errno import EAGAIN
 from math import inf
-from typing import Final, Protocol
+from typing import Final
 
-from nbdshard.common.limits import LANE_DEPTH, LANE_LOOK_SECONDS
+from nbdshard.common.limits import LANE_DEPTH, LANE_LOOK_SECONDS, LANE_ROWS_MAX
 from nbdshard.common.messages import Side
 from nbdshard.common.nbd.quick import ODD
 from nbdshard.common.ranges import Range
+from nbdshard.worker.lane_payload import LanePayload, Looks
 from nbdshard.worker.lane_rows import RequestSizes, Rows
 from nbdshard.worker.lending import ENDED, NOTHING, LaneSource, LaneTarget
-from nbdshard.worker.pipes import SAMPLE_BYTES, SAMPLES_MAX, Pipe
 from nbdshard.worker.stretch import Outcome, Stretch
 from nbdshard.worker.zeroes import find_runs
 
-_ZERO_SAMPLE: Final = bytes(SAMPLE_BYTES)
-
-
-class Looks(Protocol):
-    """What a lane needs of the kernel's pipes (plumbing.SystemPlumbing)."""
-
-    def open_pipe(self, size: int) -> Pipe | int: ...
-    def close_pipe(self, pipe: Pipe) -> None: ...
-    def sample(self, pipe: Pipe, unit: int) -> bytes: ...
-    def close(self) -> None: ...
+_NOBODY: Final = (inf, 0)
 
 
 class _Over(Exception):  # not an error: the loan is over, as `_result` says
@@ -69,7 +58,9 @@ class Lane:
         *,
         varies: bool = False,
     ) -> None:
-        """`rows`: cookies of both sides together, 2 at least. `sparse_unit`: of the search for zeroes, 0 for none.
+        """`rows`: cookies of both sides together, 2 at least, of which LANE_ROWS_MAX are used.
+
+        `sparse_unit`: of the search for zeroes, 0 for none.
 
         `varies`: `request_bytes` may also be half as much.
         """
@@ -80,22 +71,18 @@ class Lane:
         self.outcome: Outcome | None = None  # once it is over
         self.wants_flush = False
         self.flushed = False  # what was wanted was acknowledged
-        self.small_pieces = 0  # bytes the pipe was full with before a payload's end; 0: that was never so
         self.copied = 0  # bytes, in this loan
         self._stopping = False
-        self._unit = request_bytes  # the most that is asked for at a time
         self._sizes = RequestSizes(request_bytes, varies=varies)
         self._sparse_unit = sparse_unit
         self._clock = clock
         self._wake_copier = wake
         self._has_woken = False
-        self._plumbing = plumbing
-        self._pipe = Pipe(-1, -1, 0)
-        self._poll = select.poll()
-        self._buffer = bytearray(0)
+        self._payload = LanePayload(request_bytes, plumbing)
+        rows = min(rows, LANE_ROWS_MAX)
         self._reads = Rows(rows // 2, request_bytes)
         self._writes = Rows(rows - rows // 2, request_bytes, extra=rows // 2 + 1)
-        self._flush_cookie = rows  # behind all others
+        self.flush_cookie = rows  # behind all others
         self._orders: queue.SimpleQueue[tuple[LaneSource, LaneTarget] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._reset()
@@ -110,22 +97,20 @@ class Lane:
         # Payload that is held, and of which no WRITE has begun: of this stretch, between these offsets.
         self._held_of: Stretch | None = None
         self._held_at = self._held_end = 0
+        # The side that holds the other one up, which cannot show then what it would do.
+        self._waits_for: Side | None = None
         self._may_splice = True  # the last payload that was searched had no zeroes
 
     # -- the copier's side: called from its thread ---------------------------------------------------------------------
 
     def prepare(self) -> str:
         """Open what is needed: "" or why there can be no lane."""
-        pipe = self._plumbing.open_pipe(self._unit)
-        if isinstance(pipe, int):
-            return "no pipe can be opened"
-        if pipe.capacity < self._unit:
-            self._plumbing.close_pipe(pipe)
-            return f"a pipe can hold only {pipe.capacity} bytes (pipe-max-size, pipe-user-pages-soft)"
-        os.set_blocking(pipe.write_end, True)  # or else nothing that fills it waits
-        self._poll.register(pipe.write_end, select.POLLOUT)
-        self._pipe = pipe
-        return ""
+        return self._payload.open()
+
+    @property
+    def small_pieces(self) -> int:
+        """Bytes the pipe was full with before a payload's end; 0: that was never so."""
+        return self._payload.small_pieces
 
     def begin(self, source: LaneSource, target: LaneTarget) -> None:
         """Lend the connections; they are the lane's until `outcome` is there, and it is taken."""
@@ -155,17 +140,20 @@ class Lane:
         return outcome
 
     def oldest_read(self) -> tuple[float, int]:
-        """When the oldest unanswered READ was asked (inf: there is none), and the bytes of all of them."""
-        return self._reads.oldest()
+        """When the oldest unanswered READ was asked, and the bytes of all of them.
+
+        inf: there is none, or its answer may be there, and cannot be taken while the destination is waited for.
+        """
+        return _NOBODY if self._waits_for == "destination" else self._reads.oldest()
 
     def oldest_write(self) -> tuple[float, int]:
-        """The same of WRITEs."""
-        return self._writes.oldest()
+        """The same of WRITEs, and of waiting for the source."""
+        return _NOBODY if self._waits_for == "source" else self._writes.oldest()
 
     @property
     def flush_sent(self) -> float:
-        """When the flush under way was sent; 0.0: there is none."""
-        return self._flush_sent
+        """When the flush under way was sent; 0.0: there is none, or its answer is not looked for just now."""
+        return 0.0 if self._waits_for == "source" else self._flush_sent
 
     def stretches_written(self) -> list[Stretch]:
         """Those with a WRITE that is not answered."""
@@ -177,11 +165,7 @@ class Lane:
             self._orders.put(None)
             self._thread.join()
             self._thread = None
-        if self._pipe.capacity:
-            self._poll.unregister(self._pipe.write_end)
-            self._plumbing.close_pipe(self._pipe)
-            self._pipe = Pipe(-1, -1, 0)
-        self._plumbing.close()
+        self._payload.close()
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
@@ -261,21 +245,19 @@ class Lane:
         assert stretch is not None
         self._now = self._clock()
         reads.answered(cookie, self._now)
-        pipe, unit = self._pipe, self._sparse_unit
-        if unit and (self.small_pieces or not self._may_splice):  # what spills has to be searched in memory
-            self._receive(source, start, length, 0)
+        payload, unit = self._payload, self._sparse_unit
+        if unit and (payload.small_pieces or not self._may_splice):  # what spills has to be searched in memory
+            payload.receive(source, start, length, self._await_source)
             self._hold(cookie, stretch, start, length)
             self._write_runs(target, stretch, start, length)
             return
-        in_pipe = self._fill(source, pipe, start, length)
-        if in_pipe < length:
-            self._receive(source, start, length, in_pipe)
+        in_pipe = payload.fill(source, start, length, self._await_source)
         self._hold(cookie, stretch, start, length)
-        if unit and not self._seems_dense(pipe, unit, start, in_pipe, length):
-            self._unload(in_pipe)
+        if unit and not payload.seems_dense(unit, start, in_pipe, length):
+            payload.unload()
             self._write_runs(target, stretch, start, length)
         else:
-            rest = memoryview(self._buffer)[in_pipe:length] if in_pipe < length else None
+            rest = memoryview(payload.buffer)[in_pipe:length] if in_pipe < length else None
             self._write(target, stretch, start, length, in_pipe, rest)
 
     def _no_reply(self, why: int, source: LaneSource, target: LaneTarget) -> None:
@@ -288,59 +270,31 @@ class Lane:
 
     def _hold(self, cookie: int, stretch: Stretch, start: int, length: int) -> None:
         """The payload is whole, in the pipe or the buffer."""
+        self._waits_for = None
         self._held_of, self._held_at, self._held_end = stretch, start, start + length
         self._reads.give(cookie)
 
-    def _fill(self, source: LaneSource, pipe: Pipe, start: int, length: int) -> int:
-        """Payload into the pipe: all of it, or as much as the pipe had room for."""
-        moved = 0
-        while moved < length:
-            count = source.fill(pipe, start + moved, length - moved)
-            if count > 0:
-                moved += count
-                pipe.held = moved
-                if moved < length and not self._poll.poll(0):
-                    self.small_pieces = self.small_pieces or moved
-                    return moved
-            elif count != -EAGAIN:
-                self._lose("source", -count)
-        return moved
+    def _await_source(self, count: int) -> None:
+        """Nothing of a payload came within LANE_LOOK_SECONDS, or nothing will."""
+        if count != -EAGAIN:
+            self._lose("source", -count)
+        self._waits_for = "source"
 
-    def _receive(self, source: LaneSource, start: int, length: int, at: int) -> None:
-        """The rest of a payload into the buffer, from `at` on, where it would be if all had gone there."""
-        view = self._memory()
-        while at < length:
-            count = source.receive(view[at:length], start + at)
-            if count > 0:
-                at += count
-            elif count != -EAGAIN:
-                self._lose("source", -count)
-
-    def _memory(self) -> memoryview:
-        if not self._buffer:
-            self._buffer = bytearray(self._unit)
-        return memoryview(self._buffer)
-
-    def _seems_dense(self, pipe: Pipe, unit: int, start: int, in_pipe: int, length: int) -> bool:
-        """As `PipedPayload.seems_dense`: samples show that no unit is zero."""
-        if in_pipe < length or start % unit or length % unit or length > SAMPLES_MAX * unit:
-            return False
-        samples = self._plumbing.sample(pipe, unit)
-        return samples != b"" and _ZERO_SAMPLE not in samples
-
-    def _unload(self, in_pipe: int) -> None:
-        """What is in the pipe into the buffer, in front of what has spilled there."""
-        view, at = self._memory(), 0
-        while at < in_pipe:
-            at += os.readv(self._pipe.read_end, [view[at:in_pipe]])
-        self._pipe.held = 0
+    def _await_room(self, target: LaneTarget, count: int, cookie: int | None = None) -> None:
+        """`target` took nothing: until it does, or for LANE_LOOK_SECONDS; or it never will."""
+        if count != -EAGAIN:
+            self._lose("destination", -count, cookie)
+        self._waits_for = "destination"
+        target.wait_for_room()
+        self._waits_for = None
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def _write_runs(self, target: LaneTarget, stretch: Stretch, start: int, length: int) -> None:
         """What is in the buffer, without the zeroes in it."""
-        unit, view = self._sparse_unit, memoryview(self._buffer)
-        runs = find_runs(self._buffer, length, unit, start % unit)
+        unit, buffer = self._sparse_unit, self._payload.buffer
+        view = memoryview(buffer)
+        runs = find_runs(buffer, length, unit, start % unit)
         self._may_splice = len(runs) == 1 and not runs[0][2]
         for at, end, is_zero in runs:
             if is_zero:
@@ -354,7 +308,7 @@ class Lane:
         self, target: LaneTarget, stretch: Stretch, start: int, length: int, in_pipe: int, rest: memoryview | None
     ) -> None:
         """One WRITE: what is in the pipe, if any, and then `rest`."""
-        writes = self._writes
+        writes, pipe = self._writes, self._payload.pipe
         while not writes.free:
             self._take_acks(target, wait=True)
         # First the row, then the clock: whoever ends the lease in between sees that something may be written.
@@ -370,9 +324,7 @@ class Lane:
             count = target.begin(cookie, start, length, rest if not in_pipe else None)
             if count >= 0:
                 break
-            if count != -EAGAIN:
-                self._lose("destination", -count, cookie)
-            target.wait_for_room()
+            self._await_room(target, count, cookie)
             writes.sent[cookie] = self._clock()
         if count and rest is not None:
             if count == len(rest):
@@ -380,14 +332,12 @@ class Lane:
             rest = rest[count:]
         while in_pipe:
             expires = self._still_good(stretch, expires, cookie)
-            count = target.drain(self._pipe, in_pipe)
+            count = target.drain(pipe, in_pipe)
             if count > 0:
                 in_pipe -= count
-                self._pipe.held = in_pipe
-            elif count == -EAGAIN:
-                target.wait_for_room()
+                pipe.held = in_pipe
             else:
-                self._lose("destination", -count, cookie)
+                self._await_room(target, count, cookie)
         while rest is not None:
             expires = self._still_good(stretch, expires, cookie)
             count = target.send(rest)
@@ -395,10 +345,8 @@ class Lane:
                 return
             if count > 0:
                 rest = rest[count:]
-            elif count == -EAGAIN:
-                target.wait_for_room()
             else:
-                self._lose("destination", -count, cookie)
+                self._await_room(target, count, cookie)
 
     def _still_good(self, stretch: Stretch, expires: float, cookie: int) -> float:
         """The lease's end, which is to come: we may have been stopped for long since the last piece went."""
@@ -423,11 +371,9 @@ class Lane:
     def _flush(self, target: LaneTarget) -> None:
         self.wants_flush = False
         self._flush_sent = self._clock()
-        self._writes.length[self._flush_cookie] = 1  # a reply names it like any other
-        while error := target.flush(self._flush_cookie):
-            if error != -EAGAIN:
-                self._lose("destination", -error)
-            target.wait_for_room()
+        self._writes.length[self.flush_cookie] = 1  # a reply names it like any other
+        while error := target.flush(self.flush_cookie):
+            self._await_room(target, error)
 
     def _take_acks(self, target: LaneTarget, *, wait: bool) -> None:
         """Count what was acknowledged. `wait`: for at least one answer, or LANE_LOOK_SECONDS."""
@@ -435,7 +381,9 @@ class Lane:
         self._acks_due = self._now + LANE_LOOK_SECONDS
         cookies = target.acks(writes.start, writes.length)
         if not cookies and wait:
+            self._waits_for = "destination"
             target.wait_for_acks()
+            self._waits_for = None
             cookies = target.acks(writes.start, writes.length)
         if not cookies:
             return
@@ -445,7 +393,7 @@ class Lane:
                 if cookie == ODD:
                     raise _Over
                 self._lose("destination", target.error)
-            if cookie == self._flush_cookie:
+            if cookie == self.flush_cookie:
                 self._flush_sent = 0.0
                 writes.length[cookie] = 0
                 self.flushed = True
@@ -492,5 +440,4 @@ class Lane:
             self.feed.appendleft(self._stretch)
         if self._held_of is not None and self._held_at < self._held_end:
             result.unwritten.append((self._held_of, Range(self._held_at, self._held_end)))
-        if self._pipe.held:
-            self._unload(self._pipe.held)
+        self._payload.unload()

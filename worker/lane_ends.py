@@ -1,7 +1,7 @@
 """The two ends of a lane: an NBD connection or a local file, by system calls that wait. Dull shells, for one thread.
 
-A source waits in the kernel for all of a payload at once, WAIT_SECONDS at most at a time, so that its thread comes to
-look up now and then. What is sent to a target is never left to the kernel to send later: it takes what it takes, and
+A source waits in the kernel for all of a payload at once, LANE_LOOK_SECONDS at most at a time, so that its thread comes
+to look up now and then. What is sent to a target is never left to the kernel to send later: it takes what it takes, and
 the thread looks at the clock before the next piece (see lane.py).
 """
 
@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
+from nbdshard.common.errors import BugError
 from nbdshard.common.limits import LANE_LOOK_SECONDS
 from nbdshard.common.nbd.quick import ODD, Quick
 from nbdshard.worker.lending import ENDED, NOTHING
@@ -134,7 +135,6 @@ class SocketTarget(_Socket):
         self._answers = bytearray(quick.ack_bytes * _ACKS)
         self._view = memoryview(self._answers)
         self._filled = 0
-        self._at = 0
 
     def begin(self, cookie: int, start: int, length: int, payload: memoryview | None) -> int:
         header = self.quick.write(cookie, start, length)
@@ -302,7 +302,7 @@ class FileTarget:
         """A file has room, or fails."""
 
     def flush(self, cookie: int) -> int:
-        raise NotImplementedError  # the file's own connection does that: it is not lent
+        raise BugError("a file is flushed by its connection, not by a lane")
 
     def wait_for_acks(self) -> None:
         """They are there."""

@@ -117,7 +117,7 @@ class Lanes:
                 self.remarks.append(f"{why}: payload is copied without lanes")
                 lane.close()
                 return
-            source.is_laned = target.is_laned = True
+            target.is_laned = True
             self._pairs.append(Pair(lane, source, target, (one, other)))
 
     def close(self) -> None:
@@ -264,11 +264,11 @@ class Lanes:
         lease = stretch.lease
         del pair.stretches[stretch]
         _credit(stretch)
-        for source in pair.ends:
-            source.lane_moved(Range(stretch.start, stretch.end))
-        for start, end in stretch.zeroes:
+        for end in pair.ends:
+            end.lane_moved(Range(stretch.start, stretch.end))
+        for zeroes in stretch.zeroes:
             if not lease.abandoned:
-                self._owner.note_zeroes(lease, Range(start, end))
+                self._owner.note_zeroes(lease, Range(*zeroes))
         lease.reads -= 1
         lease.outstanding -= 1
         self._owner.stretch_over(lease)
@@ -295,7 +295,7 @@ class Lanes:
                 raise BugError(f"{stretch}: {stretch.left} bytes are nowhere")
             self._finished(pair, stretch)
         if outcome.is_flushing and not target.is_shared:
-            pair.target.adopt_flush(target)
+            pair.target.adopt_flush(target, lane.flush_cookie)
         if lane.wants_flush:
             lane.wants_flush = False
             pair.target.flush_again()

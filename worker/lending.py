@@ -85,14 +85,17 @@ class LaneTarget(Protocol):
 class LanePort(Protocol):
     """The copier's side of a lane (lane.Lane, which says what each means)."""
 
+    flush_cookie: int
     feed: deque[Stretch]
     finished: deque[Stretch]
     feed_low: int
     is_out: bool
     wants_flush: bool
     flushed: bool
-    small_pieces: int
     copied: int
+
+    @property
+    def small_pieces(self) -> int: ...
 
     def prepare(self) -> str: ...
     def begin(self, source: LaneSource, target: LaneTarget) -> None: ...

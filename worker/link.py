@@ -281,7 +281,9 @@ class NbdLink(Dialing, Lendable):
                 self._fail(TimedOut(self.peer, oldest.doing, oldest.seconds))
 
     def disconnect(self) -> None:
-        """Leave softly: finish what is outstanding, send NBD_CMD_DISC, close; at once before READY."""
+        """Leave softly: finish what is outstanding, send NBD_CMD_DISC, close; at once before READY. Idempotent."""
+        if self.state is LinkState.LEAVING:
+            return
         if self.state is not LinkState.READY or self._client is None:
             self.close()
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from typing import Protocol
 
 from nbdshard.common.errors import BugError, RequestError
@@ -38,7 +39,6 @@ class Source:
         self.index = index
         self.connection = connection
         self.is_lent = False  # to a lane: nothing may be asked on it
-        self.is_laned = False  # a lane works on it, now and then
         self.vector: Vector[Operation | LeaseWork] = Vector(rows + 1)  # one row more, for block status
         self.depth = depth
         self.active = 0  # operations that own a row
@@ -54,6 +54,7 @@ class Source:
         """As `begin`, in a row of somebody else's choice."""
         self.vector.take_at(handle, operation)
         operation.source, operation.handle = self.index, handle
+        operation.asked = -inf  # when, nobody here knows: its answer teaches nothing of the source
         self.active += 1
 
     def end(self, operation: Operation) -> None:
@@ -153,10 +154,10 @@ class Target:
         self.flushing = False
         self.flush()
 
-    def adopt_flush(self, connection: Lendable) -> None:
+    def adopt_flush(self, connection: Lendable, handle: int) -> None:
         """The flush that a lane was asked for is not answered."""
-        self.vector.take_at(self.requests, self.FLUSH)
-        connection.adopt_flush(self.requests)
+        self.vector.take_at(handle, self.FLUSH)
+        connection.adopt_flush(handle)
 
     def sent(self, handle: int) -> None:
         part = self.vector[handle]

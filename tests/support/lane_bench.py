@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 from nbdshard.common.nbd.quick import quick
 from nbdshard.common.ranges import Range, RangeSet
-from nbdshard.worker.lane import Lane, Looks
+from nbdshard.worker.lane import Lane
 from nbdshard.worker.lane_ends import SocketSource, SocketTarget
+from nbdshard.worker.lane_payload import Looks
 from nbdshard.worker.lease import LeaseWork
 from nbdshard.worker.lending import LaneSource, LaneTarget
 from nbdshard.worker.plumbing import SystemPlumbing

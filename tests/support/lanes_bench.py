@@ -30,6 +30,7 @@ class ScriptedLane:
         self.feed: deque[Stretch] = deque()
         self.finished: deque[Stretch] = deque()
         self.feed_low = 0
+        self.flush_cookie = 8  # as many as there are requests, by default
         self.is_out = False
         self.wants_flush = False
         self.flushed = False

@@ -264,12 +264,17 @@ def test_a_flush_that_is_asked_for_in_the_middle_is_sent_and_answered(mode: str)
         assert bench.stretches[0].copied == 6 * UNIT
 
 
+def flush_behind_a_write(bench: LaneBench) -> None:
+    """Four reads are asked, the first one is answered, and behind its write a flush is sent."""
+    bench.begin((0, 6 * UNIT))
+    asked = bench.source.reads(4)
+    bench.lane.wants_flush = True
+    bench.source.send(bench.source.data(asked[0], random_bytes(UNIT)))
+
+
 def test_a_flush_is_answered_while_the_source_says_nothing() -> None:
     with lane_bench() as bench:
-        bench.begin((0, 6 * UNIT))
-        asked = bench.source.reads(4)
-        bench.lane.wants_flush = True
-        bench.source.send(bench.source.data(asked[0], random_bytes(UNIT)))
+        flush_behind_a_write(bench)
         write, flush = bench.target.write(), bench.target.flush()
         bench.target.send(bench.target.ack(write))
         wait_for("the write to count", lambda: bench.lane.copied == UNIT)
@@ -296,10 +301,7 @@ def test_a_lane_ends_only_when_its_flush_is_answered() -> None:
 @EACH_MODE
 def test_a_flush_that_fails_is_handed_back_with_its_answer(mode: str) -> None:
     with lane_bench(mode) as bench:
-        bench.begin((0, 6 * UNIT))
-        asked = bench.source.reads(4)
-        bench.lane.wants_flush = True
-        bench.source.send(bench.source.data(asked[0], random_bytes(UNIT)))
+        flush_behind_a_write(bench)
         write, flush = bench.target.write(), bench.target.flush()
         reply = bench.target.refusal(flush, EIO)
         bench.target.send(reply)
@@ -312,10 +314,7 @@ def test_a_flush_that_fails_is_handed_back_with_its_answer(mode: str) -> None:
 
 def test_a_flush_that_is_under_way_when_the_lane_stops_is_handed_back() -> None:
     with lane_bench() as bench:
-        bench.begin((0, 6 * UNIT))
-        asked = bench.source.reads(4)
-        bench.lane.wants_flush = True
-        bench.source.send(bench.source.data(asked[0], random_bytes(UNIT)))
+        flush_behind_a_write(bench)
         assert bench.target.write().start == 0
         assert bench.target.flush().command == CMD_FLUSH
         bench.lane.stop()

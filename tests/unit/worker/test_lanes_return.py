@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from errno import EIO as EIO_NUMBER
 from errno import ENOSPC
 
@@ -18,7 +19,8 @@ from nbdshard.common.limits import (
 )
 from nbdshard.common.messages import Counters, Failed, Flushed, Written
 from nbdshard.common.ranges import Range, RangeSet
-from nbdshard.worker.stretch import Outcome
+from nbdshard.worker.operation import Operation
+from nbdshard.worker.stretch import Outcome, Unanswered
 from support.copier_bench import EIO, EPOCH, JOB, Recorder
 from support.lanes_bench import REQUEST, LanesBench, LendableRecorder, SharedRecorder, SharedSource, lanes_bench
 
@@ -56,6 +58,15 @@ def all_copied(bench: LanesBench, length: int) -> None:
 
 
 # -- what is unanswered ------------------------------------------------------------------------------------------------
+
+
+def all_but_one(bench: LanesBench) -> Unanswered:
+    """A lane has copied a lease, but for one request, which is not answered."""
+    bench.lease(0, LANE_BYTES_MIN)
+    stretch = bench.lane.take()
+    unanswered = bench.lane.ask(stretch, 1)
+    bench.lane.copy(stretch)
+    return unanswered
 
 
 def test_unanswered_requests_are_adopted_under_their_handles_and_no_others_are_sent() -> None:
@@ -101,12 +112,19 @@ def test_the_data_of_an_adopted_read_is_written_and_an_adopted_write_counts_when
         assert bench.copier.idle
 
 
+def test_how_long_an_adopted_read_took_teaches_nothing_of_the_source() -> None:
+    with lanes_bench() as bench:
+        read = all_but_one(bench)
+        bench.end(Outcome(reads=[read]))
+        operation = bench.copier.sources[0].vector[read.cookie]
+        assert isinstance(operation, Operation) and operation.asked == -math.inf
+        finish(bench)
+        all_copied(bench, LANE_BYTES_MIN)
+
+
 def test_an_adopted_read_that_fails_is_asked_again() -> None:
     with lanes_bench() as bench:
-        bench.lease(0, LANE_BYTES_MIN)
-        stretch = bench.lane.take()
-        read = bench.lane.ask(stretch, 1)
-        bench.lane.copy(stretch)
+        read = all_but_one(bench)
         bench.end(Outcome(reads=[read], source_bytes=b"an error"))
         bench.reply(bench.source.open[0], EIO)
         assert bench.source.open == []
@@ -118,10 +136,7 @@ def test_an_adopted_read_that_fails_is_asked_again() -> None:
 
 def test_an_adopted_write_that_fails_is_read_again_and_written_from_memory() -> None:
     with lanes_bench() as bench:
-        bench.lease(0, LANE_BYTES_MIN)
-        stretch = bench.lane.take()
-        write = bench.lane.ask(stretch, 1)
-        bench.lane.copy(stretch)
+        write = all_but_one(bench)
         bench.end(Outcome(writes=[write], target_bytes=b"an error"))
         bench.reply(bench.target.open[0], EIO)
         bench.pump(RETRY_DELAY_SECONDS)
@@ -136,10 +151,7 @@ def test_an_adopted_write_that_fails_is_read_again_and_written_from_memory() -> 
 
 def test_an_adopted_write_that_keeps_failing_fails_its_lease_by_name() -> None:
     with lanes_bench() as bench:
-        bench.lease(0, LANE_BYTES_MIN)
-        stretch = bench.lane.take()
-        write = bench.lane.ask(stretch, 1)
-        bench.lane.copy(stretch)
+        write = all_but_one(bench)
         bench.end(Outcome(writes=[write]))
         bench.reply(bench.target.open[0], EIO)
         for _ in range(RETRIES):

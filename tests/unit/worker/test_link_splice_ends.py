@@ -431,6 +431,7 @@ def test_a_soft_end_with_half_a_payload_sent_finishes_it_first(bench: LinkBench,
         assert sum(payload.pipe.held for payload in payloads) > 0
         target.link.disconnect()
         bench.stays_quiet()
+        target.link.disconnect()  # once more: it is leaving already
         assert target.link.state is LinkState.LEAVING
         server.released.set()
         bench.until("the link to be closed", lambda: target.link.closed)
