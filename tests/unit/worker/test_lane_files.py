@@ -140,6 +140,21 @@ def test_a_bug_in_the_thread_is_handed_over_to_who_can_tell_of_it(tmp_path: Path
         assert bench.wakes >= 1
 
 
+class Clinging(FileTarget):
+    """A target that cannot be let go of."""
+
+    def close(self) -> None:
+        raise ZeroDivisionError("another fault")
+
+
+def test_a_loan_ends_even_if_its_ends_cannot_be_let_go_of(tmp_path: Path, source_number: int) -> None:
+    copied = empty_image(tmp_path / "copy", SIZE)
+    with lane_bench() as bench, opened(copied, os.O_RDWR) as number:
+        bench.begin((0, SIZE), source=FileSource(source_number), target=Clinging(number))
+        with pytest.raises(ZeroDivisionError, match="another fault"):
+            bench.end()
+
+
 def test_writes_do_not_look_unanswered_while_nothing_but_zeroes_comes(tmp_path: Path) -> None:
     content = random_bytes(2 * UNIT) + bytes(20 * UNIT)
     (tmp_path / "source").write_bytes(content)

@@ -11,6 +11,7 @@ import pytest
 from nbdshard.common.errors import RequestError
 from nbdshard.common.limits import (
     LANE_BYTES_MIN,
+    LANE_FEED_BYTES,
     LANE_STRETCH_BYTES,
     LANE_STRIKES_MAX,
     RETRIES,
@@ -269,6 +270,17 @@ def test_a_lease_that_ends_leaves_alone_the_lane_that_works_on_another() -> None
         bench.lanes[1].writing = [bench.lanes[1].feed[0]]
         assert not bench.copier.expire(bench.now)
         assert [lane.stops for lane in bench.lanes] == [1, 0]
+
+
+def test_no_lane_is_lent_for_a_lease_that_was_given_up_while_another_lane_still_works_on_it() -> None:
+    with lanes_bench(sources=3, targets=3) as bench:
+        bench.lease(0, 3 * LANE_FEED_BYTES)  # more than both take at a time
+        assert [lane.is_out for lane in bench.lanes] == [True, True]
+        bench.copier.revoke(1)
+        bench.end(Outcome())
+        loans = bench.lane.loans
+        bench.turn()
+        assert (bench.lane.is_out, bench.lane.loans, bench.lanes[1].is_out) == (False, loans, True)
 
 
 def test_a_lease_that_is_revoked_is_reported_when_its_lane_is_back_and_others_go_on() -> None:
