@@ -146,7 +146,8 @@ class LaneBench:
         self.now = 100.0
         self.wakes = 0
         self.unit = unit
-        self.lane = Lane(unit, sparse_unit, rows, lambda: self.now, self._woken, plumbing)
+        self.looks: list[int] = []  # how many WRITEs could be seen at each look at the clock
+        self.lane = Lane(unit, sparse_unit, rows, self._clock, self._woken, plumbing)
         assert self.lane.prepare() == ""
         self.ours, self.theirs = (ends[0][0], ends[1][0]), (ends[0][1], ends[1][1])
         self.source, self.target = (Peer(end, mode) for end in self.theirs)
@@ -156,6 +157,10 @@ class LaneBench:
         self._quick = quick(an_export(mode=mode))
         self._threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
+
+    def _clock(self) -> float:
+        self.looks.append(len(self.lane.stretches_written()))
+        return self.now
 
     def _woken(self) -> None:
         self.wakes += 1

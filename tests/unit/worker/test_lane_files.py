@@ -140,6 +140,16 @@ def test_a_bug_in_the_thread_is_handed_over_to_who_can_tell_of_it(tmp_path: Path
         assert bench.wakes >= 1
 
 
+def test_a_write_can_be_seen_before_the_clock_is_looked_at_for_it(tmp_path: Path, source_number: int) -> None:
+    """Whoever ends its lease in between closes the connection, or else the write would go by an old look."""
+    copied = empty_image(tmp_path / "copy", SIZE)
+    with lane_bench() as bench, opened(copied, os.O_RDWR) as number:
+        bench.begin((0, UNIT), source=FileSource(source_number), target=FileTarget(number))
+        assert bench.end() == Outcome()
+        asking, answered, writing, *_ = bench.looks
+    assert (asking, answered, writing) == (0, 0, 1)
+
+
 class Clinging(FileTarget):
     """A target that cannot be let go of."""
 
