@@ -152,6 +152,7 @@ LANE_TRIAL_STRETCHES: Final = 4  # copied with one request size before another i
 LANE_BYTES_MIN: Final = 4 * MIB  # less is not worth a thread
 LANE_REQUESTS_MIN: Final = 8  # with fewer requests allowed in flight a lane would have no depth
 LANE_ROWS_MAX: Final = 128  # requests without an answer of both sides: on a unix socket a server stops with 277 unread
+LANE_GATHER_MAX: Final = 32  # requests sent in one call: what IOV_MAX has room for, many times
 LANE_STRIKES_MAX: Final = 3  # loans in a row that end without LANE_BYTES_MIN copied: something is the matter for good
 PIPES_MAX: Final = 64  # of one worker: what an ordinary user's share of pipe memory allows (pipe-user-pages-soft)
 TICK_SECONDS: Final = 0.5  # between looks at the clocks of connections and leases

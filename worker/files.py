@@ -122,7 +122,7 @@ class FileConnection(LocalConnection, Lendable):
     def adopt_read(self, handle: int, where: Range, into: Payload) -> None:
         self.read(handle, where, into)
 
-    def adopt_write(self, handle: int, where: Range) -> None:
+    def adopt_write(self, handle: int, where: Range, *, is_zero: bool) -> None:
         raise BugError("a write to a file is over when its lane is")
 
     def adopt_flush(self, handle: int) -> None:

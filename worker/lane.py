@@ -10,7 +10,8 @@ there (lanes.py).
 ::
 
     feed -> READ asked -> reply whole, in the pipe or the buffer -> WRITE sent -> acknowledged
-                                     \\-> zeroes: left to the copier
+                                     |-> zeroes between data -> WRITE_ZEROES sent -> acknowledged
+                                     \\-> nothing but zeroes: left to the copier
 
 The copier's invariants hold here, too: no WRITE begins before its payload is whole, only acknowledged bytes count, and
 the clock is compared with the lease's end before each piece that is sent.
@@ -22,20 +23,20 @@ import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from errno import EAGAIN
 from math import inf
 from typing import Final
 
-from nbdshard.common.limits import LANE_DEPTH, LANE_LOOK_SECONDS, LANE_ROWS_MAX
+from nbdshard.common.limits import LANE_DEPTH, LANE_GATHER_MAX, LANE_LOOK_SECONDS, LANE_ROWS_MAX
 from nbdshard.common.messages import Side
 from nbdshard.common.nbd.quick import ODD
 from nbdshard.common.ranges import Range
-from nbdshard.worker.lane_payload import LanePayload, Looks
+from nbdshard.worker.lane_payload import LanePayload, Looks, rest_of
 from nbdshard.worker.lane_rows import RequestSizes, Rows
 from nbdshard.worker.lending import ENDED, NOTHING, LaneSource, LaneTarget
 from nbdshard.worker.stretch import Outcome, Stretch
-from nbdshard.worker.zeroes import find_runs
+from nbdshard.worker.zeroes import Run, find_runs
 
 _NOBODY: Final = (inf, 0)
 
@@ -57,12 +58,13 @@ class Lane:
         plumbing: Looks,
         *,
         varies: bool = False,
+        zeroes: bool = False,
     ) -> None:
         """`rows`: cookies of both sides together, 2 at least, of which LANE_ROWS_MAX are used.
 
         `sparse_unit`: of the search for zeroes, 0 for none.
 
-        `varies`: `request_bytes` may also be half as much.
+        `varies`: `request_bytes` may also be half as much. `zeroes`: zeroes in a payload may be sent as WRITE_ZEROES.
         """
         self.feed: deque[Stretch] = deque()
         self.finished: deque[Stretch] = deque()  # nothing of them is left
@@ -75,6 +77,7 @@ class Lane:
         self._stopping = False
         self._sizes = RequestSizes(request_bytes, varies=varies)
         self._sparse_unit = sparse_unit
+        self._zeroes = zeroes
         self._clock = clock
         self._wake_copier = wake
         self._has_woken = False
@@ -82,6 +85,7 @@ class Lane:
         rows = min(rows, LANE_ROWS_MAX)
         self._reads = Rows(rows // 2, request_bytes)
         self._writes = Rows(rows - rows // 2, request_bytes, extra=rows // 2 + 1)
+        self._gather_max = min(LANE_GATHER_MAX, self._writes.count)
         self.flush_cookie = rows  # behind all others
         self._orders: queue.SimpleQueue[tuple[LaneSource, LaneTarget] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -291,11 +295,19 @@ class Lane:
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def _write_runs(self, target: LaneTarget, stretch: Stretch, start: int, length: int) -> None:
-        """What is in the buffer, without the zeroes in it."""
+        """What is in the buffer, without the zeroes in it.
+
+        A payload of nothing but zeroes is left to the copier, which joins it with its neighbours; as are all zeroes
+        where they may not be sent from here.
+        """
         unit, buffer = self._sparse_unit, self._payload.buffer
         view = memoryview(buffer)
         runs = find_runs(buffer, length, unit, start % unit)
         self._may_splice = len(runs) == 1 and not runs[0][2]
+        if self._zeroes and target.gathers and len(runs) > 1:
+            for at in range(0, len(runs), self._gather_max):
+                self._write_gathered(target, stretch, start, runs[at : at + self._gather_max])
+            return
         for at, end, is_zero in runs:
             if is_zero:
                 self._held_at = start + end
@@ -320,7 +332,7 @@ class Lane:
         while True:
             now = writes.sent[cookie]
             if now >= expires:
-                expires = self._renewed(stretch, now, cookie, half_sent=False)
+                expires = self._renewed(stretch, now, (cookie,), half_sent=False)
             count = target.begin(cookie, start, length, rest if not in_pipe else None)
             if count >= 0:
                 break
@@ -348,24 +360,54 @@ class Lane:
             else:
                 self._await_room(target, count, cookie)
 
+    def _write_gathered(self, target: LaneTarget, stretch: Stretch, start: int, runs: Sequence[Run]) -> None:
+        """WRITEs and WRITE_ZEROES of one payload, which begins at `start`, in as few calls as they take."""
+        writes, view = self._writes, memoryview(self._payload.buffer)
+        while len(writes.free) < len(runs):
+            self._take_acks(target, wait=True)
+        cookies: list[int] = []
+        pieces: list[bytes | memoryview] = []
+        for at, end, is_zero in runs:
+            cookie = writes.take(stretch, start + at, end - at, inf, is_zero=is_zero)
+            cookies.append(cookie)
+            pieces.append(target.message(cookie, start + at, end - at, is_zero=is_zero))
+            if not is_zero:
+                pieces.append(view[at:end])
+        self._held_at = start + runs[-1][1]
+        has_begun, expires = False, stretch.lease.expires
+        while pieces:
+            now = self._clock()
+            if now >= expires:
+                expires = self._renewed(stretch, now, cookies, half_sent=has_begun)
+            if not has_begun:
+                for cookie in cookies:
+                    writes.sent[cookie] = now
+            count = target.gather(pieces)
+            if count > 0:
+                has_begun = True
+                pieces = rest_of(pieces, count)
+            else:
+                self._await_room(target, count, cookies[0])
+
     def _still_good(self, stretch: Stretch, expires: float, cookie: int) -> float:
         """The lease's end, which is to come: we may have been stopped for long since the last piece went."""
         now = self._clock()
         if now < expires:
             return expires
-        return self._renewed(stretch, now, cookie, half_sent=True)
+        return self._renewed(stretch, now, (cookie,), half_sent=True)
 
-    def _renewed(self, stretch: Stretch, now: float, cookie: int, *, half_sent: bool) -> float:
+    def _renewed(self, stretch: Stretch, now: float, cookies: Sequence[int], *, half_sent: bool) -> float:
         """The end of the lease after a look at whether the coordinator has prolonged it; else the loan is over."""
         expires = stretch.lease.expires
         if now < expires:
             return expires
         if half_sent:
             self._result.is_late = True
-            self._result.failed_write = cookie
+            self._result.failed_write = cookies[0]
         else:
-            self._held_at = self._writes.start[cookie]
-            self._writes.give(cookie)
+            self._held_at = self._writes.start[cookies[0]]
+            for cookie in cookies:
+                self._writes.give(cookie)
         raise _Over
 
     def _flush(self, target: LaneTarget) -> None:
@@ -402,9 +444,12 @@ class Lane:
             stretch, length = writes.of[cookie], writes.length[cookie]
             assert stretch is not None
             writes.answered(cookie, now)
-            stretch.spliced += writes.spliced[cookie]
-            stretch.copied += length
-            self.copied += length
+            if writes.is_zero[cookie]:
+                stretch.zeroed += length
+            else:
+                stretch.spliced += writes.spliced[cookie]
+                stretch.copied += length
+                self.copied += length
             writes.give(cookie)
             self._settle(stretch, length)
 

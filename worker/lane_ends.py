@@ -130,6 +130,8 @@ class SocketSource(_Socket):
 class SocketTarget(_Socket):
     """An NBD connection that WRITEs are sent on."""
 
+    gathers = True
+
     def __init__(self, number: int, quick: Quick) -> None:
         super().__init__(number, quick)
         self._answers = bytearray(quick.ack_bytes * _ACKS)
@@ -160,6 +162,15 @@ class SocketTarget(_Socket):
             except OSError as error:
                 return -(error.errno or errno.EIO)
         return 0
+
+    def message(self, cookie: int, start: int, length: int, *, is_zero: bool) -> bytes:
+        return self.quick.zero(cookie, start, length) if is_zero else self.quick.write(cookie, start, length)
+
+    def gather(self, pieces: Sequence[bytes | memoryview]) -> int:
+        try:
+            return self.socket.sendmsg(pieces, (), _NOW)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
 
     def drain(self, pipe: Pipe, count: int) -> int:
         try:
@@ -260,6 +271,8 @@ class FileSource:
 class FileTarget:
     """A local file that is written by position: what it takes is acknowledged."""
 
+    gathers = False
+
     def __init__(self, number: int) -> None:
         self.error = 0
         self._number = number
@@ -297,6 +310,12 @@ class FileTarget:
         if not self._left:
             self._acks.append(self._cookie)
         return count or -errno.EIO
+
+    def message(self, cookie: int, start: int, length: int, *, is_zero: bool) -> bytes:
+        raise BugError("a file takes no messages")
+
+    def gather(self, pieces: Sequence[bytes | memoryview]) -> int:
+        raise BugError("a file takes no messages")
 
     def wait_for_room(self) -> None:
         """A file has room, or fails."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from nbdshard.worker.lending import LaneSource
@@ -106,3 +106,12 @@ class LanePayload:
             view = self._memory()
             at += os.readv(self.pipe.read_end, [view[at:held]])
         self.pipe.held = 0
+
+
+def rest_of(pieces: Sequence[bytes | memoryview], count: int) -> list[bytes | memoryview]:
+    """`pieces` without the first `count` bytes."""
+    for index, piece in enumerate(pieces):
+        if count < len(piece):
+            return [memoryview(piece)[count:], *pieces[index + 1 :]]
+        count -= len(piece)
+    return []

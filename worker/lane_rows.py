@@ -18,7 +18,20 @@ class Rows:
     `depth`: how many to keep in use: as many as SPLICED_BYTES_PER_SECOND takes, by the fastest answer so far.
     """
 
-    __slots__ = ("_unit", "count", "depth", "fastest", "free", "length", "of", "sent", "spliced", "start", "used")
+    __slots__ = (
+        "_unit",
+        "count",
+        "depth",
+        "fastest",
+        "free",
+        "is_zero",
+        "length",
+        "of",
+        "sent",
+        "spliced",
+        "start",
+        "used",
+    )
 
     def __init__(self, count: int, unit: int, *, extra: int = 0) -> None:
         self.count = count
@@ -36,15 +49,17 @@ class Rows:
         self.of: list[Stretch | None] = [None] * count
         self.start = [0] * len(self.length)
         self.length = [0] * len(self.length)
+        self.is_zero = [False] * count  # no payload: a WRITE_ZEROES
         self.spliced = [0] * count  # bytes of the payload that are in a pipe
         self.sent = [inf] * count
 
-    def take(self, stretch: Stretch, start: int, length: int, now: float) -> int:
+    def take(self, stretch: Stretch, start: int, length: int, now: float, *, is_zero: bool = False) -> int:
         """A cookie for `length` bytes at `start`; the caller has seen that one is free."""
         cookie = self.free.pop()
         self.of[cookie] = stretch
         self.start[cookie] = start
         self.length[cookie] = length
+        self.is_zero[cookie] = is_zero
         self.sent[cookie] = now
         self.used += 1
         return cookie
@@ -67,7 +82,7 @@ class Rows:
 
     def unanswered(self) -> list[Unanswered]:
         return [
-            Unanswered(cookie, Range.of(self.start[cookie], self.length[cookie]), stretch)
+            Unanswered(cookie, Range.of(self.start[cookie], self.length[cookie]), stretch, self.is_zero[cookie])
             for cookie, stretch in enumerate(self.of)
             if stretch is not None
         ]

@@ -338,29 +338,33 @@ class Lanes:
         stretch, where = each.stretch, each.where
         stretch.left -= where.length
         operation = self._owner.begin(stretch.lease, where)
-        stretch.lease.reads += 1
-        pair.source.begin(operation)
-        for event in (OperationEvent.BEGIN_READ, OperationEvent.REQUEST_SENT, OperationEvent.READ_DONE):
-            operation.advance(event)
+        if each.is_zero:
+            operation.advance(OperationEvent.BEGIN_ZERO)
+        else:
+            stretch.lease.reads += 1
+            pair.source.begin(operation)
+            for event in (OperationEvent.BEGIN_READ, OperationEvent.REQUEST_SENT, OperationEvent.READ_DONE):
+                operation.advance(event)
         operation.parts_left = 1
         operation.advance(OperationEvent.WRITES_SENT)
-        part = Part(operation, where, Gone(), is_zero=False)
+        part = Part(operation, where, None if each.is_zero else Gone(), is_zero=each.is_zero)
         if pair.ends[1].is_shared:  # a file has answered when it is over: well, but for one that failed or was not done
             is_whole = each.cookie != outcome.failed_write
             error = None if is_whole else pair.ends[1].refusal(outcome.error or ECANCELED)
             self._owner.part_done(pair.target, part, error)
         else:
             pair.target.adopt(part, each.cookie)
-            pair.ends[1].adopt_write(each.cookie, where)
+            pair.ends[1].adopt_write(each.cookie, where, is_zero=each.is_zero)
 
 
 def _credit(stretch: Stretch) -> None:
     """Count what was acknowledged since the last time."""
-    copied, spliced = stretch.copied, stretch.spliced
-    before, spliced_before = stretch.credited
-    stretch.credited = (copied, spliced)
-    stretch.lease.copied += copied - before
+    copied, spliced, zeroed = stretch.copied, stretch.spliced, stretch.zeroed
+    copied_before, spliced_before, zeroed_before = stretch.credited
+    stretch.credited = (copied, spliced, zeroed)
+    stretch.lease.copied += copied - copied_before
     stretch.lease.spliced += spliced - spliced_before
+    stretch.lease.zeroed += zeroed - zeroed_before
 
 
 def _give_back(stretch: Stretch, where: Range) -> None:

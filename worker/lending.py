@@ -47,9 +47,10 @@ class LaneSource(Protocol):
 
 
 class LaneTarget(Protocol):
-    """Where a lane writes."""
+    """Where a lane writes. `gathers`: it takes several requests, of WRITE_ZEROES also, by `message` and `gather`."""
 
     error: int
+    gathers: bool
 
     def open(self) -> None:
         """The thread begins to use it."""
@@ -65,6 +66,12 @@ class LaneTarget(Protocol):
 
     def send(self, view: memoryview) -> int:
         """The same out of memory."""
+
+    def message(self, cookie: int, start: int, length: int, *, is_zero: bool) -> bytes:
+        """The header of a WRITE, whose payload follows, or a WRITE_ZEROES."""
+
+    def gather(self, pieces: Sequence[bytes | memoryview]) -> int:
+        """Send `pieces`, one behind the other: bytes taken, or -errno."""
 
     def wait_for_room(self) -> None:
         """Until more may be sent, or for LANE_LOOK_SECONDS."""
@@ -152,8 +159,8 @@ class Lendable(ABC):
         """A READ of the lane's is unanswered: as if it had been asked here."""
 
     @abstractmethod
-    def adopt_write(self, handle: int, where: Range) -> None:
-        """The same of a WRITE, whose payload has left."""
+    def adopt_write(self, handle: int, where: Range, *, is_zero: bool) -> None:
+        """The same of a WRITE, whose payload has left, or of a WRITE_ZEROES."""
 
     @abstractmethod
     def adopt_flush(self, handle: int) -> None:

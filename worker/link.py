@@ -364,9 +364,9 @@ class NbdLink(Dialing, Lendable):
         self._running().adopt(handle, Command.READ, where, BufferSink(into) if isinstance(into, memoryview) else into)
         self._expect(handle, "reading", where.length)
 
-    def adopt_write(self, handle: int, where: Range) -> None:
-        self._running().adopt(handle, Command.WRITE, where)
-        self._expect(handle, "writing", where.length)
+    def adopt_write(self, handle: int, where: Range, *, is_zero: bool) -> None:
+        self._running().adopt(handle, Command.WRITE_ZEROES if is_zero else Command.WRITE, where)
+        self._expect(handle, "zeroing" if is_zero else "writing", where.length)
 
     def adopt_flush(self, handle: int) -> None:
         self._running().adopt(handle, Command.FLUSH, None)

@@ -21,7 +21,7 @@ from nbdshard.common.ring.choose import open_ring
 from nbdshard.worker.lane import Lane
 from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.service import Worker, WorkerState
-from nbdshard.worker.shape import CopyShape
+from nbdshard.worker.shape import CopyShape, ZeroPolicy
 
 if TYPE_CHECKING:
     from nbdshard.common.keys import WorkerKeys
@@ -60,6 +60,7 @@ def _work(ring: Ring, channel: WorkerChannel) -> None:
             wake,
             SystemPlumbing(),
             varies=shape.request_size_varies,
+            zeroes=shape.zero_policy is ZeroPolicy.REQUEST,
         )
 
     hello = _hello(ring, channel)

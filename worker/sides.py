@@ -143,7 +143,8 @@ class Target:
         """`part` was sent by somebody else, with this handle."""
         self.vector.take_at(handle, part)
         self.active += 1
-        self.bytes_in_flight += part.where.length
+        if part.payload is not None:
+            self.bytes_in_flight += part.where.length
 
     def flush_over(self) -> None:
         """The flush that a lane was asked for has succeeded."""

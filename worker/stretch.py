@@ -16,7 +16,7 @@ class Stretch:
     copier's own.
     """
 
-    __slots__ = ("at", "copied", "credited", "end", "lease", "left", "spliced", "start", "zeroes")
+    __slots__ = ("at", "copied", "credited", "end", "lease", "left", "spliced", "start", "zeroed", "zeroes")
 
     def __init__(self, lease: LeaseWork, where: Range) -> None:
         self.lease = lease
@@ -25,8 +25,9 @@ class Stretch:
         self.left = where.length
         self.copied = 0  # acknowledged by the destination
         self.spliced = 0  # of them
-        self.zeroes: list[tuple[int, int]] = []  # found in what was read: not written
-        self.credited = (0, 0)  # of `copied` and `spliced`
+        self.zeroed = 0  # acknowledged by the destination, and no payload
+        self.zeroes: list[tuple[int, int]] = []  # found in what was read, and left to the copier
+        self.credited = (0, 0, 0)  # of `copied`, `spliced` and `zeroed`
 
     def __str__(self) -> str:
         return f"lease {self.lease.lease}, [{self.start}, {self.end})"
@@ -38,6 +39,7 @@ class Unanswered(msgspec.Struct, frozen=True):
     cookie: int
     where: Range
     stretch: Stretch
+    is_zero: bool = False  # a WRITE_ZEROES
 
 
 class Outcome(msgspec.Struct):

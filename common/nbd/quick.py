@@ -1,8 +1,8 @@
 """What a connection's traffic looks like while nothing is the matter: for who moves payload without the client. Pure.
 
-A `Quick` knows the one reply to a READ and the one to a WRITE that a server gives when all is well, byte for byte.
-Whatever is anything else (an error, a hole, a reply in several chunks, nonsense) it does not judge: it answers ODD, and
-the client is given those bytes, and what is unanswered, to make of them what they are (`Client.adopt`).
+A `Quick` knows the one reply to a READ, and the one to what writes, that a server gives when all is well, byte for
+byte. Whatever is anything else (an error, a hole, a reply in several chunks, nonsense) it does not judge: it answers
+ODD, and the client is given those bytes, and what is unanswered, to make of them what they are (`Client.adopt`).
 
 Spec: "Simple reply message", "Structured reply chunk message", "Extended reply chunk message".
 """
@@ -35,6 +35,7 @@ _NONE: Final = ReplyType.NONE.value
 _OFFSET_BYTES: Final = wire.OFFSET.size
 _READ: Final = Command.READ.value
 _WRITE: Final = Command.WRITE.value
+_WRITE_ZEROES: Final = Command.WRITE_ZEROES.value
 _FLUSH: Final = Command.FLUSH.value
 _PAYLOAD_LEN: Final = CommandFlag.PAYLOAD_LEN.value
 
@@ -57,6 +58,9 @@ class Quick(Protocol):
 
     def write(self, cookie: int, start: int, length: int) -> bytes:
         """The request's header; the payload follows."""
+
+    def zero(self, cookie: int, start: int, length: int) -> bytes:
+        """A WRITE_ZEROES that may punch a hole."""
 
     def flush(self, cookie: int) -> bytes:
         """The request."""
@@ -86,6 +90,9 @@ class _Compact:
 
     def write(self, cookie: int, start: int, length: int) -> bytes:
         return wire.REQUEST.pack(REQUEST_MAGIC, 0, _WRITE, cookie, start, length)
+
+    def zero(self, cookie: int, start: int, length: int) -> bytes:
+        return wire.REQUEST.pack(REQUEST_MAGIC, 0, _WRITE_ZEROES, cookie, start, length)
 
     def flush(self, cookie: int) -> bytes:
         return wire.REQUEST.pack(REQUEST_MAGIC, 0, _FLUSH, cookie, 0, 0)
@@ -136,6 +143,9 @@ class _Extended:
 
     def write(self, cookie: int, start: int, length: int) -> bytes:
         return wire.EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, _PAYLOAD_LEN, _WRITE, cookie, start, length)
+
+    def zero(self, cookie: int, start: int, length: int) -> bytes:
+        return wire.EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, 0, _WRITE_ZEROES, cookie, start, length)
 
     def flush(self, cookie: int) -> bytes:
         return wire.EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, 0, _FLUSH, cookie, 0, 0)

@@ -73,6 +73,24 @@ def test_a_file_at_one_end_and_refusals_at_the_other(image: Path, copied: Path, 
     assert is_spliced(outcome)
 
 
+@pytest.mark.parametrize("error", ["EIO", "EINVAL"])
+def test_zeroes_between_data_that_are_refused_now_and_then(tmp_path: Path, copied: Path, ring: str, error: str) -> None:
+    """256 runs of each kind: in some of these every lane meets a refusal among a payload's requests."""
+    image = images.random_image(tmp_path / "fragments", SIZE)
+    with image.open("r+b") as file:
+        for start in range(0, SIZE, 256 * images.KIB):
+            file.seek(start + 96 * images.KIB)
+            file.write(bytes(128 * images.KIB))
+    faults = ("error-zero-rate=4%", f"error={error}")
+    with (
+        nbdkit("file", str(image), flags=["-r"]) as source,
+        nbdkit("file", str(copied), *faults, filters=["error"]) as destination,
+    ):
+        copy("--ring", ring, *REFUSING, source.uri, destination.uri).succeeded()
+        assert f"injecting {error}" in destination.stderr()
+    images.assert_identical(image, copied)
+
+
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_a_side_that_refuses_everything_is_told_of_in_one_line(image: Path, copied: Path, ring: str, side: str) -> None:
     operation = {"source": "pread", "destination": "pwrite"}[side]

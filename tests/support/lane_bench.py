@@ -29,6 +29,7 @@ from support.doubles import (
     CMD_FLUSH,
     CMD_READ,
     CMD_WRITE,
+    CMD_WRITE_ZEROES,
     EXTENDED_REPLY_MAGIC,
     EXTENDED_REQUEST_MAGIC,
     FLAG_DONE,
@@ -102,6 +103,12 @@ class Peer:
         assert asked.command == CMD_WRITE
         return asked
 
+    def zeroing(self) -> Asked:
+        """The next request, a WRITE_ZEROES."""
+        asked = self.take()
+        assert asked.command == CMD_WRITE_ZEROES
+        return asked
+
     def flush(self) -> Asked:
         """The next request, a FLUSH."""
         asked = self.take()
@@ -141,13 +148,21 @@ class LaneBench:
     """A lane between `source` and `target`, which are the servers' ends. `written`: to `serve_writes`."""
 
     def __init__(
-        self, mode: str, unit: int, sparse_unit: int, rows: int, ends: tuple[Ends, Ends], plumbing: Looks
+        self,
+        mode: str,
+        unit: int,
+        sparse_unit: int,
+        rows: int,
+        ends: tuple[Ends, Ends],
+        plumbing: Looks,
+        *,
+        zeroes: bool,
     ) -> None:
         self.now = 100.0
         self.wakes = 0
         self.unit = unit
         self.looks: list[int] = []  # how many WRITEs could be seen at each look at the clock
-        self.lane = Lane(unit, sparse_unit, rows, self._clock, self._woken, plumbing)
+        self.lane = Lane(unit, sparse_unit, rows, self._clock, self._woken, plumbing, zeroes=zeroes)
         assert self.lane.prepare() == ""
         self.ours, self.theirs = (ends[0][0], ends[1][0]), (ends[0][1], ends[1][1])
         self.source, self.target = (Peer(end, mode) for end in self.theirs)
@@ -222,7 +237,7 @@ class LaneBench:
                 count(stretch, Range(start, end))
             assert stretch.left == back[stretch], str(stretch)
             assert (stretch in self.lane.finished) == (stretch.left == 0)
-        assert counted + sum(stretch.copied for stretch in self.stretches) == sum(
+        assert counted + sum(stretch.copied + stretch.zeroed for stretch in self.stretches) == sum(
             stretch.end - stretch.start for stretch in self.stretches
         )
 
@@ -263,11 +278,12 @@ class LaneBench:
         self.play(part)
 
     def serve_writes(self) -> None:
-        """Acknowledge every WRITE, and keep it."""
+        """Acknowledge every WRITE and WRITE_ZEROES, and keep it."""
 
         def part() -> None:
             while True:
-                self.written.append(asked := self.target.write())
+                self.written.append(asked := self.target.take())
+                assert asked.command in (CMD_WRITE, CMD_WRITE_ZEROES)
                 self.target.send(self.target.ack(asked))
 
         self.play(part)
@@ -276,7 +292,8 @@ class LaneBench:
         """What a destination of `length` bytes holds that was all `fill` before."""
         held = bytearray(fill * length)
         for asked in self.written:
-            held[asked.start : asked.start + asked.length] = asked.payload
+            payload = asked.payload if asked.command == CMD_WRITE else bytes(asked.length)
+            held[asked.start : asked.start + asked.length] = payload
         return bytes(held)
 
     def fill_up_soon(self) -> None:
@@ -319,10 +336,11 @@ def lane_bench(
     sparse_unit: int = 0,
     rows: int = 16,
     ends: Callable[[], Ends] = unix_ends,
+    zeroes: bool = False,
 ) -> Iterator[LaneBench]:
     """A lane that is lent when `begin` is called, and closed with its sockets when the block ends."""
     with prepared(ends()) as one, prepared(ends()) as two:
-        bench = LaneBench(mode, unit, sparse_unit, rows, (one, two), SystemPlumbing())
+        bench = LaneBench(mode, unit, sparse_unit, rows, (one, two), SystemPlumbing(), zeroes=zeroes)
         try:
             yield bench
         finally:

@@ -88,11 +88,11 @@ class ScriptedLane:
         """Begin with the next stretch it was fed."""
         return self.feed.popleft()
 
-    def ask(self, stretch: Stretch, cookie: int, length: int = REQUEST) -> Unanswered:
+    def ask(self, stretch: Stretch, cookie: int, length: int = REQUEST, *, is_zero: bool = False) -> Unanswered:
         """Send a request for what comes next in `stretch`, and leave it unanswered."""
         where = Range.of(stretch.at, length)
         stretch.at = where.end
-        return Unanswered(cookie, where, stretch)
+        return Unanswered(cookie, where, stretch, is_zero)
 
     def copy(self, stretch: Stretch, length: int | None = None, *, spliced: int = 0) -> None:
         """Copy so much of what comes next, or all that is left."""
@@ -101,6 +101,12 @@ class ScriptedLane:
         stretch.copied += length
         stretch.spliced += spliced
         self.copied += length
+        self._settle(stretch, length)
+
+    def zero(self, stretch: Stretch, length: int) -> None:
+        """What comes next is zeroes, and the destination has zeroed it."""
+        stretch.at += length
+        stretch.zeroed += length
         self._settle(stretch, length)
 
     def skip(self, stretch: Stretch, length: int) -> None:
@@ -157,8 +163,8 @@ class LendableRecorder(Recorder, Lendable):
         if not self.is_shared:
             self.calls[-1].name = "adopted read"
 
-    def adopt_write(self, handle: int, where: Range) -> None:
-        self._record(Call(self, "adopted write", handle, where))
+    def adopt_write(self, handle: int, where: Range, *, is_zero: bool) -> None:
+        self._record(Call(self, "adopted zero" if is_zero else "adopted write", handle, where))
 
     def adopt_flush(self, handle: int) -> None:
         self._record(Call(self, "adopted flush", handle))

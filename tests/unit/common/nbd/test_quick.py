@@ -35,6 +35,7 @@ def as_bytes(drawn: str) -> bytearray:
 COMPACT_REQUESTS: list[tuple[Callable[[Quick], bytes], str]] = [
     (lambda quick: quick.read(10, 0x1000, 0x200), "25609513 0000 0000 000000000000000a 0000000000001000 00000200"),
     (lambda quick: quick.write(10, 0x1000, 0x200), "25609513 0000 0001 000000000000000a 0000000000001000 00000200"),
+    (lambda quick: quick.zero(10, 0x1000, 0x200), "25609513 0000 0006 000000000000000a 0000000000001000 00000200"),
     (lambda quick: quick.flush(10), "25609513 0000 0003 000000000000000a 0000000000000000 00000000"),
 ]
 EXTENDED_REQUESTS: list[tuple[Callable[[Quick], bytes], str]] = [
@@ -45,6 +46,10 @@ EXTENDED_REQUESTS: list[tuple[Callable[[Quick], bytes], str]] = [
     (
         lambda quick: quick.write(10, 0x1000, 0x200),
         "21e41c71 0020 0001 000000000000000a 0000000000001000 0000000000000200",
+    ),
+    (
+        lambda quick: quick.zero(10, 0x1000, 0x200),
+        "21e41c71 0000 0006 000000000000000a 0000000000001000 0000000000000200",
     ),
     (lambda quick: quick.flush(10), "21e41c71 0000 0003 000000000000000a 0000000000000000 0000000000000000"),
 ]
@@ -81,6 +86,9 @@ def test_a_request_is_what_the_client_itself_would_send(mode: str, cookie: int, 
     client = Client(export, "srv", 300)
     client.write(cookie, where, [bytes(where.length)])
     assert in_memory(client.data_to_send())[0] == ours.write(cookie, where.start, where.length)
+    client = Client(export, "srv", 300)
+    client.write_zeroes(cookie, where, no_hole=False)
+    assert send_all(client)[0] == ours.zero(cookie, where.start, where.length)
     client = Client(export, "srv", 300)
     client.flush(cookie)
     assert send_all(client)[0] == ours.flush(cookie)
