@@ -8,6 +8,7 @@ zeroes are looked for, both empty destinations tell how much of them each of the
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.commands import TOOLS, compare_command, copy_command, map_command
-from benchmarks.ends import Place, opened
+from benchmarks.ends import Place, opened, without_extents
 from benchmarks.measure import CommandFailed, output, watched
 from benchmarks.results import AFTER_ONE, AFTER_ROUNDS, IDENTICAL, NBDCOPY, NBDSHARD, Memory, Row, Series
 from benchmarks.rows import Row as Task
@@ -93,7 +94,10 @@ class RowRun:
 
     def _compare(self, when: str, source: Place, destination: Place) -> None:
         try:
-            output(compare_command(source.address, destination.address))
+            with contextlib.ExitStack() as stack:
+                if self.task.is_compared_whole:
+                    source, destination = (stack.enter_context(without_extents(each)) for each in (source, destination))
+                output(compare_command(source.address, destination.address))
             self.proofs[when] = IDENTICAL
         except CommandFailed as error:
             self.proofs[when] = f"not identical: {error}"

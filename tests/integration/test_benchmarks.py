@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ends import SHARED_MEMORY
+from benchmarks.commands import map_command
+from benchmarks.ends import SHARED_MEMORY, Place, without_extents
 from benchmarks.measure import CommandFailed, output, timed, watched
 from benchmarks.results import AFTER_ONE, IDENTICAL, Results, Row, load
+from benchmarks.row_run import data_bytes
 from benchmarks.rows import ROWS
 from support import processes
 from support.servers import nbdkit
@@ -102,6 +104,14 @@ def test_every_copy_that_can_be_read_back_is_proven(ran: Ran) -> None:
         proofs = ran.row(task.name).proofs  # what the rounds left behind is compared if there is time
         assert (AFTER_ONE in proofs) == task.destination.keeps_data
         assert set(proofs.values()) <= {IDENTICAL}, task.name
+
+
+def test_a_place_without_extents_holds_the_same_and_tells_of_no_hole() -> None:
+    with nbdkit("memory", size="1M") as server, without_extents(Place(server.uri, lambda: None)) as place:
+        output(["qemu-io", "-f", "raw", "-c", "write -P 7 64k 64k", server.uri])
+        output(["qemu-io", "-f", "raw", "-r", "-c", "read -v -P 7 64k 64k", place.address])
+        assert data_bytes(output(map_command(server.uri))) == 64 * 1024
+        assert data_bytes(output(map_command(place.address))) == MIB
 
 
 def test_what_is_left_as_data_is_counted_where_zeroes_are_looked_for(ran: Ran) -> None:
