@@ -22,7 +22,7 @@ from benchmarks.ends import Place, opened, without_extents
 from benchmarks.measure import CommandFailed, output, watched
 from benchmarks.results import AFTER_ONE, AFTER_ROUNDS, IDENTICAL, NBDCOPY, NBDSHARD, Memory, Row, Series
 from benchmarks.rows import Row as Task
-from benchmarks.series import Runner, alternate
+from benchmarks.series import VARIANT_ROUNDS, Runner, alternate
 
 
 class MapEntry(msgspec.Struct):
@@ -65,7 +65,14 @@ class RowRun:
     def _runners(self, source: Place, destination: Place) -> list[Runner]:
         lines: list[tuple[str, tuple[str, ...]]] = [(tool, ()) for tool in TOOLS]
         lines += [(NBDSHARD, variant) for variant in self.variants]
-        return [Runner(" ".join((tool, *more)), self._command(tool, source, destination, more)) for tool, more in lines]
+        return [
+            Runner(
+                " ".join((tool, *more)),
+                self._command(tool, source, destination, more),
+                VARIANT_ROUNDS if more else 0,
+            )
+            for tool, more in lines
+        ]
 
     def _command(self, tool: str, source: Place, destination: Place, more: Sequence[str] = ()) -> list[str]:
         zeroes = self.task.detects_zeroes

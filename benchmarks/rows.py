@@ -119,7 +119,7 @@ FIRST: Final = Row(
     NULL,
     8 * GIB,
     Figure(speed_min=1.5, cpu_share_max=0.45),
-    weight=80,
+    weight=125,
     variants=(("--ring", "epoll"), ("--data-path=buffer",)),
 )
 
@@ -132,7 +132,7 @@ ROWS: Final[Sequence[Row]] = (
         NULL,
         8 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.75),
-        weight=60,
+        weight=85,
         detects_zeroes=True,
     ),
     Row(
@@ -151,7 +151,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         4 * GIB,
         Figure(speed_min=1.3, cpu_share_max=0.5),
-        weight=50,
+        weight=65,
     ),
     Row(
         "memory-zeroes",
@@ -160,7 +160,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         4 * GIB,
         Figure(speed_min=1.15, cpu_share_max=0.8),
-        weight=50,
+        weight=65,
         detects_zeroes=True,
     ),
     Row(
@@ -170,7 +170,7 @@ ROWS: Final[Sequence[Row]] = (
         QemuNbd(),
         4 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.6),
-        weight=48,
+        weight=80,
     ),
     Row(
         "from-file",
@@ -179,7 +179,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         4 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=35,
+        weight=55,
     ),
     Row(
         "to-file",
@@ -188,16 +188,16 @@ ROWS: Final[Sequence[Row]] = (
         LocalFile(),
         4 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=38,
+        weight=70,
     ),
     Row(
         "from-file-zeroes",
         "local file in shared memory to nbdkit memory, random data, zero detection on",
         LocalFile(Content.RANDOM),
         MEMORY,
-        4 * GIB,
+        2 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=38,
+        weight=32,
         detects_zeroes=True,
     ),
     Row(
@@ -205,9 +205,9 @@ ROWS: Final[Sequence[Row]] = (
         "nbdkit pattern to local file in shared memory, zero detection on",
         PATTERN,
         LocalFile(),
-        4 * GIB,
+        2 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=40,
+        weight=42,
         detects_zeroes=True,
     ),
     Row(
@@ -217,7 +217,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         100 * GIB,
         Figure(speed_min=1.0),
-        weight=30,
+        weight=32,
         data_share=0.01,
         detects_zeroes=True,
     ),
@@ -228,7 +228,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         8 * GIB,
         Figure(speed_min=1.0),
-        weight=150,
+        weight=145,
         data_share=0.5,
         detects_zeroes=True,
         is_compared_whole=True,
@@ -240,7 +240,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         MIB,
         Figure(wall_seconds_max=0.35, cpu_seconds_max=0.25),
-        weight=8,
+        weight=4,
         detects_zeroes=True,
         rounds_factor=3,
     ),
@@ -265,4 +265,4 @@ SCHEDULER_RANGES: Final = (10_000, 100_000, 1_000_000)
 FLAT_FACTOR_MAX: Final = 1.25  # the dearest against the cheapest; the tests hold the number of lines run to be flat
 
 # Parts that are no rows, with their weights.
-PARTS: Final = {"scaling": 30.0, "requests": 28.0, "leases": 10.0, "scheduler": 40.0}
+PARTS: Final = {"scaling": 20.0, "requests": 20.0, "leases": 8.0, "scheduler": 36.0}

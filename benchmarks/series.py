@@ -13,14 +13,16 @@ from benchmarks.results import Sample, Series
 
 SLOW_FACTOR: Final = 2.5
 SLOW_ROUNDS: Final = 2
+VARIANT_ROUNDS: Final = 3  # of a further command line of nbdshard's, which is compared with its own default
 
 
 @dataclass(slots=True)
 class Runner:
-    """One command that takes part."""
+    """One command that takes part, in `rounds_max` rounds at most, unless that is 0."""
 
     name: str
     command: Sequence[str]
+    rounds_max: int = 0
     samples: list[Sample] = field(default_factory=list)
     failed: str = ""
 
@@ -47,10 +49,14 @@ def alternate(runners: Sequence[Runner], wanted: int, deadline: float, reset: Ca
     rounds = Rounds(wanted, deadline)
     while rounds.another(time.monotonic()):
         for runner in alternating(runners, rounds.made - 1):
-            if not _is_left_behind(runner, runners):
+            if not _is_left_behind(runner, runners) and not _has_enough(runner):
                 reset()
                 runner.run()
     return [runner.series for runner in runners]
+
+
+def _has_enough(runner: Runner) -> bool:
+    return 0 < runner.rounds_max <= len(runner.samples)
 
 
 def _is_left_behind(runner: Runner, runners: Sequence[Runner]) -> bool:

@@ -23,6 +23,12 @@ def test_a_command_alone_is_never_slow() -> None:
     assert len(alternate([Runner("alone", ["sleep", "0.05"])], 4, math.inf, lambda: None)[0].samples) == 4
 
 
+def test_a_command_with_fewer_rounds_leaves_the_later_ones_to_the_others() -> None:
+    runners = [Runner("one", ["sleep", "0.1"]), Runner("other", ["sleep", "0.1"], 2)]
+    found = alternate(runners, 4, math.inf, lambda: None)
+    assert [len(series.samples) for series in found] == [4, 2]
+
+
 def test_a_command_that_failed_is_not_run_again() -> None:
     found = alternate([Runner("broken", ["false"])], 3, math.inf, lambda: None)
     assert (len(found[0].samples), bool(found[0].failed)) == (0, True)
