@@ -284,8 +284,8 @@ def _how(results: Results) -> str:
             "looked for, the same without `-S 0`. Nothing else is tuned.",
             f"2. The tools take turns, {results.rounds} rounds where time allows, each round begun by another tool; "
             "the servers run on, and a destination file is emptied before each run. A tool that takes more than "
-            f"{SLOW_FACTOR:g} times as long as the others does so in {SLOW_ROUNDS} rounds only, and nbdshard with other "
-            f"options takes part in {VARIANT_ROUNDS}.",
+            f"{SLOW_FACTOR:g} times as long as the others does so in {SLOW_ROUNDS} rounds only, and nbdshard with "
+            f"other options takes part in {VARIANT_ROUNDS}.",
             "3. CPU is user and system time by wait4(2), of the command, its threads, the kernel's threads that work "
             "for its ring, and all its processes, which it waits for; the servers' is not in it.",
             "4. Sources and destinations are in memory or made up by nbdkit, files in /dev/shm (a tmpfs): no disk "

@@ -119,7 +119,7 @@ FIRST: Final = Row(
     NULL,
     8 * GIB,
     Figure(speed_min=1.5, cpu_share_max=0.45),
-    weight=125,
+    weight=108,
     variants=(("--ring", "epoll"), ("--data-path=buffer",)),
 )
 
@@ -132,7 +132,7 @@ ROWS: Final[Sequence[Row]] = (
         NULL,
         8 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.75),
-        weight=85,
+        weight=74,
         detects_zeroes=True,
     ),
     Row(
@@ -142,7 +142,7 @@ ROWS: Final[Sequence[Row]] = (
         Nbdkit("null", tcp=True),
         8 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.8),
-        weight=85,
+        weight=76,
     ),
     Row(
         "memory",
@@ -151,7 +151,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         4 * GIB,
         Figure(speed_min=1.3, cpu_share_max=0.5),
-        weight=65,
+        weight=57,
     ),
     Row(
         "memory-zeroes",
@@ -160,7 +160,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         4 * GIB,
         Figure(speed_min=1.15, cpu_share_max=0.8),
-        weight=65,
+        weight=57,
         detects_zeroes=True,
     ),
     Row(
@@ -170,7 +170,7 @@ ROWS: Final[Sequence[Row]] = (
         QemuNbd(),
         4 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.6),
-        weight=80,
+        weight=70,
     ),
     Row(
         "from-file",
@@ -179,7 +179,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         4 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=55,
+        weight=48,
     ),
     Row(
         "to-file",
@@ -188,7 +188,7 @@ ROWS: Final[Sequence[Row]] = (
         LocalFile(),
         4 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=70,
+        weight=60,
     ),
     Row(
         "from-file-zeroes",
@@ -197,7 +197,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         2 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=32,
+        weight=28,
         detects_zeroes=True,
     ),
     Row(
@@ -207,7 +207,7 @@ ROWS: Final[Sequence[Row]] = (
         LocalFile(),
         2 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=42,
+        weight=36,
         detects_zeroes=True,
     ),
     Row(
@@ -217,7 +217,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         100 * GIB,
         Figure(speed_min=1.0),
-        weight=32,
+        weight=29,
         data_share=0.01,
         detects_zeroes=True,
     ),
@@ -228,7 +228,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         8 * GIB,
         Figure(speed_min=1.0),
-        weight=145,
+        weight=140,
         data_share=0.5,
         detects_zeroes=True,
         is_compared_whole=True,
@@ -265,4 +265,4 @@ SCHEDULER_RANGES: Final = (10_000, 100_000, 1_000_000)
 FLAT_FACTOR_MAX: Final = 1.25  # the dearest against the cheapest; the tests hold the number of lines run to be flat
 
 # Parts that are no rows, with their weights.
-PARTS: Final = {"scaling": 20.0, "requests": 20.0, "leases": 8.0, "scheduler": 36.0}
+PARTS: Final = {"scaling": 18.0, "requests": 18.0, "leases": 7.0, "scheduler": 36.0}
