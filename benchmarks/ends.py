@@ -24,10 +24,14 @@ STAMP_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One end, ready: `address` as every tool takes it. `reset` is to be called before each run."""
+    """One end, ready: `address` as every tool takes it. `reset` is to be called before each run.
+
+    `servers`: the processes behind the address.
+    """
 
     address: str
     reset: Callable[[], None]
+    servers: tuple[int, ...] = ()
 
 
 @contextlib.contextmanager
@@ -46,18 +50,18 @@ def opened(end: End, size: int, folder: Path, name: str) -> Iterator[Place]:
             case Nbdkit(plugin="file"):
                 fill(path, size, end.content)
                 with nbdkit("file", str(path), tcp=end.tcp) as server:
-                    yield Place(server.uri, _nothing)
+                    yield Place(server.uri, _nothing, (server.pid,))
             case Nbdkit():
                 with nbdkit(end.plugin, *end.params, size=size, tcp=end.tcp) as server:
                     if end.content is not Content.EMPTY:
                         fill(path, size, end.content)
                         output(["nbdcopy", "--flush", str(path), server.uri])
                         path.unlink()  # it is memory, and so is the server's copy
-                    yield Place(server.uri, _nothing)
+                    yield Place(server.uri, _nothing, (server.pid,))
             case QemuNbd():
                 fill(path, size, end.content)
                 with qemu_nbd(path) as server:
-                    yield Place(server.uri, _nothing)
+                    yield Place(server.uri, _nothing, (server.pid,))
             case LocalFile():
                 fill(path, size, end.content)
                 is_empty = end.content is Content.EMPTY

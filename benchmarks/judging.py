@@ -39,6 +39,20 @@ def cpu_share(row: Row, peer: str) -> float | None:
     return ours.cpu / theirs.cpu if ours is not None and theirs is not None and theirs.cpu else None
 
 
+def busy(series: Series, cores: int) -> float:
+    """The share of the machine's cores that the tool and the servers kept busy, by the medians."""
+    return (series.cpu + series.servers) / (series.wall * cores)
+
+
+def speed_bound(row: Row, cores: int) -> float | None:
+    """How many times as fast as nbdcopy a copy could be whose client took no CPU at all.
+
+    The servers take on all cores what they took beside nbdshard. None: that is not known.
+    """
+    ours, theirs = row.of(NBDSHARD), row.of(NBDCOPY)
+    return theirs.wall * cores / ours.servers if ours is not None and theirs is not None and ours.servers else None
+
+
 def judge_speed(row: Row, figure: Figure) -> Judgement:
     """Of the wall time."""
     ours = row.of(NBDSHARD)

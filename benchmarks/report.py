@@ -28,6 +28,7 @@ def page(results: Results, notes: str) -> str:
         _head(results),
         _machine(results),
         _rows(results),
+        _servers(results),
         _variants(results),
         _left_behind(results),
         _memory(results),
@@ -108,6 +109,30 @@ def _rows(results: Results) -> str:
         bullets(failures),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _servers(results: Results) -> str:
+    cores = results.machine.cores
+    lines = []
+    for row in results.rows:
+        if (bound := judging.speed_bound(row, cores)) is None:
+            continue
+        found = [row.of(tool) for tool in TOOLS]
+        taken = ["-" if series is None else f"{series.servers:.2f}" for series in found]
+        shares = ["-" if series is None else f"{judging.busy(series, cores):.0%}" for series in found]
+        lines.append((row.name, *taken, *shares, _times(bound)))
+    if not lines:
+        return ""
+    head = ("work", *(f"beside {tool}" for tool in TOOLS), *(f"busy, {tool}" for tool in TOOLS), "x nbdcopy at most")
+    return "\n\n".join(
+        [
+            "## What the servers took",
+            "CPU time in seconds, user and system, of the servers at both ends while each tool copied, medians; how "
+            "busy that and the tool's own kept the machine's cores; and how many times as fast as nbdcopy a copy could be "
+            "whose client took none, beside servers that take what they took beside nbdshard.",
+            table(head, lines),
+        ]
+    )
 
 
 def _variants(results: Results) -> str:

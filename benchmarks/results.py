@@ -26,10 +26,14 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sample(Record, frozen=True):
-    """One command from its start to its exit. `cpu`: user and system time of all its processes."""
+    """One command from its start to its exit. `cpu`: user and system time of all its processes.
+
+    `servers`: what the servers at its ends took meanwhile, in ticks of the kernel's clock.
+    """
 
     wall: float
     cpu: float
+    servers: float = 0.0
 
 
 class Series(Record, frozen=True):
@@ -48,6 +52,11 @@ class Series(Record, frozen=True):
     def cpu(self) -> float:
         """Median seconds of CPU; only of a series with samples."""
         return median(sample.cpu for sample in self.samples)
+
+    @property
+    def servers(self) -> float:
+        """Median seconds of the servers' CPU; only of a series with samples."""
+        return median(sample.servers for sample in self.samples)
 
 
 class Memory(Record, frozen=True):

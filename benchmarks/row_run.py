@@ -70,6 +70,7 @@ class RowRun:
                 " ".join((tool, *more)),
                 self._command(tool, source, destination, more),
                 VARIANT_ROUNDS if more else 0,
+                (*source.servers, *destination.servers),
             )
             for tool, more in lines
         ]

@@ -23,6 +23,7 @@ class Runner:
     name: str
     command: Sequence[str]
     rounds_max: int = 0
+    servers: Sequence[int] = ()
     samples: list[Sample] = field(default_factory=list)
     failed: str = ""
 
@@ -31,7 +32,7 @@ class Runner:
         if self.failed:
             return
         try:
-            self.samples.append(timed(self.command))
+            self.samples.append(timed(self.command, self.servers))
         except CommandFailed as error:
             self.failed = str(error)
 

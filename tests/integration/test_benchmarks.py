@@ -126,6 +126,12 @@ def test_memory_is_told_of_the_coordinator_and_of_each_worker(ran: Ran) -> None:
     assert ours.workers and all(peak > MIB for peak in ours.workers)
 
 
+def test_the_cpu_of_the_servers_is_told_of_too() -> None:
+    with nbdkit("pattern", size="256M") as server:
+        assert timed(["nbdcopy", server.uri, "null:"], [server.pid]).servers > 0.0
+        assert timed(["true"], [server.pid]).servers == 0.0
+
+
 def test_the_other_ring_is_measured_on_the_first_row(ran: Ran) -> None:
     assert "nbdshard --ring epoll" in [series.name for series in ran.row("first").series]
 

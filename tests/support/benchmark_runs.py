@@ -36,9 +36,9 @@ MACHINE = Machine(
 )
 
 
-def series(name: str, wall: Sequence[float], cpu: Sequence[float] | None = None) -> Series:
-    """Samples with these times; the CPU time is half the wall time unless told."""
-    return Series(name, [Sample(w, c) for w, c in zip(wall, cpu or [each / 2 for each in wall], strict=True)])
+def series(name: str, wall: Sequence[float], cpu: Sequence[float] | None = None, servers: float = 0.0) -> Series:
+    """Samples with these times; the CPU time is half the wall time unless told. `servers`: of each."""
+    return Series(name, [Sample(w, c, servers) for w, c in zip(wall, cpu or [each / 2 for each in wall], strict=True)])
 
 
 def row(
@@ -46,10 +46,11 @@ def row(
     nbdcopy: tuple[float, float] = (3.0, 2.0),
     qemu: tuple[float, float] = (4.0, 2.0),
     name: str = "first",
+    servers: float = 0.0,
 ) -> Row:
-    """One round of each tool: (wall, CPU)."""
+    """One round of each tool: (wall, CPU); `servers`: CPU of the servers beside each of them."""
     pairs = {"nbdshard": ours, "nbdcopy": nbdcopy, "qemu-img": qemu}
-    return Row(name, 8 * GIB, [series(tool, [wall], [cpu]) for tool, (wall, cpu) in pairs.items()])
+    return Row(name, 8 * GIB, [series(tool, [wall], [cpu], servers) for tool, (wall, cpu) in pairs.items()])
 
 
 def point(workers: int, connections: int, wall: float, request_size: int = REQUEST_BYTES_DEFAULT) -> Point:

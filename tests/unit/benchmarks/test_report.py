@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.report import best_of, bullets, page, table
 from benchmarks.results import Results
-from support.benchmark_runs import point, series, whole
+from support.benchmark_runs import point, row, series, whole
 
 PAGE = page(whole(), "## Notes\n\nBy hand.\n")
 MIB = 1 << 20
@@ -36,6 +36,13 @@ def test_a_row_tells_medians_ratios_and_whether_its_figure_is_met() -> None:
 
 def test_a_row_that_was_not_run_says_why() -> None:
     assert lines_with("**memory**", "not run: it needs 9 GiB of memory, 2 GiB are free")
+
+
+def test_what_the_servers_took_bounds_the_speed() -> None:
+    rows = [row((2.0, 1.0), (3.0, 2.0), (4.0, 2.0), servers=2.0), row(name="from-file")]
+    text = page(msgspec.structs.replace(whole(), rows=rows), "")
+    assert lines_with("| first | 2.00 | 2.00 | 2.00 | 75% | 67% | 50% | 3.00 |", text=text)
+    assert not lines_with("| from-file | ", "%", text=text)
 
 
 def test_other_options_stand_beside_the_default() -> None:
