@@ -128,8 +128,8 @@ def _servers(results: Results) -> str:
         [
             "## What the servers took",
             "CPU time in seconds, user and system, of the servers at both ends while each tool copied, medians; how "
-            "busy that and the tool's own kept the machine's cores; and how many times as fast as nbdcopy a copy could be "
-            "whose client took none, beside servers that take what they took beside nbdshard.",
+            "busy that and the tool's own kept the machine's cores; and how many times as fast as nbdcopy a copy could "
+            "be whose client took none, beside servers that take what they took beside nbdshard.",
             table(head, lines),
         ]
     )
