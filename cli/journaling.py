@@ -62,7 +62,7 @@ def start(setting: Setting, stack: ExitStack) -> Start:
         return default_path(uuid) if args.journal is None else str(args.journal)
 
     def describe(source: EndpointDescription, destination: EndpointDescription, size: int) -> JobFacts:
-        from nbdshard.cli.resuming import facts_of
+        from nbdshard.cli.facts import facts_of
 
         return facts_of(setting, uuid, source, destination, size)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Final, Protocol
 
-from nbdshard.cli.ends import Ends
+from nbdshard.cli.facts import local_file
 from nbdshard.cli.journaling import Start
 from nbdshard.cli.options import words_of
 from nbdshard.cli.setting import Setting
@@ -16,11 +16,11 @@ from nbdshard.common import logs
 from nbdshard.common.blocking import BlockingClient
 from nbdshard.common.errors import NbdshardError, UserError
 from nbdshard.common.limits import RESUME_SAMPLE_BYTES, RESUME_SAMPLES
-from nbdshard.common.messages import EndpointAddress, EndpointDescription, Side
+from nbdshard.common.messages import EndpointAddress, Side
 from nbdshard.common.nbd.uri import parse_uri
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.journal import Journal
-from nbdshard.coordinator.journal_facts import JobFacts, JournaledEnd, LocalFile, ResultOptions
+from nbdshard.coordinator.journal_facts import JobFacts, ResultOptions
 from nbdshard.coordinator.keeping import Keeper
 
 SIDES: Final[tuple[Side, Side]] = ("source", "destination")
@@ -58,7 +58,7 @@ def _check_facts(setting: Setting, facts: JobFacts) -> None:
         is_command = operand in setting.args.commands
         if (named != then.named) if is_command else (address.address != then.address.address):
             raise UserError(f"the journal is about another {side}: {then.named} instead of {named}", path, ADVICE)
-        local = _local_file(ends, side)
+        local = local_file(ends, side)
         if local is not None and then.local is not None:
             if (local.device, local.inode) != (then.local.device, then.local.inode):
                 raise UserError(f"the {side} is another file than when the copy began", address.address, ADVICE)
@@ -69,32 +69,6 @@ def _check_facts(setting: Setting, facts: JobFacts) -> None:
         if was != is_now:
             option = name.replace("_", "-")
             raise UserError(f"the copy began with other options: {option} was {was}, and is {is_now}", path, ADVICE)
-
-
-def facts_of(
-    setting: Setting, uuid: str, source: EndpointDescription, destination: EndpointDescription, size: int
-) -> JobFacts:
-    """What the journal of a new job remembers of it."""
-    ends, args = setting.ends, setting.args
-
-    def journaled(side: Side, operand: str, address: EndpointAddress, description: EndpointDescription) -> JournaledEnd:
-        export = parse_uri(address.address).export_name if address.kind == "nbd" else ""
-        named = words_of(operand, args)
-        return JournaledEnd(named, address, description, export, _local_file(ends, side))
-
-    return JobFacts(
-        uuid,
-        size,
-        journaled("source", args.operands[0], ends.source, source),
-        [journaled("destination", args.operands[1], ends.destination, destination)],
-        ResultOptions.of(setting.options),
-    )
-
-
-def _local_file(ends: Ends, side: Side) -> LocalFile | None:
-    """As it was opened: by the time of the first checkpoint it may have been written to, renamed or removed."""
-    facts = ends.found(side)
-    return LocalFile(facts.st_dev, facts.st_ino, facts.st_mtime_ns) if facts is not None else None
 
 
 # -- samples of what is durable ----------------------------------------------------------------------------------------
