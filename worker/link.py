@@ -491,5 +491,6 @@ class NbdLink(Dialing, Lendable):
     def _broken(self, result: int) -> ConnectionLost:
         doing = "negotiating"
         if self._client is not None:
-            doing = f"waiting for {self._client.pending} replies" if self._client.pending else "idle"
+            pending = self._client.pending
+            doing = f"waiting for {pending} {'reply' if pending == 1 else 'replies'}" if pending else "idle"
         return ConnectionLost(self.peer, doing, os.strerror(-result).lower())
