@@ -19,6 +19,7 @@ from nbdshard.cli.setting import Crew, Setting
 from nbdshard.common import channel as _channel  # noqa: F401 (both processes need it: loaded once, before the fork)
 from nbdshard.common import logs
 from nbdshard.common.control_url import ControlUrl
+from nbdshard.common.descriptors import check_descriptors
 from nbdshard.coordinator.launcher import Launcher, WorkerCommand
 from nbdshard.coordinator.signals import SignalWatch
 
@@ -37,6 +38,7 @@ def run_copy(args: Namespace, crew: Crew) -> int:
     logs.set_up("", logs.Level.DEBUG if args.verbose else usual)
     options = job_options(args)
     endpoints = parse_operands(args)
+    check_descriptors()
     with SignalWatch() as signals, ExitStack() as stack:
         ends = Ends(*endpoints, stack, resumes=args.resume or args.force_resume)
         if ends.has_stream:  # it has one reader or writer

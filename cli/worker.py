@@ -48,8 +48,10 @@ def run(args: Namespace) -> int:
     keys = _keys(args)
     role = f"worker {args.name[:8]}" if args.name else "worker"
     logs.set_up(role, logs.Level.DEBUG if args.verbose else logs.Level.WARNING)
+    from nbdshard.common.descriptors import check_descriptors
     from nbdshard.worker.run import run_worker
 
+    check_descriptors()
     return run_worker(args.connect, ring=args.ring, name=args.name or "", keys=keys) or EXIT_OK
 
 

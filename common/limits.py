@@ -173,6 +173,7 @@ SOCKET_NAME_BYTES_MAX: Final = 20  # names of sockets in the private directory
 SPARE_WORKERS_MAX: Final = 3  # forked in case; one costs a small copy 4 ms of CPU, and saves a large one 80
 WORKER_EXIT_SECONDS: Final = 2.0  # for local workers to end by themselves when the job is over
 NEW_OBJECTS_MAX: Final = 20_000  # before Python looks for cycles among them; by itself it does so after each 700
+DESCRIPTORS_MIN: Final = 40  # of a process: standard streams, ring, channel, a connection or two and their pipes
 COMMAND_EXIT_SECONDS: Final = 5.0  # for a server of `[ CMD ]` to end after SIGTERM, then it is killed
 COMMAND_GRACE_SECONDS: Final = 2.0  # a server that left with status 0 may just have seen its last client go
 KILLED_CHILD_SECONDS: Final = 5.0  # for a killed process to be gone

@@ -6,7 +6,6 @@ Everything after the connect goes through the ring.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
@@ -57,11 +56,11 @@ class Sockets:
         return sock.detach()
 
     def error(self, number: int) -> int:
-        sock = socket.socket(fileno=os.dup(number))
+        sock = socket.socket(fileno=number)  # no second descriptor: there may be none left
         try:
             return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         finally:
-            sock.close()
+            sock.detach()
 
 
 SYSTEM_SOCKETS = Sockets()

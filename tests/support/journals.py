@@ -55,11 +55,12 @@ def answer(process: subprocess.Popen[bytes]) -> str:
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
+def small_disk(folder: Path, kib: int = 256) -> Iterator[Path]:
+    """A file system of so many KiB."""
     folder.mkdir()
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], check=True, stderr=subprocess.PIPE)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", str(folder)]
+        subprocess.run(command, check=True, stderr=subprocess.PIPE)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"cannot mount here: {error}")
     try:
