@@ -5,6 +5,7 @@ PYTHON ?= python3.11
 JOBS ?= 2
 SEEDS ?= 2000
 FUZZ_SECONDS ?= 600
+FAULTS ?= 200
 
 BIN := .venv/bin
 # An editable install compiles nothing, and where PYTHONDONTWRITEBYTECODE is set no run keeps what it compiles: a third
@@ -15,7 +16,7 @@ SHELL := /bin/sh
 # Debian keeps mke2fs and losetup where an ordinary user, and some machinery, does not look.
 export PATH := $(PATH):/usr/sbin:/sbin
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long check bench fuzz simulate format venv clean
+.PHONY: help demo test test-long check bench fuzz simulate chaos format venv clean
 
 help:
 	@echo 'make demo       copy a real ext4 image between two NBD servers with several workers, and check the copy'
@@ -25,6 +26,7 @@ help:
 	@echo 'make bench      measure beside nbdcopy and qemu-img, write docs/benchmarks.md (15 minutes; ARGS=--quick: 2)'
 	@echo 'make fuzz       fuzz the NBD client for FUZZ_SECONDS ($(FUZZ_SECONDS))'
 	@echo 'make simulate   simulate whole jobs for SEEDS seeds ($(SEEDS))'
+	@echo 'make chaos      kill, stop and cut off real servers, workers and coordinators FAULTS times ($(FAULTS)); SEED=N: again'
 	@echo 'make format     format and mend what the linter can mend'
 
 demo: $(STAMPS)/packages-demo .venv/installed
@@ -53,6 +55,10 @@ fuzz: .venv/installed-dev
 
 simulate: .venv/installed-dev
 	PYTHONPATH=tests $(BIN)/python -m simulation.run --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
+
+chaos: $(STAMPS)/packages-test .venv/installed-dev
+	@$(COMPILE)
+	PYTHONPATH=tests $(BIN)/python -m chaos.run --faults $(FAULTS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .

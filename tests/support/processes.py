@@ -93,6 +93,15 @@ def resident_peak_bytes(pid: int) -> int:
     return int(kib[0]) * 1024 if kib else 0
 
 
+def bytes_written(pid: int) -> int:
+    """What the process has written to files so far, also to its page cache; 0 when it is gone."""
+    try:
+        lines = (PROC / str(pid) / "io").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next(int(line.partition(":")[2]) for line in lines if line.startswith("wchar:"))
+
+
 def is_pending(pid: int, number: int) -> bool:
     """Whether a signal was sent to the process and not yet delivered: the next one of its kind would be lost."""
     words = _status(pid, "SigPnd") + _status(pid, "ShdPnd")

@@ -1,0 +1,1 @@
+"""Real servers, workers and coordinators, killed, stopped and cut off at random, over and over."""
