@@ -8,8 +8,8 @@ from contextlib import ExitStack
 
 import msgspec
 
-from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, EXIT_PAUSED, EXIT_UNFENCED
-from nbdshard.cli.journaling import Start, resume_command
+from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, EXIT_PAUSED, EXIT_UNFENCED, EXIT_UNREADABLE
+from nbdshard.cli.journaling import Start, export_command, resume_command
 from nbdshard.cli.journaling import start as begin
 from nbdshard.cli.options import ProgressChoice, ProgressKind
 from nbdshard.cli.setting import Setting
@@ -23,11 +23,15 @@ from nbdshard.coordinator.service import Shell, run_job
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """A job that is over. `resume`: the command that goes on with it; "" when none can."""
+    """A job that is over.
+
+    `resume`: the command that goes on with it; `export`: the one that lists what could not be read; "" when none can.
+    """
 
     outcome: Outcome
     seconds: float
     resume: str
+    export: str
 
 
 def run(setting: Setting, stack: ExitStack) -> Ended:
@@ -46,11 +50,13 @@ def run(setting: Setting, stack: ExitStack) -> Ended:
     outcome = run_job(_job(setting, begun), shell)
     if keeper is not None:
         keeper.end(outcome)
-    resume = ""
+    resume = export = ""
     if keeper is not None and keeper.path and outcome.verdict is not Verdict.COMPLETE:
         resume = resume_command(setting.args.command_line, keeper.path)
+    elif keeper is not None and keeper.path and outcome.unreadable:
+        export = export_command(keeper.path)
     outcome = msgspec.structs.replace(outcome, error=ends.in_users_words(outcome.error))
-    return Ended(outcome, time.monotonic() - start, resume)
+    return Ended(outcome, time.monotonic() - start, resume, export)
 
 
 def _job(setting: Setting, begun: Start) -> Job:
@@ -71,6 +77,7 @@ def _job(setting: Setting, begun: Start) -> Job:
         reconnect_seconds=args.reconnect_delay,
         expected=begun.expected,
         durable=begun.durable,
+        unreadable=begun.unreadable,
         checkpoint_seconds=args.checkpoint,
     )
 
@@ -100,6 +107,8 @@ def conclude(ended: Ended, interrupted_code: int) -> int:
     code = _tell(ended.outcome, ended.seconds, interrupted_code)
     if ended.resume:
         logs.say(f"to go on: {ended.resume}")
+    if ended.export:
+        logs.say(f"what could not be read is listed by: {ended.export}")
     return code
 
 
@@ -113,7 +122,7 @@ def _tell(outcome: Outcome, seconds: float, interrupted_code: int) -> int:
         logs.say(outcome.error)
     logs.say(summary(outcome, seconds))
     return {
-        Verdict.COMPLETE: EXIT_OK,
+        Verdict.COMPLETE: EXIT_UNREADABLE if outcome.unreadable else EXIT_OK,
         Verdict.STOPPED: interrupted_code,
         Verdict.PAUSED: EXIT_PAUSED,
         Verdict.UNFENCED: EXIT_UNFENCED,

@@ -33,6 +33,7 @@ class Start(msgspec.Struct, frozen=True):
     keeper: Keeper | None  # None: nothing of it can be resumed
     epoch: int = 1
     durable: tuple[Range, ...] = ()
+    unreadable: tuple[Range, ...] = ()  # of them; zeroes are there
     expected: tuple[EndpointDescription, EndpointDescription] | None = None
 
 
@@ -43,6 +44,8 @@ def start(setting: Setting, stack: ExitStack) -> Start:
     Raises UsageError, UserError: there is no such journal, or it is in use, damaged, or that of another copy.
     """
     args = setting.args
+    if args.salvage and setting.ends.source.kind == "stream":
+        raise UserError("what a stream cannot deliver cannot be left out: --salvage needs a source with offsets", "-")
     keeps_nothing = setting.ends.has_stream or setting.ends.destination.kind == "null"
     if keeps_nothing and args.journal is not None:
         raise UserError("a copy from or to a stream, or to null:, cannot be resumed: it has no journal", args.journal)
@@ -91,6 +94,13 @@ def resume_command(words: Sequence[str], journal: str) -> str:
 
     own = ["--resume", "--journal", os.path.abspath(journal)]
     return shlex.join(["nbdshard", words[0], *own, *_without_journal(words[1:])])
+
+
+def export_command(journal: str) -> str:
+    """The command that lists what could not be read."""
+    import shlex
+
+    return shlex.join(["nbdshard", "jobs", "export", os.path.abspath(journal)])
 
 
 def _without_journal(words: Sequence[str]) -> Iterator[str]:

@@ -22,7 +22,8 @@ from nbdshard.coordinator.mapfile import mapfile
 USAGE: Final = "nbdshard jobs [--json] [JOURNAL ...] | nbdshard jobs export JOB [--format ddrescue]"
 EPILOG: Final = """\
 Lists the journals of the state directory, or those named. JOB is a journal's file, or a job's uuid or its beginning.
-export prints the job as a mapfile of ddrescue: what is durable is finished, the rest not tried."""
+export prints the job as a mapfile of ddrescue: what is durable is finished, what could not be read is bad, the rest not
+tried."""
 FORMATS: Final = ("ddrescue",)
 
 
@@ -42,7 +43,7 @@ def run(args: Namespace) -> int:
         if len(words) != 2:
             raise UsageError("export takes one JOB", advice="see --help")
         found = _find(words[1])
-        tell(mapfile(found.facts, found.durable).rstrip("\n"))
+        tell(mapfile(found.facts, found.durable, found.unreadable).rstrip("\n"))
         return EXIT_OK
     logs.set_up("", logs.Level.WARNING)
     code = EXIT_OK
@@ -86,6 +87,8 @@ def _as_lines(found: Snapshot) -> Iterator[str]:
     yield f"{facts.uuid}  {state_of(found)}, {percent} % durable"
     yield f"  {facts.source.named} -> {', '.join(end.named for end in facts.destinations)}"
     yield f"  {format_bytes(found.durable_bytes)} of {format_bytes(size)}, run {found.epoch}, last changed {changed}"
+    if found.unreadable:
+        yield f"  {format_bytes(found.unreadable_bytes)} unreadable in {len(found.unreadable)} places"
     yield f"  {os.path.abspath(found.path)}"
 
 
@@ -98,6 +101,7 @@ def _as_json(found: Snapshot) -> dict[str, object]:
         "destinations": [end.named for end in found.facts.destinations],
         "bytes_total": found.facts.size,
         "bytes_durable": found.durable_bytes,
+        "bytes_unreadable": found.unreadable_bytes,
         "run": found.epoch,
         "holder_pid": found.holder,
         "created_ns": found.created_ns,

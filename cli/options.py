@@ -240,6 +240,11 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
         help=f"how often a failed read or write is tried again (default {RETRIES})",
     )
     add(
+        "--salvage",
+        action="store_true",
+        help="write zeroes for what the source cannot read after all tries, go on, and exit with 3",
+    )
+    add(
         "-S",
         "--sparse",
         metavar=size,
@@ -336,6 +341,7 @@ def job_options(args: argparse.Namespace) -> JobOptions:
         handshake_seconds=args.handshake_timeout,
         request_seconds=args.request_timeout,
         attempts=args.retries + 1,
+        salvage=args.salvage,
     )
 
 

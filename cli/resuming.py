@@ -14,11 +14,11 @@ from nbdshard.cli.options import words_of
 from nbdshard.cli.setting import Setting
 from nbdshard.common import logs
 from nbdshard.common.blocking import BlockingClient
-from nbdshard.common.errors import NbdshardError, UserError
+from nbdshard.common.errors import NbdshardError, RequestError, UserError
 from nbdshard.common.limits import RESUME_SAMPLE_BYTES, RESUME_SAMPLES
 from nbdshard.common.messages import EndpointAddress, Side
 from nbdshard.common.nbd.uri import parse_uri
-from nbdshard.common.ranges import Range
+from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.journal import Journal
 from nbdshard.coordinator.journal_facts import JobFacts, ResultOptions
 from nbdshard.coordinator.keeping import Keeper
@@ -35,10 +35,10 @@ def resumed(setting: Setting, stack: ExitStack) -> Start:
     args = setting.args
     journal = Journal.open(args.journal)
     stack.callback(journal.close)
-    facts, durable = journal.facts, tuple(journal.durable)
+    facts, durable, unreadable = journal.facts, tuple(journal.durable), tuple(journal.unreadable)
     try:
         _check_facts(setting, facts)
-        _check_samples(setting, durable)
+        _check_samples(setting, durable, unreadable)
     except NbdshardError as error:
         if not args.force_resume:
             raise
@@ -46,7 +46,7 @@ def resumed(setting: Setting, stack: ExitStack) -> Start:
     keeper = Keeper(lambda: args.journal, lambda *_: facts, journal=journal, keeps=args.keep_journal)
     keeper.resume()
     expected = (facts.source.description, facts.destinations[0].description)
-    return Start(facts.uuid, keeper, journal.epoch, durable, None if args.force_resume else expected)
+    return Start(facts.uuid, keeper, journal.epoch, durable, unreadable, None if args.force_resume else expected)
 
 
 def _check_facts(setting: Setting, facts: JobFacts) -> None:
@@ -81,6 +81,14 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
+class Unreadable(UserError):
+    """`reader` refuses to read; it may do so at one place only."""
+
+    def __init__(self, reader: Reader, where: Range, reason: str, peer: str) -> None:
+        super().__init__(f"cannot be read at offset {where.start}: {reason}", peer)
+        self.reader = reader
+
+
 class _FileReader:
     def __init__(self, path: str) -> None:
         self._path = path
@@ -93,15 +101,22 @@ class _FileReader:
         try:
             return os.pread(self._descriptor, where.length, where.start)
         except OSError as error:
-            raise UserError(f"cannot be read at offset {where.start}: {error.strerror}", self._path) from None
+            raise Unreadable(self, where, error.strerror or str(error), self._path) from None
 
     def close(self) -> None:
         os.close(self._descriptor)
 
 
-def _check_samples(setting: Setting, durable: Sequence[Range]) -> None:
-    """Read some of what should be durable from both sides. Raises UserError where they differ or cannot be read."""
+def _check_samples(setting: Setting, durable: Sequence[Range], unreadable: Sequence[Range]) -> None:
+    """Read some of what should be durable from both sides, but not what the source could not read the last time.
+
+    Raises UserError where they differ or cannot be read.
+    """
     ends, args = setting.ends, setting.args
+    readable = RangeSet(durable)
+    for piece in unreadable:
+        readable.remove(piece)
+    durable = list(readable)
     if not durable:
         return
     if any(operand in args.commands for operand in args.operands):
@@ -110,7 +125,13 @@ def _check_samples(setting: Setting, durable: Sequence[Range]) -> None:
     with ExitStack() as stack:
         readers = [_reader(address, stack) for address in (ends.source, ends.destination)]
         for where in _samples(durable):
-            source, destination = (_read(reader, where) for reader in readers)
+            try:
+                source, destination = (_read(reader, where) for reader in readers)
+            except Unreadable as error:
+                if not args.salvage or error.reader is not readers[0]:
+                    raise
+                logs.info(f"{error}: it is not compared")
+                continue
             if source != destination:
                 what = f"source and destination differ in {where}, which the journal calls durable"
                 raise UserError(what, args.journal, "begin the copy anew, without --resume")
@@ -127,7 +148,10 @@ def _read(reader: Reader, where: Range) -> bytes:
         return reader.read(where)
     unit = reader.export.block_sizes.minimum
     start, end = where.start - where.start % unit, min(where.end + -where.end % unit, reader.export.size)
-    return reader.read(Range(start, end))[where.start - start :][: where.length]
+    try:
+        return reader.read(Range(start, end))[where.start - start :][: where.length]
+    except RequestError as error:
+        raise Unreadable(reader, where, str(error), reader.peer) from None
 
 
 def _samples(durable: Sequence[Range]) -> Iterator[Range]:

@@ -68,6 +68,7 @@ class BlockingClient:
         self._client = client
         self._timeouts = timeouts
         self.export = client.export
+        self.peer = stream.peer
 
     @classmethod
     def open(

@@ -49,6 +49,7 @@ RANGES_PER_WORKER_MIN: Final = 4  # smaller ranges for small exports, so that ev
 LEASES_PER_WORKER: Final = 2  # the one being copied and the next, so that extents are asked while data moves
 RETRIES: Final = 4  # of one read or write, before its range fails
 RETRIES_MAX: Final = 1000
+SALVAGE_BYTES: Final = 4 * KIB  # what cannot be read is lost in pieces of this: a sector of most disks
 ATTEMPTS_PER_RANGE: Final = 3  # leases of one range before the job fails
 RETRY_DELAY_SECONDS: Final = 0.05  # before the second try; doubles with each ...
 RETRY_DELAY_SECONDS_MAX: Final = 5.0  # ... up to this
@@ -119,6 +120,14 @@ EXPORTS_LISTED_MAX: Final = 1024  # of NBD_OPT_LIST; a server that names more is
 RANGE_BYTES_TAIL_MIN: Final = 4 * MIB  # ranges shrink to this towards the end, so that workers finish together
 WORKER_BYTES_MIN: Final = 16 * MIB  # less than this for each worker does not pay for starting another process
 CONNECTION_BYTES_MIN: Final = 4 * MIB  # less than this for each connection does not pay for another handshake
+UNREADABLE_PER_LEASE_MAX: Final = (
+    1024  # places told of one lease: 30 KiB of a message; more are told as fewer, larger ones
+)
+UNREADABLE_MAX: Final = (
+    64 * KIB
+)  # places of one job; of a lease that comes later only one is kept, around all of its own
+UNREADABLE_SHOWN_MAX: Final = 100  # of them in the last line of JSON; the journal has them all
+UNREADABLE_NAMED_MAX: Final = 3  # of them in the summary line
 RETURNS_PER_RANGE: Final = 16  # times one range comes back with a lost connection before the job fails
 WRITTEN_LEASES_MAX: Final = 4096  # of one worker before it is asked to flush: `Flushed` names them in one message
 CHECKPOINT_SECONDS: Final = 5.0  # between flushes while a copy runs: what a crash costs; a disk writes back as often

@@ -24,10 +24,11 @@ from nbdshard.common.limits import (
     RETRIES,
     RETRIES_MAX,
     TEXT_BYTES_MAX,
+    UNREADABLE_PER_LEASE_MAX,
 )
 from nbdshard.common.ranges import Range
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 _NAMES = "surrogateescape"  # as os.fsdecode: the system's names are bytes
 
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
@@ -101,6 +102,7 @@ class JobOptions(Record, frozen=True):
     request_seconds: Seconds = REQUEST_SECONDS
     request_size_varies: bool = False  # nobody has asked for one: half of it may be better
     attempts: Annotated[int, msgspec.Meta(ge=1, le=RETRIES_MAX + 1)] = RETRIES + 1  # of one read or write
+    salvage: bool = False  # what the source cannot read is written as zeroes
 
 
 class ErrorReport(Record, frozen=True):
@@ -187,12 +189,15 @@ class Progress(JobMessage, frozen=True):
 class Written(JobMessage, frozen=True):
     """Every byte of the lease was acknowledged by the destination; not yet flushed. Sent again until `Noted`.
 
-    For a stream source `end` says where it ended (its size); otherwise None.
+    For a stream source `end` says where it ended (its size); otherwise None. `unreadable`: where zeroes were written
+    for what the source could not read, in order; where there are too many places, some are told as one, with what is
+    between them.
     """
 
     lease: Count
     done: Counters
     end: Count | None = None
+    unreadable: Annotated[tuple[Range, ...], msgspec.Meta(max_length=UNREADABLE_PER_LEASE_MAX)] = ()
 
 
 class Failed(JobMessage, frozen=True):

@@ -147,3 +147,23 @@ class RangeSet:
             index += 1
         if start < within.end:
             yield Range(start, within.end)
+
+    def clip(self, within: RangeSet) -> RangeSet:
+        """A new set: what is in both."""
+        both = RangeSet(self)
+        if len(self._starts):
+            for gap in within.gaps(Range(self._starts[0], self._ends[-1])):
+                both.remove(gap)
+        return both
+
+    def coarse(self, most: int) -> tuple[Range, ...]:
+        """At most `most` ranges, in order, that hold every byte of the set, and the smallest of its gaps."""
+        pieces = list(self)
+        if len(pieces) <= most:
+            return tuple(pieces)
+        gaps = sorted(range(1, len(pieces)), key=lambda index: pieces[index].start - pieces[index - 1].end)
+        kept = sorted(gaps[len(pieces) - most :])
+        return tuple(
+            Range(pieces[first].start, pieces[end - 1].end)
+            for first, end in zip([0, *kept], [*kept, len(pieces)], strict=True)
+        )

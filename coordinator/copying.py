@@ -62,7 +62,7 @@ class Copying:
         self._checkpoint_at = inf  # counts while somebody is in `_unflushed`
         self._to_ask = 0  # workers that the checkpoint under way has still to ask
         self._bytes_written = 0  # since the last checkpoint
-        self.ledger = Ledger(plan, job.durable)
+        self.ledger = Ledger(plan, job.durable, job.unreadable)
         self.repeatable = plan.repeatable
         self.undurable = False  # a server without FLUSH took some of it
         self.dropped = 0  # late reports
@@ -120,6 +120,9 @@ class Copying:
                 whole = message.end - granted.range.start
             if message.done.total != whole:
                 return _blame(f"it reported {message.done.total} of {whole} bytes of a lease as all of it")
+            where = Range(granted.range.start, granted.range.start + whole) if whole else None
+            if message.unreadable and not (self._job.options.salvage and where and _are_in(where, message.unreadable)):
+                return _blame("it told of unreadable places that are none of its lease's")
             trouble = self._written(worker, granted, message, now)
         # Also for one that came late: it is sent again until it is noted, and does no harm.
         self._outbox.send(worker, Noted(self._job.uuid, self._job.epoch, message.lease))
@@ -130,7 +133,8 @@ class Copying:
         if granted.number < self._suspect_before:
             # Part of it may have been among what that flush did not bring to the disk; a later one would not tell.
             return self._given_back([granted], "a flush was lost while it was copied")
-        self.ledger.wrote(granted, message.done, message.end if granted.until_end else None)
+        end = message.end if granted.until_end else None
+        self.ledger.wrote(granted, message.done, end, message.unreadable)
         self.moved = True
         self._bytes_written += message.done.total
         self._wrote(worker, now)
@@ -263,7 +267,9 @@ class Copying:
         self._unanswered.pop(worker.identity, None)
         settled = self.ledger.confirm(next(iter(self._unanswered.values()), inf))
         if settled:
-            self._outbox.add(Journal(durable=_merged(settled)))
+            durable = (where for granted in settled for where in granted.written)
+            unreadable = (where for granted in settled for where in granted.unreadable)
+            self._outbox.add(Journal(durable=_merged(durable), unreadable=_merged(unreadable)))
 
     def _flush_failed(self, worker: Worker, error: ErrorReport) -> Trouble | None:
         text = error_line(error)
@@ -336,6 +342,12 @@ class Copying:
         self._crew.flush_begins(worker, asked)
         self._outbox.send(worker, Flush(self._job.uuid, self._job.epoch, self._flush_number))
 
+    def note_unreadable(self) -> None:
+        """The copy is complete, and what is written is as good as it gets: say what is not there also where no flush
+        made it durable."""
+        if self.ledger.unreadable and (self.undurable or not self._job.options.flush):
+            self._outbox.add(Journal(unreadable=tuple(self.ledger.unreadable)))
+
     # -- the invariants ------------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
@@ -359,6 +371,16 @@ class Copying:
                 raise BugError(f"worker {worker.name} is to be flushed for nothing")
             if worker.flush is not None and self._unanswered.get(worker.identity) != worker.flush.number:
                 raise BugError(f"the flush of worker {worker.name} is not waited for")
+
+
+def _are_in(where: Range, pieces: Iterable[Range]) -> bool:
+    """Whether `pieces` are in order, apart from one another, and within `where`."""
+    end = where.start - 1
+    for piece in pieces:
+        if piece.start <= end or piece.end > where.end:
+            return False
+        end = piece.end
+    return True
 
 
 def _merged(ranges: Iterable[Range]) -> tuple[Range, ...]:

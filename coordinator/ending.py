@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from nbdshard.common.messages import Counters, EndpointDescription, ErrorReport
+from nbdshard.common.ranges import Range
 from nbdshard.coordinator.crew import Crew
 from nbdshard.coordinator.job import Job, Outcome, Verdict
 
@@ -63,11 +64,13 @@ def make_outcome(
     *,
     size: int | None,
     resumed: int,
+    unreadable: tuple[Range, ...],
     is_undurable: bool,
 ) -> Outcome:
     """The outcome of a job that nobody works on any more.
 
-    `resumed`: bytes that an earlier run had made durable. `is_undurable`: a server without FLUSH took part of it.
+    `resumed`: bytes that an earlier run had made durable. `unreadable`: what the source could not read.
+    `is_undurable`: a server without FLUSH took part of it.
     """
     unfenced = tuple(sorted(crew.unfenced.values()))
     return Outcome(
@@ -85,4 +88,5 @@ def make_outcome(
         source_peer=ends[0].peer if ends is not None else job.source.address,
         destination_peer=ends[1].peer if ends is not None else job.destinations[0].address,
         resumed=resumed,
+        unreadable=unreadable,
     )

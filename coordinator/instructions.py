@@ -47,10 +47,12 @@ class Journal(msgspec.Struct, frozen=True):
 
     `durable`: acknowledged by a flush on the connections that wrote it, and no flush sent before is without an answer.
     `demoted`: a flush had covered it, and an earlier one then failed or was lost, so it is copied again. It never was
-    in `durable` before; taking it out is a second lock. Both are merged and in order.
+    in `durable` before; taking it out is a second lock. `unreadable`: zeroes are there for what the source could not
+    read. All are merged and in order.
     """
 
     durable: tuple[Range, ...] = ()
+    unreadable: tuple[Range, ...] = ()
     demoted: tuple[Range, ...] = ()
 
 

@@ -39,6 +39,7 @@ class Job(msgspec.Struct, frozen=True):
     heartbeat_seconds: float = HEARTBEAT_SECONDS
     expected: tuple[EndpointDescription, EndpointDescription] | None = None  # what an earlier run found
     durable: tuple[Range, ...] = ()  # what the journal of an earlier run has: not copied again
+    unreadable: tuple[Range, ...] = ()  # where that run wrote zeroes for what it could not read
     checkpoint_seconds: float = CHECKPOINT_SECONDS  # what was written is flushed after so long ...
     checkpoint_bytes: int = CHECKPOINT_BYTES  # ... or when it is so much, whichever comes first
 
@@ -76,6 +77,7 @@ class Outcome(msgspec.Struct, frozen=True):
     source_peer: str
     destination_peer: str
     resumed: int = 0  # bytes that an earlier run had made durable; not in `counters`
+    unreadable: tuple[Range, ...] = ()  # zeroes are there for what the source could not read, in whichever run
 
     @property
     def done(self) -> int:
@@ -101,6 +103,7 @@ class Status(msgspec.Struct, frozen=True):
     waiting_seconds: float = 0.0  # for so long already ...
     waiting_seconds_max: float = 0.0  # ... of so many
     resumed: int = 0
+    unreadable_bytes: int = 0  # zeroes are at the destination for them
 
     @property
     def done(self) -> int:

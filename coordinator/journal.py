@@ -44,6 +44,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     epoch: int
     state: JournalState
     durable: list[Range]
+    unreadable: list[Range]  # zeroes are at the destination for what the source could not read
     created_ns: int
     opened_ns: int  # when its last run began
     changed_ns: int
@@ -52,6 +53,10 @@ class Snapshot(msgspec.Struct, frozen=True):
     @property
     def durable_bytes(self) -> int:
         return sum(piece.length for piece in self.durable)
+
+    @property
+    def unreadable_bytes(self) -> int:
+        return sum(piece.length for piece in self.unreadable)
 
 
 class Journal:
@@ -65,7 +70,7 @@ class Journal:
         self._inode = inode
         self._connection = connection
         self._row = contents.row
-        self._tally = contents.tally
+        self._tallies = contents.tallies
         self._clock = clock
         self._broken: UserError | None = None  # why nothing can be written any more
         self._closed = False
@@ -170,28 +175,58 @@ class Journal:
     def durable(self) -> list[Range]:
         """The durable ranges, in order and merged: none touches another."""
         with schema.told(self.path, "read"):
-            return _durable(self._connection)
+            return _rows(self._connection, schema.DURABLE)
+
+    @property
+    def unreadable(self) -> list[Range]:
+        """Where zeroes are for what the source could not read, in order and merged."""
+        with schema.told(self.path, "read"):
+            return _rows(self._connection, schema.UNREADABLE)
 
     @property
     def durable_bytes(self) -> int:
-        return self._tally.total_bytes
+        return self._tallies.durable.total_bytes
 
     # -- changing it -----------------------------------------------------------------------------------------------
 
-    def record(self, ranges: Iterable[Range]) -> None:
+    def record(self, ranges: Iterable[Range], unreadable: Iterable[Range] = ()) -> None:
         """These ranges are durable now: all of them, or on an error none. What is durable already may be among them.
+
+        Of them these are `unreadable`, and no others: zeroes are there for what the source could not read. There may be
+        `unreadable` ranges besides where nothing is durable.
 
         Raises UserError when the journal cannot be written. It may be called again when only room was missing; after
         any other failure it will raise the same error, as will `demote` and `set_state`.
         """
-        self._edit(schema.join, ranges)
+        pieces, lost = self._checked(ranges), self._checked(unreadable)
+
+        def edit(tallies: schema.Tallies) -> schema.Tallies:
+            durable, unreadable = tallies.durable, tallies.unreadable
+            for piece in pieces:
+                durable = schema.join(self._connection, schema.DURABLE, piece, durable)
+                if unreadable.count:  # an earlier run may have failed to read it
+                    unreadable = schema.cut(self._connection, schema.UNREADABLE, piece, unreadable)
+            for piece in lost:
+                unreadable = schema.join(self._connection, schema.UNREADABLE, piece, unreadable)
+            return schema.Tallies(durable, unreadable)
+
+        self._write(self._row, edit)
 
     def demote(self, ranges: Iterable[Range]) -> None:
         """These ranges are durable no longer: as `record`, the other way round.
 
         If it raises, the journal goes on claiming what is not so: then `remove` it, which takes no room.
         """
-        if self._edit(schema.cut, ranges):
+        pieces = self._checked(ranges)
+
+        def edit(tallies: schema.Tallies) -> schema.Tallies:
+            durable, unreadable = tallies.durable, tallies.unreadable
+            for piece in pieces:
+                durable = schema.cut(self._connection, schema.DURABLE, piece, durable)
+                unreadable = schema.cut(self._connection, schema.UNREADABLE, piece, unreadable)
+            return schema.Tallies(durable, unreadable)
+
+        if self._write(self._row, edit):
             schema.fold(self._connection)
 
     def set_state(self, state: JournalState) -> None:
@@ -220,47 +255,38 @@ class Journal:
     ) -> None:
         self.close()
 
-    def _edit(
-        self, change: Callable[[sqlite3.Connection, Range, schema.Tally], schema.Tally], ranges: Iterable[Range]
-    ) -> bool:
-        """Apply `change` to every range in one transaction; whether there was anything to change."""
+    def _checked(self, ranges: Iterable[Range]) -> list[Range]:
         pieces = list(RangeSet(ranges))
         if pieces and pieces[-1].end > self.facts.size:
             raise BugError(f"{pieces[-1]} is not within the job's {self.facts.size} bytes")
+        return pieces
 
-        def edit(tally: schema.Tally) -> schema.Tally:
-            for piece in pieces:
-                tally = change(self._connection, piece, tally)
-            return tally
-
-        return self._write(self._row, edit)
-
-    def _write(self, row: schema.JobRow, edit: Callable[[schema.Tally], schema.Tally] | None = None) -> bool:
+    def _write(self, row: schema.JobRow, edit: Callable[[schema.Tallies], schema.Tallies] | None = None) -> bool:
         """Commit `row` and what `edit` does to the ranges; False if nothing changed. On an error nothing did."""
         if self._broken is not None:
             raise self._broken
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-            tally = edit(self._tally) if edit is not None else self._tally
-            changed = row is not self._row or tally != self._tally
+            tallies = edit(self._tallies) if edit is not None else self._tallies
+            changed = row is not self._row or tallies != self._tallies
             if changed:
                 row = msgspec.structs.replace(row, changed_ns=self._clock())
-                self._seal(row, tally)
+                self._seal(row, tallies)
             self._connection.execute("COMMIT")
         except BaseException as error:
             self._undo(error)
             if isinstance(error, sqlite3.Error):
                 raise schema.explain(error, self.path, "written") from error
             raise
-        self._row, self._tally = row, tally
+        self._row, self._tallies = row, tallies
         return changed
 
-    def _seal(self, row: schema.JobRow, tally: schema.Tally) -> None:
+    def _seal(self, row: schema.JobRow, tallies: schema.Tallies) -> None:
         """Write the job's row, in place of the one we know: never a seal over anything else."""
-        values = (row.epoch, row.state, row.opened_ns, row.changed_ns, schema.seal(row, tally))
+        values = (row.epoch, row.state, row.opened_ns, row.changed_ns, schema.seal(row, tallies))
         done = self._connection.execute(
             "UPDATE job SET epoch = ?, state = ?, opened_ns = ?, changed_ns = ?, seal = ? WHERE seal = ?",
-            (*values, schema.seal(self._row, self._tally)),
+            (*values, schema.seal(self._row, self._tallies)),
         )
         if done.rowcount != 1:
             raise BugError(f"{self.path}: the journal is not as it was left")
@@ -357,9 +383,10 @@ def _snapshot(copy: str, path: str, pid: int | None) -> Snapshot:
     with schema.told(path, "read"), contextlib.closing(schema.connect(copy)) as connection:
         contents = schema.load(connection, path)
         row = contents.row
+        durable, unreadable = (_rows(connection, table) for table in (schema.DURABLE, schema.UNREADABLE))
         times = (row.created_ns, row.opened_ns, row.changed_ns)
-        return Snapshot(path, contents.facts, row.epoch, contents.state, _durable(connection), *times, pid)
+        return Snapshot(path, contents.facts, row.epoch, contents.state, durable, unreadable, *times, pid)
 
 
-def _durable(connection: sqlite3.Connection) -> list[Range]:
-    return [Range(*row) for row in connection.execute("SELECT start_byte, end_byte FROM durable ORDER BY start_byte")]
+def _rows(connection: sqlite3.Connection, table: str) -> list[Range]:
+    return [Range(*row) for row in connection.execute(f"SELECT start_byte, end_byte FROM {table} ORDER BY start_byte")]

@@ -2,12 +2,13 @@
 
 ::
 
-    job       one row: the facts, the epoch, the state, the times, and the seal
-    durable   a row for each durable range [start_byte, end_byte), ordered, disjoint, never adjacent
+    job         one row: the facts, the epoch, the state, the times, and the seal
+    durable     a row for each durable range [start_byte, end_byte), ordered, disjoint, never adjacent
+    unreadable  the same for the ranges that the source could not read: the destination has zeroes there
 
 SQLite finds a broken structure, but keeps no checksums of the pages: a flipped bit in a number goes unseen. So the
-job's row carries a seal, a digest over everything there is: itself, and a mark of all durable ranges together. The mark
-is the XOR of one digest a range, so that a commit costs what it changes and not what there is.
+job's row carries a seal, a digest over everything there is: itself, and for each table a mark of all its ranges. The
+mark is the XOR of one digest a range, so that a commit costs what it changes and not what there is.
 
 The write-ahead log has checksums, but SQLite takes what is behind a broken one for never written. A lost `record` only
 means more to copy; a lost demotion would mean data that nobody copies. So what takes something back is folded into the
@@ -34,13 +35,18 @@ from nbdshard.common.ranges import Range
 from nbdshard.coordinator.journal_facts import JobFacts, JournalState, decode_facts
 
 APPLICATION_ID: Final = 0x6E626473  # "nbds": file(1) and other programs tell it apart by this
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 LOG_SUFFIX: Final = "-wal"
+DURABLE: Final = "durable"  # the tables of ranges
+UNREADABLE: Final = "unreadable"
 
 _TABLES: Final = (
     "CREATE TABLE job (facts TEXT NOT NULL, epoch INTEGER NOT NULL, state TEXT NOT NULL, created_ns INTEGER NOT NULL, "
     "opened_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL, seal BLOB NOT NULL)",
-    "CREATE TABLE durable (start_byte INTEGER PRIMARY KEY, end_byte INTEGER NOT NULL)",
+    *(
+        f"CREATE TABLE {table} (start_byte INTEGER PRIMARY KEY, end_byte INTEGER NOT NULL)"
+        for table in (UNREADABLE, DURABLE)  # what matters more is last: a page that was cut off shows
+    ),
 )
 _MAGIC: Final = b"SQLite format 3\0"  # https://sqlite.org/fileformat2.html, section 1.3: the header of 100 bytes
 _HEADER: Final = struct.Struct(">16s44xI4xI28x")  # magic, user_version at 60, application_id at 68
@@ -70,7 +76,7 @@ class JobRow(msgspec.Struct, frozen=True):
 
 
 class Tally(msgspec.Struct, frozen=True):
-    """What there is of durable ranges: how many, of how many bytes, and the XOR of their digests."""
+    """What a table has of ranges: how many, of how many bytes, and the XOR of their digests."""
 
     count: int = 0
     total_bytes: int = 0
@@ -83,23 +89,31 @@ class Tally(msgspec.Struct, frozen=True):
         return Tally(self.count - 1, self.total_bytes - (end - start), self.mark ^ _mark(start, end))
 
 
+class Tallies(msgspec.Struct, frozen=True):
+    """Of both tables."""
+
+    durable: Tally = Tally()
+    unreadable: Tally = Tally()
+
+
 class Contents(msgspec.Struct, frozen=True):
     """A journal that passed every check."""
 
     row: JobRow
     facts: JobFacts
     state: JournalState
-    tally: Tally
+    tallies: Tallies
 
 
 def _mark(start: int, end: int) -> int:
     return int.from_bytes(hashlib.blake2b(struct.pack(">QQ", start, end), digest_size=8).digest())
 
 
-def seal(row: JobRow, tally: Tally) -> bytes:
+def seal(row: JobRow, tallies: Tallies) -> bytes:
     """A digest over everything the journal holds."""
     words = (row.facts_text, row.epoch, row.state, row.created_ns, row.opened_ns, row.changed_ns)
-    whole = repr((FORMAT_VERSION, *words, tally.count, tally.total_bytes, tally.mark))
+    tables = ((tally.count, tally.total_bytes, tally.mark) for tally in (tallies.durable, tallies.unreadable))
+    whole = repr((FORMAT_VERSION, *words, *tables))
     return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=32).digest()
 
 
@@ -218,7 +232,7 @@ def write_first(connection: sqlite3.Connection, row: JobRow) -> None:
     for table in _TABLES:
         connection.execute(table)
     values = (row.facts_text, row.epoch, row.state, row.created_ns, row.opened_ns, row.changed_ns)
-    connection.execute("INSERT INTO job VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, seal(row, Tally())))
+    connection.execute("INSERT INTO job VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, seal(row, Tallies())))
     connection.execute("COMMIT")
 
 
@@ -238,22 +252,29 @@ def load(connection: sqlite3.Connection, path: str) -> Contents:
     if [type(value) for value in values] != [str, int, str, int, int, int]:
         raise DamagedJournal(path, "the job's row has values of wrong types")
     row = JobRow(*values)
-    tally = Tally()
-    last = -1
-    for start, end in connection.execute("SELECT start_byte, end_byte FROM durable ORDER BY start_byte"):
-        if not (isinstance(end, int) and last < start < end and start >= 0):
-            raise DamagedJournal(path, f"the durable range [{start}, {end}) is out of order")
-        tally = tally.plus(start, end)
-        last = end
-    if seal(row, tally) != found:
+    loaded = [_load_ranges(connection, path, table) for table in (DURABLE, UNREADABLE)]
+    tallies = Tallies(*(tally for tally, _ in loaded))
+    if seal(row, tallies) != found:
         raise DamagedJournal(path, "the seal does not match what it holds")
     try:
         facts, state = decode_facts(row.facts_text), JournalState(row.state)
     except ValueError as error:  # sealed by a journal's writer, so not damage
         raise UserError(f"the journal holds what this nbdshard does not know: {error}", path) from None
+    last = max(end for _, end in loaded)
     if last > facts.size:
-        raise DamagedJournal(path, f"a durable range ends at {last}, the job at {facts.size}")
-    return Contents(row, facts, state, tally)
+        raise DamagedJournal(path, f"a range ends at {last}, the job at {facts.size}")
+    return Contents(row, facts, state, tallies)
+
+
+def _load_ranges(connection: sqlite3.Connection, path: str, table: str) -> tuple[Tally, int]:
+    """What the table has, and where its last range ends."""
+    tally, last = Tally(), -1
+    for start, end in connection.execute(f"SELECT start_byte, end_byte FROM {table} ORDER BY start_byte"):
+        if not (isinstance(end, int) and last < start < end and start >= 0):
+            raise DamagedJournal(path, f"the range [{start}, {end}) of {table} is out of order")
+        tally = tally.plus(start, end)
+        last = end
+    return tally, last
 
 
 def _check_structure(connection: sqlite3.Connection, path: str) -> None:
@@ -265,48 +286,49 @@ def _check_structure(connection: sqlite3.Connection, path: str) -> None:
         raise DamagedJournal(path, "its tables are not those of a journal")
 
 
-# -- durable ranges ----------------------------------------------------------------------------------------------------
+# -- tables of ranges --------------------------------------------------------------------------------------------------
 
 
-def join(connection: sqlite3.Connection, piece: Range, tally: Tally) -> Tally:
+def join(connection: sqlite3.Connection, table: str, piece: Range, tally: Tally) -> Tally:
     """Add `piece`, joined with the rows it overlaps or touches. In a transaction; raises sqlite3.Error."""
-    rows = _touching(connection, piece)
+    rows = _touching(connection, table, piece)
     if len(rows) == 1 and rows[0][0] <= piece.start and piece.end <= rows[0][1]:
         return tally
     start = min([piece.start, *(row[0] for row in rows)])
     end = max([piece.end, *(row[1] for row in rows)])
-    return _insert(connection, start, end, _delete(connection, rows, tally))
+    return _insert(connection, table, start, end, _delete(connection, table, rows, tally))
 
 
-def cut(connection: sqlite3.Connection, piece: Range, tally: Tally) -> Tally:
+def cut(connection: sqlite3.Connection, table: str, piece: Range, tally: Tally) -> Tally:
     """Take `piece` out of the rows it overlaps. In a transaction; raises sqlite3.Error."""
-    rows = [(start, end) for start, end in _touching(connection, piece) if start < piece.end and piece.start < end]
-    tally = _delete(connection, rows, tally)
+    rows = _touching(connection, table, piece)
+    rows = [(start, end) for start, end in rows if start < piece.end and piece.start < end]
+    tally = _delete(connection, table, rows, tally)
     for start, end in rows:
         if start < piece.start:
-            tally = _insert(connection, start, piece.start, tally)
+            tally = _insert(connection, table, start, piece.start, tally)
         if piece.end < end:
-            tally = _insert(connection, piece.end, end, tally)
+            tally = _insert(connection, table, piece.end, end, tally)
     return tally
 
 
-def _touching(connection: sqlite3.Connection, piece: Range) -> list[tuple[int, int]]:
+def _touching(connection: sqlite3.Connection, table: str, piece: Range) -> list[tuple[int, int]]:
     """Rows that overlap or adjoin `piece`. Rows are disjoint: no row before the last one that starts before it does."""
     return connection.execute(
-        "SELECT start_byte, end_byte FROM durable WHERE start_byte <= :end AND end_byte >= :start AND start_byte >= "
-        "coalesce((SELECT max(start_byte) FROM durable WHERE start_byte <= :start), 0) ORDER BY start_byte",
+        f"SELECT start_byte, end_byte FROM {table} WHERE start_byte <= :end AND end_byte >= :start AND start_byte >= "
+        f"coalesce((SELECT max(start_byte) FROM {table} WHERE start_byte <= :start), 0) ORDER BY start_byte",
         {"start": piece.start, "end": piece.end},
     ).fetchall()
 
 
-def _delete(connection: sqlite3.Connection, rows: list[tuple[int, int]], tally: Tally) -> Tally:
+def _delete(connection: sqlite3.Connection, table: str, rows: list[tuple[int, int]], tally: Tally) -> Tally:
     for start, end in rows:
         tally = tally.minus(start, end)
     if rows:
-        connection.execute("DELETE FROM durable WHERE start_byte BETWEEN ? AND ?", (rows[0][0], rows[-1][0]))
+        connection.execute(f"DELETE FROM {table} WHERE start_byte BETWEEN ? AND ?", (rows[0][0], rows[-1][0]))
     return tally
 
 
-def _insert(connection: sqlite3.Connection, start: int, end: int, tally: Tally) -> Tally:
-    connection.execute("INSERT INTO durable VALUES (?, ?)", (start, end))
+def _insert(connection: sqlite3.Connection, table: str, start: int, end: int, tally: Tally) -> Tally:
+    connection.execute(f"INSERT INTO {table} VALUES (?, ?)", (start, end))
     return tally.plus(start, end)

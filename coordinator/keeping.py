@@ -41,7 +41,8 @@ class Keeper:
     ) -> None:
         """`locate`: where a new one is to be; may raise UserError. `journal`: that of an earlier run, already open.
 
-        `keeps`: also when the job is complete. `is_wanted`: the user asked for it, and does not want to copy without.
+        `keeps`: also when the job is complete; one that lists what could not be read is kept in any case. `is_wanted`:
+        the user asked for it, and does not want to copy without.
         """
         self._locate = locate
         self._describe = describe
@@ -50,6 +51,9 @@ class Keeper:
         self._is_wanted = is_wanted
         self._is_given_up = False
         self._unwritten = RangeSet()  # durable, and not in the journal, because it could not be written
+        self._unlisted = RangeSet()  # what the source could not read, and the journal does not say so yet
+        if journal is not None and journal.unreadable:
+            self._keeps = True
 
     @property
     def path(self) -> str:
@@ -76,12 +80,15 @@ class Keeper:
         Raises UserError when the job shall not go on: a journal that is wanted cannot be made, or one that claims too
         much cannot be removed.
         """
+        if change.unreadable:
+            self._keeps = True  # the list of it is what is left to do
         if self._is_given_up or (is_last and not self._keeps):
             return
         for piece in change.demoted:
             self._unwritten.remove(piece)
+            self._unlisted.remove(piece)
         if self._journal is None:
-            if not change.durable:
+            if not (change.durable or change.unreadable):
                 return
             try:
                 self._journal = self._make(ends, size)
@@ -99,26 +106,28 @@ class Keeper:
                 journal.remove()  # it says more than is true; to remove it takes no room
                 logs.warning(f"{error}; it is removed, and the copy goes on, but cannot be resumed")
                 return
-        self._record(self._journal, change.durable)
+        self._record(self._journal, change.durable, change.unreadable)
 
     def _make(self, ends: tuple[EndpointDescription, EndpointDescription], size: int) -> Journal:
         from nbdshard.coordinator.journal import Journal
 
         return Journal.create(self._locate(), self._describe(*ends, size))
 
-    def _record(self, journal: Journal, durable: Iterable[Range]) -> None:
-        was_behind = bool(len(self._unwritten))
+    def _record(self, journal: Journal, durable: Iterable[Range] = (), unreadable: Iterable[Range] = ()) -> None:
+        was_behind = bool(self._unwritten or self._unlisted)
         for piece in durable:
             self._unwritten.add(piece)
-        if not len(self._unwritten):
+        for piece in unreadable:
+            self._unlisted.add(piece)
+        if not (self._unwritten or self._unlisted):
             return
         try:
-            journal.record(self._unwritten)
+            journal.record(self._unwritten, self._unlisted)
         except UserError as error:
             if not was_behind:
                 logs.warning(f"{error}; the copy goes on, but if it is resumed, what is copied now is copied again")
         else:
-            self._unwritten = RangeSet()
+            self._unwritten, self._unlisted = RangeSet(), RangeSet()
             if was_behind:
                 logs.warning(f"{journal.path}: the journal could be written again")
 
@@ -141,7 +150,7 @@ class Keeper:
                 self._journal = None
                 journal.remove()
             else:
-                self._record(journal, ())
+                self._record(journal)
                 journal.set_state(states[outcome.verdict])
         except UserError as error:
             logs.warning(str(error))

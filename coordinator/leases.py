@@ -24,7 +24,7 @@ from heapq import heappop, heappush
 import msgspec
 
 from nbdshard.common.errors import BugError
-from nbdshard.common.limits import ATTEMPTS_PER_RANGE, RANGE_UNITS_MAX, RETURNS_PER_RANGE
+from nbdshard.common.limits import ATTEMPTS_PER_RANGE, RANGE_UNITS_MAX, RETURNS_PER_RANGE, UNREADABLE_MAX
 from nbdshard.common.messages import Counters
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.planner import Plan
@@ -43,6 +43,7 @@ class Granted(msgspec.Struct, eq=False):
     state: RangeState = RangeState.PENDING
     done: Counters = NOTHING
     end: int = 0
+    unreadable: tuple[Range, ...] = ()  # zeroes were written there for what the source could not read
     covered_after: int = 0  # the last flush that had been sent when one covered it
 
     @property
@@ -90,8 +91,11 @@ class Intervals:
 class Ledger:
     """Every byte of the export in exactly one place. Lease numbers grow and are never used twice."""
 
-    def __init__(self, plan: Plan, durable: Iterable[Range] = ()) -> None:
-        """`durable`: what an earlier run made durable; as much of it as whole blocks allow is not copied again."""
+    def __init__(self, plan: Plan, durable: Iterable[Range] = (), unreadable: Iterable[Range] = ()) -> None:
+        """`durable`: what an earlier run made durable; as much of it as whole blocks allow is not copied again.
+
+        `unreadable`: where that run wrote zeroes for what it could not read.
+        """
         self._plan = plan
         self._bound = plan.bound
         self._taken_over = plan.usable(durable)
@@ -108,6 +112,7 @@ class Ledger:
         self._settled = Intervals()
         for piece in self._taken_over:
             self._settled.add(piece.start, piece.end)
+        self.unreadable = RangeSet(unreadable).clip(self._taken_over)  # of what is written
         self._covered: deque[Granted] = deque()  # `covered_after` never falls from left to right
         self._done = [0, 0, 0, 0]  # copied, zeroed, skipped, spliced
         self.next_number = 1
@@ -180,11 +185,16 @@ class Ledger:
         granted.done = done
         return done != old
 
-    def wrote(self, granted: Granted, done: Counters, end: int | None) -> None:
+    def wrote(self, granted: Granted, done: Counters, end: int | None, unreadable: tuple[Range, ...] = ()) -> None:
         """The destination acknowledged the whole lease. `end`: where the stream ended, else None."""
         granted.step(RangeEvent.WRITTEN)
         self.progress(granted, done)
         granted.end = granted.range.end if end is None else end
+        if unreadable and len(self.unreadable) >= UNREADABLE_MAX:
+            unreadable = RangeSet(unreadable).coarse(1)
+        for where in unreadable:
+            self.unreadable.add(where)
+        granted.unreadable = unreadable
         if granted.until_end:
             self.size = granted.end
         holding = self._holdings[granted.worker]
@@ -216,13 +226,13 @@ class Ledger:
             found += granted.written
         return found
 
-    def confirm(self, oldest_flush: float) -> list[Range]:
+    def confirm(self, oldest_flush: float) -> list[Granted]:
         """Settle what was covered before `oldest_flush`, the oldest without an answer, was sent. Returns that."""
-        settled: list[Range] = []
+        settled: list[Granted] = []
         while self._covered and self._covered[0].covered_after < oldest_flush:
             granted = self._covered.popleft()
             self._forget(granted)
-            settled += granted.written
+            settled.append(granted)
         return settled
 
     def demote(self, flush: int) -> list[Granted]:
@@ -268,6 +278,8 @@ class Ledger:
         before = granted.state
         granted.step(event)
         self._count(granted.done, -1)
+        for where in granted.unreadable:
+            self.unreadable.remove(where)
         if before is RangeState.WRITTEN:
             self._leave_written(granted)
         elif before is RangeState.LEASED:

@@ -259,6 +259,7 @@ class Membership:
             self._ends,
             size=self._size(),
             resumed=self._resumed(),
+            unreadable=tuple(self._copying.ledger.unreadable) if self._copying is not None else (),
             is_undurable=is_undurable,
         )
         self._out.add(Finish(self._outcome))

@@ -15,9 +15,12 @@ from nbdshard.common.limits import (
     LAST_PROGRESS_SECONDS,
     RATE_SAMPLES_MAX,
     RATE_WINDOW_SECONDS,
+    UNREADABLE_NAMED_MAX,
+    UNREADABLE_SHOWN_MAX,
 )
 from nbdshard.common.logs import write_in_time
 from nbdshard.common.messages import Counters
+from nbdshard.common.ranges import Range
 from nbdshard.common.units import format_bytes, format_rate, format_seconds
 from nbdshard.coordinator.job import Outcome, Status, Verdict
 
@@ -176,18 +179,25 @@ class JsonDisplay:
         self._meter.take(status, now)
         connections = max(outcome.source_connections, outcome.destination_connections)
         phase = _END_PHASES[outcome.verdict]
-        self._write(status, phase, outcome.workers, connections, now, LAST_PROGRESS_SECONDS)
+        self._write(status, phase, outcome.workers, connections, now, LAST_PROGRESS_SECONDS, outcome.unreadable)
 
     def close(self) -> None:
         pass
 
     def _write(
-        self, status: Status, phase: str, workers: int, connections: int, now: float, patience_seconds: float
+        self,
+        status: Status,
+        phase: str,
+        workers: int,
+        connections: int,
+        now: float,
+        patience_seconds: float,
+        unreadable: tuple[Range, ...] | None = None,
     ) -> None:
         import json
 
         left = self._meter.seconds_left(status.size)
-        record = {
+        record: dict[str, object] = {
             "phase": phase,
             "bytes_total": status.size,
             "bytes_done": self._meter.done,
@@ -196,6 +206,7 @@ class JsonDisplay:
             "bytes_skipped": status.counters.skipped,
             "bytes_spliced": status.counters.spliced,
             "bytes_resumed": status.resumed,
+            "bytes_unreadable": status.unreadable_bytes,
             "rate_bytes_per_second": round(self._meter.rate),
             "eta_seconds": None if left is None else round(left, 1),
             "elapsed_seconds": round(self._meter.elapsed(now), 3),
@@ -204,6 +215,10 @@ class JsonDisplay:
             "waiting_for": status.waiting_for or None,
             "waiting_seconds": round(status.waiting_seconds, 1) if status.waiting_for else None,
         }
+        if unreadable is not None:
+            shown = unreadable[:UNREADABLE_SHOWN_MAX]
+            record["unreadable_places"] = len(unreadable)
+            record["unreadable"] = [{"offset": where.start, "length": where.length} for where in shown]
         write_in_time(self._descriptor, json.dumps(record).encode() + b"\n", patience_seconds)
 
 
@@ -227,11 +242,21 @@ def summary(outcome: Outcome, seconds: float) -> str:
     ]
     if counters.copied:
         parts.append(_data_path(counters))
+    if outcome.unreadable:
+        parts.append(_unreadable(outcome.unreadable))
     if outcome.rings:
         parts.append(", ".join(sorted(outcome.rings)))
     if outcome.verdict is Verdict.COMPLETE:
         parts.append(_durability(outcome))
     return head + "; ".join(parts)
+
+
+def _unreadable(places: tuple[Range, ...]) -> str:
+    """How much is lost, and where: the user has to know which files to look at."""
+    size = sum(where.length for where in places)
+    named = ", ".join(f"{where.length} at offset {where.start}" for where in places[:UNREADABLE_NAMED_MAX])
+    more = f" and {len(places) - UNREADABLE_NAMED_MAX} more" if len(places) > UNREADABLE_NAMED_MAX else ""
+    return f"{size} bytes unreadable in {_count(len(places), 'place')}, zeroes instead ({named}{more})"
 
 
 def _data_path(counters: Counters) -> str:

@@ -105,6 +105,7 @@ class Scheduler(Membership):
             waiting_seconds=self._now - self._lost_since if self._lost_since is not None else 0.0,
             waiting_seconds_max=self._job.loss_seconds,
             resumed=self._resumed(),
+            unreadable_bytes=self._copying.ledger.unreadable.total if self._copying is not None else 0,
         )
 
     def deadline(self) -> float:
@@ -419,6 +420,7 @@ class Scheduler(Membership):
                 self._phase = JOBS.step(self._phase, JobEvent.FLUSH)
             copying.flush(self._now)
             return
+        copying.note_unreadable()
         self._end(Verdict.COMPLETE, "", "the copy is complete")
 
     def _beat(self) -> None:

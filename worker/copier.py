@@ -6,9 +6,9 @@ batch of events; the copier queues requests on its connections and messages in `
 - No WRITE is queued before its READ ended without error and all payload is held.
 - A lease's clock is looked at before each write is queued; whoever sends what is queued compares the time with
   `earliest_expiry` before each piece, and calls `expire`. An expired lease writes nothing more.
-- A failed read is asked again, a failed write is sent again from its buffer, `attempts` times in all; then
-  the lease fails, and with it nothing else. What was spliced is gone after a failed write: it is read again, and both
-  go through a buffer from then on.
+- A failed read is asked again, a failed write is sent again from its buffer, `attempts` times in all; then the lease
+  fails, and with it nothing else (or, of what is to be salvaged, the read is cut: salvage.py). What was spliced is gone
+  after a failed write: it is read again, and both go through a buffer from then on.
 - Counters count acknowledged bytes only.
 """
 
@@ -38,6 +38,7 @@ from nbdshard.worker.operation import Operation, Part
 from nbdshard.worker.payloads import Payloads
 from nbdshard.worker.piped import PipePool
 from nbdshard.worker.ports import Connection, Extents
+from nbdshard.worker.salvage import Salvage, give_up, places
 from nbdshard.worker.shape import CopyShape
 from nbdshard.worker.sides import Source, Target
 from nbdshard.worker.states import OperationEvent
@@ -74,6 +75,7 @@ class Copier:
         self.payloads = Payloads(shape.request_size, pipes)
         self._writer = Writer(shape, self)
         self.lanes = Lanes(shape, make_lane, self)
+        self._salvage = Salvage(shape)
         self._delayed: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._wish = 0  # leases the coordinator knows we want
@@ -250,6 +252,9 @@ class Copier:
     def _begin_next(self, source: Source) -> bool:
         """Begin the next read on `source`; zeroes met on the way are noted. False when there is nothing to read."""
         for lease in list(self.leases.values()):  # one that has expired may go while its zeroes are issued
+            if lease.suspects and not lease.abandoned:
+                self._begin_read(source, lease, lease.suspects.pop(), is_suspect=True)
+                return True
             if self.shape.splice and lease.is_dense and lease.has_data and not self._may_begin_spliced():
                 return False
             while self._may_take_from(lease) and (piece := lease.next_piece(self.shape.request_size)):
@@ -267,9 +272,10 @@ class Copier:
     def _may_take_from(self, lease: LeaseWork) -> bool:
         return not lease.abandoned and not self.lanes.serves(lease)
 
-    def _begin_read(self, source: Source, lease: LeaseWork, where: Range) -> None:
+    def _begin_read(self, source: Source, lease: LeaseWork, where: Range, *, is_suspect: bool = False) -> None:
         operation = self.begin(lease, where)
-        self.payloads.hold(operation, splice=lease.is_dense and self.shape.may_splice(where))
+        operation.is_suspect = is_suspect
+        self.payloads.hold(operation, splice=lease.is_dense and not is_suspect and self.shape.may_splice(where))
         lease.reads += 1
         source.begin(operation)
         operation.advance(OperationEvent.BEGIN_READ)
@@ -311,12 +317,19 @@ class Copier:
     def _read_failed(self, operation: Operation, error: RequestError) -> None:
         source = self.sources[operation.source]
         operation.attempts += 1
-        if operation.attempts >= self.shape.attempts:
+        if operation.attempts < self._salvage.attempts(operation, error):
+            operation.advance(OperationEvent.READ_FAILED)
+            self.read_again(operation, operation.attempts)
+        elif not self._salvage.applies(error):
             self.fail(operation.lease, "source", "read", source.connection, operation.where, error)
             self.drop(operation)
-            return
-        operation.advance(OperationEvent.READ_FAILED)
-        self.read_again(operation, operation.attempts)
+        elif self._salvage.cut(operation):
+            self.drop(operation)
+        else:
+            self.payloads.hold_in_memory(operation)
+            give_up(operation)
+            operation.advance(OperationEvent.READ_DONE)
+            self._writer.write(operation)
 
     def read_again(self, operation: Operation, attempts: int) -> None:
         """After a pause, and into a buffer: what may fail again must be held."""
@@ -396,7 +409,7 @@ class Copier:
     def _written(self, lease: LeaseWork) -> None:
         del self.leases[lease.lease]
         self.flushes.written(lease.lease)
-        self.outbox.append(Written(self.job, self.epoch, lease.lease, lease.counters, lease.end))
+        self.outbox.append(Written(self.job, self.epoch, lease.lease, lease.counters, lease.end, places(lease)))
 
     def given_up(self, lease: LeaseWork) -> bool:
         """Whether nothing more is to be begun for `lease`."""

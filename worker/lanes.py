@@ -170,14 +170,19 @@ class Lanes:
     # -- giving --------------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Lend what can be lent, and feed what is out."""
+        """Lend what can be lent, and feed what is out; nothing, while there are reads to be cut."""
+        is_salvaging = any(lease.suspects for lease in self._owner.leases.values())
         for pair in self._pairs:
             if pair.lane.is_out:
-                if pair.target.waiting and not pair.ends[1].is_shared:
+                if is_salvaging or (pair.target.waiting and not pair.ends[1].is_shared):
                     pair.stop()  # no other connection can take those
                 elif not pair.is_stopping:
                     self._feed(pair)
-            elif pair.may_be_lent and any(self.serves(lease) for lease in self._owner.leases.values()):
+            elif (
+                not is_salvaging
+                and pair.may_be_lent
+                and any(self.serves(lease) for lease in self._owner.leases.values())
+            ):
                 self._lend(pair)
 
     def _lend(self, pair: Pair) -> None:

@@ -35,6 +35,7 @@ class LeaseWork:
         "hole_min",
         "is_dense",
         "segments",
+        "suspects",
         "known_until",
         "asking",
         "outstanding",
@@ -44,6 +45,7 @@ class LeaseWork:
         "zeroed",
         "skipped",
         "spliced",
+        "unreadable",
         "error",
         "abandoned",
         "end",
@@ -68,6 +70,7 @@ class LeaseWork:
         self.hole_min = hole_min  # shorter zeroes than this, in bytes, are read as if they were data
         self.is_dense = True  # there were no zeroes in the last payload that was searched: none are likely in the next
         self.segments: deque[Segment] = deque()
+        self.suspects: list[Range] = []  # of a read that failed, to be read by themselves: the next one is last
         self.known_until = where.start
         self.asking = False  # a block status request is under way
         self.outstanding = 0  # operations under way
@@ -75,6 +78,7 @@ class LeaseWork:
         self.zeroes = RangeSet()  # found, and not yet issued: neighbours may still join
         self.copied = self.zeroed = self.skipped = 0
         self.spliced = 0  # of the copied ones
+        self.unreadable = RangeSet()  # zeroes take its place
         self.error: ErrorReport | None = None
         self.abandoned = False
         self.end: int | None = None  # of a stream, once it was met
@@ -102,7 +106,7 @@ class LeaseWork:
     @property
     def exhausted(self) -> bool:
         """Nothing is left to begin (what is under way may still fail, and come back as its own retry)."""
-        known = self.known_until >= self.where.end and not self.segments and not self.asking
+        known = self.known_until >= self.where.end and not (self.segments or self.suspects or self.asking)
         return known and (self.end is not None or not self.until_end)
 
     @property

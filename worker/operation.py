@@ -73,6 +73,7 @@ class Operation:
         "attempts",
         "buffer",
         "handle",
+        "is_suspect",
         "lease",
         "parts_left",
         "parts_unsent",
@@ -93,6 +94,7 @@ class Operation:
         self.piped: PipedPayload | None = None
         self.asked = inf  # when its READ was sent
         self.attempts = 0  # failed reads
+        self.is_suspect = False  # part of a read that failed for good
         self.writes_lost = 0  # failed writes whose payload was spliced
         self.parts_left = 0
         self.parts_unsent = 0

@@ -7,7 +7,7 @@ from enum import Enum
 import msgspec
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.limits import HOLE_BYTES_MIN, SPARSE_UNIT_DEFAULT, SPLICE_BYTES_MIN
+from nbdshard.common.limits import HOLE_BYTES_MIN, SALVAGE_BYTES, SPARSE_UNIT_DEFAULT, SPLICE_BYTES_MIN
 from nbdshard.common.messages import EndpointDescription, JobOptions
 from nbdshard.common.ranges import Range
 
@@ -27,6 +27,7 @@ class CopyShape(msgspec.Struct, frozen=True):
     request_size_varies: bool  # half of it may be asked for, where that is faster
     requests: int  # in flight on one connection
     attempts: int  # of one read or write
+    salvage_unit: int  # what cannot be read is lost in pieces of this; 0: it fails the copy
     depth: int  # operations per source connection: `requests`, as far as `queue_size` holds their buffers
     queue_size: int  # payload in flight per connection
     alignment: int  # the larger minimum block size: where zeroes and data may be cut
@@ -69,6 +70,7 @@ class CopyShape(msgspec.Struct, frozen=True):
             request_size_varies=options.request_size_varies and request_size // 2 >= max(alignment, SPLICE_BYTES_MIN),
             requests=options.requests,
             attempts=options.attempts,
+            salvage_unit=max(SALVAGE_BYTES, alignment) if options.salvage and not source.is_stream else 0,
             depth=1 if synchronous else max(1, min(options.requests, options.queue_size // request_size)),
             queue_size=max(options.queue_size, request_size),
             alignment=alignment,

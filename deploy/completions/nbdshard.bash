@@ -4,10 +4,10 @@
 
 _nbdshard_copy="-C -R -S -T -V -h -p -v --allocated --checkpoint= --connect-timeout= --connections= --data-path= --destination-is-zero --flush --force-resume --handshake-timeout=
 --help --journal= --keep-journal --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --reconnect-delay= --request-size= --request-timeout=
---requests= --resume --retries= --ring= --sparse= --synchronous --target-is-zero --threads= --verbose --version --workers="
+--requests= --resume --retries= --ring= --salvage --sparse= --synchronous --target-is-zero --threads= --verbose --version --workers="
 _nbdshard_coordinator="-C -R -S -T -h -p -v --allocated --allow= --checkpoint= --connect-timeout= --connections= --data-path= --destination-is-zero
 --flush --force-resume --handshake-timeout= --help --insecure --journal= --keep-journal --key= --listen= --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --reconnect-delay=
---request-size= --request-timeout= --requests= --resume --retries= --sparse= --synchronous --target-is-zero --threads= --verbose --workers="
+--request-size= --request-timeout= --requests= --resume --retries= --salvage --sparse= --synchronous --target-is-zero --threads= --verbose --workers="
 _nbdshard_worker="-h -v --connect= --coordinator-key= --help --key= --ring= --verbose"
 _nbdshard_jobs="-h --format= --help --json"
 _nbdshard_keygen="-h --dir= --help"

@@ -124,7 +124,7 @@ class JournalsBeforeOlderFlushesAreAnswered(Copying):
         del self._unanswered[worker.identity]
         settled = self.ledger.confirm(float("inf"))
         if settled:
-            self._outbox.add(Journal(durable=tuple(settled)))
+            self._outbox.add(Journal(durable=tuple(where for granted in settled for where in granted.written)))
 
 
 class ForgetsAFlushThatWasLost(Copying):

@@ -92,7 +92,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def confirm(self, data: st.DataObject) -> None:
         oldest = data.draw(st.integers(min(self.covered.values()), self.flushes + 1))
         settled = {unit for unit, after in self.covered.items() if after < oldest}
-        assert {piece.start // UNIT for piece in self.ledger.confirm(oldest)} == settled
+        assert {granted.range.start // UNIT for granted in self.ledger.confirm(oldest)} == settled
         self.covered = {unit: after for unit, after in self.covered.items() if unit not in settled}
 
     @precondition(lambda self: self.flushes)

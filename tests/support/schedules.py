@@ -201,11 +201,14 @@ def stops(followed: list[Instruction]) -> list[tuple[str, str]]:
     ]
 
 
-def copying(workers: int = 1, *, local: bool = True, disk: EndpointDescription | None = None) -> Stage:
+def copying(
+    workers: int = 1, *, local: bool = True, disk: EndpointDescription | None = None, salvage: bool = False
+) -> Stage:
     """A job with as many READY workers "a", "b", ... and no lease yet."""
     disk = disk or server(8 * MIB)
     small: dict[str, object] = {} if disk.size != 8 * MIB else {"range_size": 4 * MIB}
-    stage = Stage(job(workers=workers, connections=workers, local_workers=local, **small))
+    what = job(workers=workers, connections=workers, local_workers=local, **small)
+    stage = Stage(replace(what, options=replace(what.options, salvage=salvage)))
     stage.start()
     for name in "abcdefgh"[:workers]:
         stage.join(name, disk, disk)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nbdshard.common.errors import BugError, UserError
+from nbdshard.common.limits import MIB
 from nbdshard.common.messages import JobOptions
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.journal import Journal
@@ -144,6 +145,26 @@ def test_what_is_demoted_is_durable_no_longer(path: str) -> None:
         assert journal.durable == left
     with Journal.open(path) as journal:
         assert journal.durable == left
+
+
+def test_what_could_not_be_read_is_kept_until_it_is_read_or_demoted(path: str) -> None:
+    with Journal.create(path, facts()) as journal:
+        journal.record([mib(0, 4)], [Range(0, 512), mib(1, 2), mib(3, 4)])
+        journal.record([], [mib(900, 901)])
+        journal.record([mib(1, 2)])
+        journal.demote([mib(3, 4)])
+    with Journal.open(path) as journal:
+        assert journal.durable == [mib(0, 3)]
+        assert journal.unreadable == [Range(0, 512), mib(900, 901)]
+        journal.record([mib(3, 5)], [Range(3 * MIB, 3 * MIB + 512)])
+    found = Journal.read(path)
+    assert found.unreadable == [Range(0, 512), Range(3 * MIB, 3 * MIB + 512), mib(900, 901)]
+    assert (found.durable, found.unreadable_bytes) == ([mib(0, 5)], MIB + 1024)
+
+
+def test_an_unreadable_place_beyond_the_end_is_a_fault_of_ours(path: str) -> None:
+    with Journal.create(path, facts()) as journal, pytest.raises(BugError):
+        journal.record([mib(0, 1)], [mib(1000, 1001)])
 
 
 def test_the_last_byte_may_be_durable_and_none_after_it(path: str) -> None:

@@ -116,11 +116,11 @@ def test_another_programs_database_is_refused_and_left_alone(path: str, tmp_path
     assert list(tmp_path.iterdir()) == [Path(path)]
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [0, 1, 3])
 def test_another_format_is_refused_and_both_are_named(written: str, version: int) -> None:
     edit(written, f"PRAGMA user_version={version}")
     assert both_refuse(written) == (
-        f"{written}: is a journal of format {version}, and this nbdshard knows format 1; "
+        f"{written}: is a journal of format {version}, and this nbdshard knows format 2; "
         "use the version of nbdshard that made it"
     )
 
@@ -149,11 +149,13 @@ def test_whatever_was_changed_behind_our_back_breaks_the_seal(written: str, stat
         ("INSERT INTO job SELECT * FROM job", "it holds 2 jobs"),
         ("UPDATE job SET epoch = 'one'", "the job's row has values of wrong types"),
         ("UPDATE job SET facts = CAST(facts AS BLOB)", "the job's row has values of wrong types"),
-        ("INSERT INTO durable VALUES (10, 20)", "the durable range [10, 20) is out of order"),
-        ("INSERT INTO durable VALUES (16777216, 16777220)", "the durable range [16777216, 16777220) is out of order"),
-        ("INSERT INTO durable VALUES (-10, -5)", "the durable range [-10, -5) is out of order"),
-        ("INSERT INTO durable VALUES (9000001, 9000001)", "the durable range [9000001, 9000001) is out of order"),
-        ("INSERT INTO durable VALUES (900000001, 'end')", "the durable range [900000001, end) is out of order"),
+        ("INSERT INTO durable VALUES (10, 20)", "the range [10, 20) of durable is out of order"),
+        ("INSERT INTO durable VALUES (9000000, 16777217)", "the range [9000000, 16777217) of durable is out of order"),
+        ("INSERT INTO durable VALUES (-10, -5)", "the range [-10, -5) of durable is out of order"),
+        ("INSERT INTO durable VALUES (9000001, 9000001)", "the range [9000001, 9000001) of durable is out of order"),
+        ("INSERT INTO durable VALUES (900000001, 'end')", "the range [900000001, end) of durable is out of order"),
+        ("INSERT INTO unreadable VALUES (7000, 7000)", "the range [7000, 7000) of unreadable is out of order"),
+        ("INSERT INTO unreadable VALUES (4096, 8192)", "the seal does not match what it holds"),
         ("CREATE INDEX extra ON durable (end_byte)", "its tables are not those of a journal"),
         ("DROP TABLE durable", "its tables are not those of a journal"),
     ],
@@ -168,10 +170,13 @@ def sealed(path: str, statement: str) -> None:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute(statement)
         row = schema.JobRow(*connection.execute("SELECT * FROM job").fetchone()[:-1])
-        tally = schema.Tally()
-        for start, end in connection.execute("SELECT * FROM durable"):
-            tally = tally.plus(start, end)
-        connection.execute("UPDATE job SET seal = ?", (schema.seal(row, tally),))
+        tallies = []
+        for table in (schema.DURABLE, schema.UNREADABLE):
+            tally = schema.Tally()
+            for start, end in connection.execute(f"SELECT * FROM {table}"):
+                tally = tally.plus(start, end)
+            tallies.append(tally)
+        connection.execute("UPDATE job SET seal = ?", (schema.seal(row, schema.Tallies(*tallies)),))
 
 
 @pytest.mark.parametrize(
@@ -187,10 +192,11 @@ def test_what_only_another_version_knows_is_refused_by_its_name(written: str, st
     assert both_refuse(written) == f"{written}: the journal holds what this nbdshard does not know: {line}"
 
 
-def test_a_range_beyond_the_end_of_the_job_is_never_believed(written: str) -> None:
-    sealed(written, "INSERT INTO durable VALUES (1048575999, 1048576001)")
+@pytest.mark.parametrize("table", ["durable", "unreadable"])
+def test_a_range_beyond_the_end_of_the_job_is_never_believed(written: str, table: str) -> None:
+    sealed(written, f"INSERT INTO {table} VALUES (1048575999, 1048576001)")
     assert both_refuse(written) == (
-        f"{written}: the journal is damaged: a durable range ends at 1048576001, the job at 1048576000; {ADVICE}"
+        f"{written}: the journal is damaged: a range ends at 1048576001, the job at 1048576000; {ADVICE}"
     )
 
 

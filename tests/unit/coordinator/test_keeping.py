@@ -11,6 +11,7 @@ import pytest
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import MIB
 from nbdshard.common.messages import Counters, EndpointDescription
+from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Journal as Change
 from nbdshard.coordinator.job import Outcome, Verdict
 from nbdshard.coordinator.journal import Journal
@@ -46,6 +47,28 @@ def test_but_one_that_is_to_be_kept(path: str) -> None:
     keeper.note(FIRST, ENDS, SIZE, is_last=True)
     keeper.end(outcome(Verdict.COMPLETE))
     assert Journal.read(path).durable == [mib(0, 1)]
+
+
+def test_but_one_that_lists_what_could_not_be_read(path: str) -> None:
+    keeper = keeper_at(path)
+    change = Change(durable=(mib(0, 1),), unreadable=(Range(512, 1024),))
+    keeper.note(change, ENDS, SIZE, is_last=True)
+    keeper.end(outcome(Verdict.COMPLETE))
+    found = Journal.read(path)
+    assert (found.durable, found.unreadable) == ([mib(0, 1)], [Range(512, 1024)])
+    with Journal.open(path) as journal:
+        again = Keeper(lambda: path, lambda *_: facts(), journal=journal)
+        again.note(SECOND, ENDS, SIZE, is_last=True)
+        again.end(outcome(Verdict.COMPLETE))
+    assert Journal.read(path).unreadable == [Range(512, 1024)]
+
+
+def test_what_is_demoted_is_not_listed_any_more(path: str) -> None:
+    keeper = keeper_at(path, is_wanted=True)
+    keeper.note(Change(durable=(mib(0, 2),), unreadable=(Range(512, 1024), mib(1, 2))), ENDS, SIZE)
+    keeper.note(Change(demoted=(mib(0, 1),)), ENDS, SIZE)
+    keeper.end(outcome(Verdict.STOPPED))
+    assert Journal.read(path).unreadable == [mib(1, 2)]
 
 
 def test_without_a_place_for_it_the_copy_goes_on(capfd: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,38 @@ def test_a_lease_is_written_only_once() -> None:
     one.validate()
 
 
+def test_what_could_not_be_read_is_known_while_its_range_counts() -> None:
+    two = ledger(2)
+    first, second = two.grant("a"), two.grant("a")
+    two.wrote(first, Counters(copied=UNIT), None, (Range(0, 512),))
+    two.wrote(second, Counters(copied=UNIT), None, (Range(UNIT, UNIT + 512), Range(UNIT + 1024, UNIT + 4096)))
+    two.cover(first, 1)
+    assert list(two.unreadable) == [Range(0, 512), Range(UNIT, UNIT + 512), Range(UNIT + 1024, UNIT + 4096)]
+    two.give_back(second, attempt=False)
+    assert list(two.unreadable) == [Range(0, 512)]
+    two.demote(0)
+    assert list(two.unreadable) == []
+
+
+def test_what_an_earlier_run_could_not_read_is_known_as_far_as_its_range_is_not_copied_again() -> None:
+    end = server(4 * UNIT)
+    plan = check_job(job(range_size=UNIT), end, end)
+    resumed = Ledger(plan, [Range(0, 2 * UNIT - 1)], [Range(512, 1024), Range(UNIT, UNIT + 512)])
+    assert list(resumed.unreadable) == [Range(512, 1024)]
+
+
+def test_of_too_many_places_only_one_a_lease_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbdshard.coordinator.leases.UNREADABLE_MAX", 2)
+    two = ledger(2)
+    first, second = two.grant("a"), two.grant("a")
+    two.wrote(first, Counters(copied=UNIT), None, (Range(0, 512), Range(1024, 4096)))
+    two.wrote(second, Counters(copied=UNIT), None, (Range(UNIT, UNIT + 512), Range(UNIT + 1024, UNIT + 4096)))
+    assert list(two.unreadable) == [Range(0, 512), Range(1024, 4096), Range(UNIT, UNIT + 4096)]
+    two.cover(first, 1)
+    two.cover(second, 1)
+    assert [granted.unreadable for granted in two.confirm(2)][1] == (Range(UNIT, UNIT + 4096),)
+
+
 def test_a_stream_is_one_lease_until_its_end() -> None:
     stream = stream_ledger()
     granted = stream.grant("w")

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import pytest
 from msgspec.structs import replace
 
+from nbdshard.common.limits import UNREADABLE_SHOWN_MAX
 from nbdshard.common.messages import Counters
+from nbdshard.common.ranges import Range
 from nbdshard.coordinator.job import Outcome, Status, Verdict
 from nbdshard.coordinator.progress import (
     DelayedDisplay,
@@ -148,6 +150,7 @@ def test_json_objects_come_once_a_second_and_hold_every_field(pipe: tuple[int, i
         "bytes_skipped": 40,
         "bytes_spliced": 90,
         "bytes_resumed": 0,
+        "bytes_unreadable": 0,
         "rate_bytes_per_second": 100,
         "eta_seconds": 8.0,
         "elapsed_seconds": 2.0,
@@ -163,6 +166,17 @@ def test_json_objects_count_what_an_earlier_run_did(pipe: tuple[int, int]) -> No
     JsonDisplay(100.0, write_end).show(replace(STATUS, counters=Counters(copied=100), resumed=300), 100.0)
     (record,) = map(json.loads, lines(read_end))
     assert (record["bytes_done"], record["bytes_copied"], record["bytes_resumed"]) == (400, 100, 300)
+
+
+def test_the_last_json_object_names_what_could_not_be_read_up_to_a_bound(pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    places = tuple(Range.of(8192 * n, 512) for n in range(1000))
+    status = replace(STATUS, unreadable_bytes=512_000)
+    JsonDisplay(100.0, write_end).end(status, replace(OUTCOME, unreadable=places), 101.0)
+    (record,) = map(json.loads, lines(read_end))
+    assert (record["bytes_unreadable"], record["unreadable_places"]) == (512_000, 1000)
+    assert record["unreadable"][:2] == [{"offset": 0, "length": 512}, {"offset": 8192, "length": 512}]
+    assert len(record["unreadable"]) == UNREADABLE_SHOWN_MAX
 
 
 def test_json_objects_tell_what_is_waited_for(pipe: tuple[int, int]) -> None:
@@ -271,6 +285,15 @@ def test_the_summary_of_a_complete_copy() -> None:
         ({"rings": frozenset()}, "4+4 connections; buffered; flushed"),
         ({"counters": Counters(copied=8, spliced=8)}, "spliced; io_uring; flushed"),
         ({"counters": Counters(copied=8, zeroed=2, spliced=7)}, "87 % spliced; io_uring; flushed"),
+        (
+            {"unreadable": (Range(4096, 8192),)},
+            "4096 bytes unreadable in 1 place, zeroes instead (4096 at offset 4096); io_uring; flushed",
+        ),
+        (
+            {"unreadable": tuple(Range.of(1000 * n, n) for n in range(1, 6))},
+            "15 bytes unreadable in 5 places, zeroes instead "
+            "(1 at offset 1000, 2 at offset 2000, 3 at offset 3000 and 2 more); io_uring; flushed",
+        ),
         ({"counters": Counters(zeroed=8)}, "4+4 connections; io_uring; flushed"),
     ],
 )

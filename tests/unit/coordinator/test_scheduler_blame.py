@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from nbdshard.common import messages
 from nbdshard.common.limits import MIB
 from nbdshard.common.messages import Counters
+from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Forget, Kill, Start
 from nbdshard.coordinator.job import Verdict
 from support.schedules import (
@@ -57,6 +60,30 @@ def test_a_part_of_a_lease_is_not_taken_for_all_of_it() -> None:
 
 def test_a_lease_that_was_never_granted_is_not_taken_for_written() -> None:
     assert blamed(copying(), written(lease(7, 0, MIB))) == "it reported lease 7, which was never granted"
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        (Range(4 * MIB, 5 * MIB),),
+        (Range(4 * MIB - 512, 4 * MIB + 1),),
+        (Range(1024, 2048), Range(0, 512)),
+        (Range(0, 1024), Range(1024, 2048)),
+        (Range(0, 1024), Range(512, 2048)),
+    ],
+)
+def test_places_that_are_none_of_a_lease_are_not_taken(places: tuple[Range, ...]) -> None:
+    stage = copying(salvage=True)
+    stage.say("a", wanted(1))
+    told = messages.Written(UUID, EPOCH, 1, Counters(copied=4 * MIB), None, places)
+    assert blamed(stage, told) == "it told of unreadable places that are none of its lease's"
+
+
+def test_nothing_is_unreadable_where_nothing_is_to_be_salvaged() -> None:
+    stage = copying()
+    stage.say("a", wanted(1))
+    told = messages.Written(UUID, EPOCH, 1, Counters(copied=4 * MIB), None, (Range(0, 512),))
+    assert blamed(stage, told) == "it told of unreadable places that are none of its lease's"
 
 
 def test_a_stream_s_end_must_be_told() -> None:

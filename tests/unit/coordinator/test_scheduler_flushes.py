@@ -6,7 +6,9 @@ from nbdshard.common import messages
 from nbdshard.common.limits import (
     MIB,
 )
-from nbdshard.coordinator.instructions import Forget, Start
+from nbdshard.common.messages import Counters
+from nbdshard.common.ranges import Range
+from nbdshard.coordinator.instructions import Forget, Journal, Start
 from nbdshard.coordinator.job import Verdict
 from support.schedules import (
     EPOCH,
@@ -79,6 +81,19 @@ def test_a_flush_that_fails_fails_the_copy() -> None:
     stage.say("a", flushed(flush, *granted, durable=False, failure=error("request", line)))
     assert ended(stage, "a") == (Verdict.FAILED, line)
     assert stage.outcome.durable is False
+
+
+def test_what_could_not_be_read_goes_to_the_journal_with_its_range() -> None:
+    stage = copying(salvage=True)
+    first, second = leases_in(stage.say("a", wanted(2)))
+    place = Range.of(second.range.start + 4096, 512)
+    bad = messages.Written(UUID, EPOCH, second.lease, Counters(copied=second.range.length), None, (place,))
+    (flush,) = flushes_in(stage.say("a", written(first), bad))
+    followed = stage.say("a", flushed(flush, first, second))
+    assert Journal(durable=(Range(0, 8 * MIB),), unreadable=(place,)) in followed
+    assert ended(stage, "a") == (Verdict.COMPLETE, "")
+    assert stage.outcome.unreadable == (place,)
+    assert stage.scheduler.status().unreadable_bytes == 512
 
 
 def test_a_flush_that_is_not_answered_fails_the_copy() -> None:

@@ -47,6 +47,7 @@ def test_plain_ends_and_options_make_this_shape() -> None:
         request_size_varies=False,
         requests=64,
         attempts=5,
+        salvage_unit=0,
         depth=16,
         queue_size=16 * MIB,
         alignment=1,
@@ -59,7 +60,7 @@ def test_plain_ends_and_options_make_this_shape() -> None:
         synchronous=False,
         splice=False,
     )
-    assert len(CopyShape.__struct_fields__) == 15
+    assert len(CopyShape.__struct_fields__) == 16
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
