@@ -55,6 +55,8 @@ RETRY_DELAY_SECONDS: Final = 0.05  # before the second try; doubles with each ..
 RETRY_DELAY_SECONDS_MAX: Final = 5.0  # ... up to this
 SEGMENTS_MAX: Final = 16 * KIB  # stretches of data and zeroes a lease knows of at a time, about 200 bytes each
 SEGMENTS_LOW: Final = KIB  # when so many are left, the next are asked for
+LEAF_BYTES: Final = 64 * KIB  # of a checksum: nbdcopy's blkhash; ranges are cut at multiples of it
+CHECKSUM_RANGE_BYTES_MAX: Final = GIB  # with a checksum: its worker holds 32 bytes for each leaf of a range, 512 KiB
 ZERO_RUNS_MAX: Final = 256  # runs of zeroes a lease holds back to coalesce them
 ZERO_BYTES_MAX: Final = GIB  # one WRITE_ZEROES (the length field has 32 bits)
 
@@ -95,6 +97,7 @@ IDLE_JOB_SECONDS: Final = 300.0  # a coordinator of a distributed job without an
 # -- the control channel ----------------------------------------------------------------------------------------------
 MESSAGE_BYTES_MAX: Final = 64 * KIB  # a control message is a few hundred bytes; ZeroMQ's MAXMSGSIZE
 MESSAGES_QUEUED_MAX: Final = 1000  # high-water mark of either side
+LEAF_BYTES_PER_MESSAGE: Final = 32 * KIB  # of digests and what they are wrapped in: the leaves of 64 MiB
 TEXT_BYTES_MAX: Final = 8 * KIB  # any string in a control message
 MESSAGES_PER_TURN_MAX: Final = 256  # received in one go, so that a chatty peer cannot keep a loop from its timers
 BAD_MESSAGES_LOGGED_MAX: Final = 20  # log lines about malformed messages in one life of a channel; then only counted
@@ -135,6 +138,9 @@ CHECKPOINT_BYTES: Final = 4 * GIB  # or after so much, a second of the fastest c
 CHECKPOINT_ASKS_PER_TICK_MAX: Final = 64  # workers asked to flush in one go; a larger crew is asked in turns
 COVERED_LEASES_MAX: Final = 64 * KIB  # covered by a flush while an older one is unanswered, before no new one is asked
 WRITTEN_LEASES_JOB_MAX: Final = 64 * KIB  # of all workers together: about 400 bytes each until a flush covers them
+DIGEST_BYTES_MAX: Final = 64 * MIB  # of leaves that are not yet in the checksum: 128 GiB of data out of order
+DIGEST_RUN_BYTES: Final = 192  # what a run of digests costs in memory beside the digests (measured)
+EARLIER_STEP_BYTES: Final = 8 * GIB  # of the image, whose digests are taken from the journal at a time: 4 MiB
 BEATS_PER_TICK_MAX: Final = 64  # heartbeats sent in one go; the workers of a larger crew have theirs in turns
 WORKER_START_ATTEMPTS: Final = 3  # local processes that end, one after another, before they opened anything
 WORKER_REPLACEMENTS_MAX: Final = 64  # local processes started in place of others, in the whole job
