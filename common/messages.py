@@ -18,7 +18,10 @@ import msgspec
 from nbdshard.common.errors import ProtocolError
 from nbdshard.common.limits import (
     CONNECT_SECONDS,
+    DIGEST_RUN_BYTES,
     HANDSHAKE_SECONDS,
+    LEAF_BYTES,
+    LEAF_BYTES_PER_MESSAGE,
     MESSAGE_BYTES_MAX,
     REQUEST_SECONDS,
     RETRIES,
@@ -103,6 +106,7 @@ class JobOptions(Record, frozen=True):
     request_size_varies: bool = False  # nobody has asked for one: half of it may be better
     attempts: Annotated[int, msgspec.Meta(ge=1, le=RETRIES_MAX + 1)] = RETRIES + 1  # of one read or write
     salvage: bool = False  # what the source cannot read is written as zeroes
+    checksum: bool = False  # digests of what is read go with every lease
 
 
 class ErrorReport(Record, frozen=True):
@@ -186,18 +190,50 @@ class Progress(JobMessage, frozen=True):
     done: Counters
 
 
+class LeafRun(Record, frozen=True):
+    """Leaves side by side that are not all zeroes: `digests` of 32 bytes each (common/blkhash.py), from `start` on."""
+
+    start: Count  # a multiple of LEAF_BYTES
+    digests: Annotated[bytes, msgspec.Meta(min_length=32, max_length=LEAF_BYTES_PER_MESSAGE)]
+
+    @property
+    def count(self) -> int:
+        return len(self.digests) // 32
+
+    @property
+    def end(self) -> int:
+        """Where its last leaf ends, or would, if the image did not end inside it."""
+        return self.start + self.count * LEAF_BYTES
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much it takes where it is kept."""
+        return len(self.digests) + DIGEST_RUN_BYTES
+
+
+class Leaves(JobMessage, frozen=True):
+    """Digests of the lease's leaves, as far as one message holds them; those that are all zeroes are left out.
+
+    Comes before `Written` of the same lease, and again with it.
+    """
+
+    lease: Count
+    runs: list[LeafRun]
+
+
 class Written(JobMessage, frozen=True):
     """Every byte of the lease was acknowledged by the destination; not yet flushed. Sent again until `Noted`.
 
     For a stream source `end` says where it ended (its size); otherwise None. `unreadable`: where zeroes were written
     for what the source could not read, in order; where there are too many places, some are told as one, with what is
-    between them.
+    between them. `leaves`: how many digests were sent.
     """
 
     lease: Count
     done: Counters
     end: Count | None = None
     unreadable: Annotated[tuple[Range, ...], msgspec.Meta(max_length=UNREADABLE_PER_LEASE_MAX)] = ()
+    leaves: Count = 0
 
 
 class Failed(JobMessage, frozen=True):
@@ -304,7 +340,9 @@ class Stop(JobMessage, frozen=True):
     now: bool = False
 
 
-FromWorker: TypeAlias = Hello | Opened | OpenFailed | Wanted | Progress | Written | Failed | Flushed | Alive | Goodbye
+FromWorker: TypeAlias = (
+    Hello | Opened | OpenFailed | Wanted | Progress | Leaves | Written | Failed | Flushed | Alive | Goodbye
+)
 FromCoordinator: TypeAlias = Assign | Refused | Lease | Revoke | Noted | Flush | AliveToo | Stop
 
 _packer = msgpack.Packer(unicode_errors=_NAMES)  # one for all messages: making it costs as much as a message does
@@ -314,7 +352,7 @@ _FROM_COORDINATOR = {kind.__name__: kind for kind in get_args(FromCoordinator)}
 
 def encode(message: Message) -> bytes:
     """One frame. A Range travels as the map {start, end}, a file's name as the bytes it has, UTF-8 or not."""
-    return _packer.pack(msgspec.to_builtins(message))  # type: ignore[no-any-return]
+    return _packer.pack(msgspec.to_builtins(message, builtin_types=(bytes,)))  # type: ignore[no-any-return]
 
 
 def decode_from_worker(frame: bytes, peer: str) -> FromWorker:

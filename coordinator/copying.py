@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from math import inf
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,14 +17,16 @@ from nbdshard.common.limits import (
     ATTEMPTS_PER_RANGE,
     CHECKPOINT_ASKS_PER_TICK_MAX,
     COVERED_LEASES_MAX,
+    DIGEST_BYTES_MAX,
     FLUSH_BYTES_PER_SECOND,
     FLUSH_SECONDS,
+    LEAF_BYTES,
     LEASES_PER_WORKER,
     RETURNS_PER_RANGE,
     WRITTEN_LEASES_JOB_MAX,
     WRITTEN_LEASES_MAX,
 )
-from nbdshard.common.messages import ErrorReport, Failed, Flush, Flushed, Lease, Noted, Progress, Written
+from nbdshard.common.messages import ErrorReport, Failed, Flush, Flushed, Lease, Leaves, Noted, Progress, Written
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.crew import Crew, Outbox
 from nbdshard.coordinator.ending import error_line
@@ -33,6 +36,9 @@ from nbdshard.coordinator.leases import Granted, Ledger
 from nbdshard.coordinator.planner import Plan
 from nbdshard.coordinator.states import RangeState, WorkerState
 from nbdshard.coordinator.workers import FlushAsked, Worker
+
+if TYPE_CHECKING:  # a copy without a checksum does not load it
+    from nbdshard.coordinator.checksum import ImageChecksum
 
 
 class Trouble(msgspec.Struct, frozen=True):
@@ -63,6 +69,7 @@ class Copying:
         self._to_ask = 0  # workers that the checkpoint under way has still to ask
         self._bytes_written = 0  # since the last checkpoint
         self.ledger = Ledger(plan, job.durable, job.unreadable)
+        self._checksum = _begin_checksum(job, self.ledger) if job.options.checksum else None
         self.repeatable = plan.repeatable
         self.undurable = False  # a server without FLUSH took some of it
         self.dropped = 0  # late reports
@@ -77,7 +84,7 @@ class Copying:
 
     def grant(self) -> None:
         """Lease pending ranges to the workers that can take some, the longest waiting first."""
-        while self._wishing and self.ledger.pending:
+        while self._wishing and self.ledger.pending and not self._must_wait:
             _, worker = self._wishing.popitem(last=False)
             if not self._can_take(worker):
                 continue
@@ -96,6 +103,15 @@ class Copying:
             self._outbox.send(worker, lease)
             self.consider(worker)
 
+    @property
+    def _must_wait(self) -> bool:
+        """Whether so many digests are held that no new range is begun: of one that is late, all others wait."""
+        return self._holds_much and not self.ledger.returned
+
+    @property
+    def _holds_much(self) -> bool:
+        return self._checksum is not None and self.ledger.leaf_bytes + self._checksum.held_bytes >= DIGEST_BYTES_MAX
+
     def _can_take(self, worker: Worker) -> bool:
         return worker.can_take(self._leases_at_once, self._written_max)
 
@@ -106,6 +122,17 @@ class Copying:
         if message.done.total > granted.range.length:
             return _blame(f"it reported {message.done.total} bytes of the {granted.range.length} of a lease")
         self.moved |= self.ledger.progress(granted, message.done)
+        return None
+
+    def leaves(self, worker: Worker, message: Leaves) -> Trouble | None:
+        granted = self._leased(worker, message.lease)
+        if granted is None:
+            return None
+        if self._checksum is None:
+            return _blame("it sent digests that nobody has asked for")
+        self.ledger.hold(granted, message.runs)
+        if sum(run.count for run in granted.runs) > granted.range.length // LEAF_BYTES + 1:
+            return _blame(f"it sent more digests than the {granted.range.length} bytes of a lease have")
         return None
 
     def written(self, worker: Worker, message: Written, now: float) -> Trouble | None:
@@ -123,6 +150,15 @@ class Copying:
             where = Range(granted.range.start, granted.range.start + whole) if whole else None
             if message.unreadable and not (self._job.options.salvage and where and _are_in(where, message.unreadable)):
                 return _blame("it told of unreadable places that are none of its lease's")
+            if self._checksum is not None:
+                runs = granted.runs
+                count = sum(run.count for run in runs)
+                if count < message.leaves:
+                    return None  # some were lost on the way: as this is not noted, all of them are sent again
+                if count > message.leaves:
+                    return _blame(f"it sent {count} digests of a lease that has {message.leaves}")
+                if fault := self._checksum.fault_of(runs, granted.range):
+                    return _blame(fault)
             trouble = self._written(worker, granted, message, now)
         # Also for one that came late: it is sent again until it is noted, and does no harm.
         self._outbox.send(worker, Noted(self._job.uuid, self._job.epoch, message.lease))
@@ -239,12 +275,12 @@ class Copying:
             if message.durable:
                 self.ledger.cover(granted, self._flush_number)
             else:
-                self.ledger.settle(granted)
+                self._settle(granted)
         if not message.durable:
             # Nothing better can be had of this server: ranges end as written, and the outcome says so.
             self.undurable = True
             for number in asked.leases & written.keys():
-                self.ledger.settle(written[number])
+                self._settle(written[number])
         trouble = None
         for number in asked.leases & written.keys():
             # Its connection is gone, and with it perhaps the server that had acknowledged it.
@@ -266,10 +302,13 @@ class Copying:
         """
         self._unanswered.pop(worker.identity, None)
         settled = self.ledger.confirm(next(iter(self._unanswered.values()), inf))
+        for granted in settled:
+            self._add_to_checksum(granted)
         if settled:
             durable = (where for granted in settled for where in granted.written)
             unreadable = (where for granted in settled for where in granted.unreadable)
-            self._outbox.add(Journal(durable=_merged(durable), unreadable=_merged(unreadable)))
+            leaves = tuple(run for granted in settled for run in granted.runs)
+            self._outbox.add(Journal(durable=_merged(durable), unreadable=_merged(unreadable), leaves=leaves))
 
     def _flush_failed(self, worker: Worker, error: ErrorReport) -> Trouble | None:
         text = error_line(error)
@@ -311,11 +350,10 @@ class Copying:
         """`worker` has written leases. Now and then it must flush before the end: each is an object until then."""
         assert worker.holding is not None
         written = worker.holding.written
-        is_many = len(written) >= self._flush_after
+        is_many = len(written) >= self._flush_after or self._holds_much
         if not self._job.options.flush:
             if is_many:
-                for granted in list(written.values()):
-                    self.ledger.settle(granted)  # the user wants no more than that
+                self._settle_all(written)  # the user wants no more than that
         elif worker.flush is None and worker.state is WorkerState.READY:
             if is_many and not self._is_full:
                 self._unflushed.pop(worker.identity, None)
@@ -347,6 +385,43 @@ class Copying:
         made it durable."""
         if self.ledger.unreadable and (self.undurable or not self._job.options.flush):
             self._outbox.add(Journal(unreadable=tuple(self.ledger.unreadable)))
+
+    # -- the checksum --------------------------------------------------------------------------------------------------
+
+    def work_on_checksum(self, now: float) -> None:
+        """Take what has come to its turn; where too much waits for a flush, have it flushed."""
+        if self._checksum is None:
+            return
+        self._checksum.step()
+        if not self._must_wait:
+            return
+        if self._job.options.flush:
+            self.flush(now)
+        else:
+            self._settle_rest()
+
+    def finish_checksum(self) -> str:
+        """The checksum of a job that is complete, in hexadecimal; "" where none was asked for."""
+        if self._checksum is None or self.ledger.size is None:
+            return ""
+        self._settle_rest()
+        return self._checksum.finish(self.ledger.size)
+
+    def _settle(self, granted: Granted) -> None:
+        self.ledger.settle(granted)
+        self._add_to_checksum(granted)
+
+    def _settle_all(self, written: dict[int, Granted]) -> None:
+        for granted in list(written.values()):
+            self._settle(granted)
+
+    def _settle_rest(self) -> None:
+        for holder in self.ledger.holders:
+            self._settle_all(self.ledger.holding(holder).written)
+
+    def _add_to_checksum(self, granted: Granted) -> None:
+        if self._checksum is not None:
+            self._checksum.add(granted.range, granted.runs)
 
     # -- the invariants ------------------------------------------------------------------------------------------------
 
@@ -381,6 +456,12 @@ def _are_in(where: Range, pieces: Iterable[Range]) -> bool:
             return False
         end = piece.end
     return True
+
+
+def _begin_checksum(job: Job, ledger: Ledger) -> ImageChecksum:
+    from nbdshard.coordinator.checksum import ImageChecksum
+
+    return ImageChecksum(job.earlier, ledger.taken_over)
 
 
 def _merged(ranges: Iterable[Range]) -> tuple[Range, ...]:

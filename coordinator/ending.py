@@ -66,6 +66,7 @@ def make_outcome(
     resumed: int,
     unreadable: tuple[Range, ...],
     is_undurable: bool,
+    checksum: str,
 ) -> Outcome:
     """The outcome of a job that nobody works on any more.
 
@@ -89,4 +90,5 @@ def make_outcome(
         destination_peer=ends[1].peer if ends is not None else job.destinations[0].address,
         resumed=resumed,
         unreadable=unreadable,
+        checksum=checksum,
     )

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from nbdshard.common.messages import FromCoordinator
+from nbdshard.common.messages import FromCoordinator, LeafRun
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.job import Outcome
 
@@ -49,11 +49,13 @@ class Journal(msgspec.Struct, frozen=True):
     `demoted`: a flush had covered it, and an earlier one then failed or was lost, so it is copied again. It never was
     in `durable` before; taking it out is a second lock. `unreadable`: zeroes are there for what the source could not
     read. All are merged and in order.
+    `leaves`: the digests of what is durable, in a job with a checksum; those of zeroes are left out.
     """
 
     durable: tuple[Range, ...] = ()
     unreadable: tuple[Range, ...] = ()
     demoted: tuple[Range, ...] = ()
+    leaves: tuple[LeafRun, ...] = ()
 
 
 class Finish(msgspec.Struct, frozen=True):

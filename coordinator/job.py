@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
+from typing import Protocol
 
 import msgspec
 
@@ -15,8 +17,15 @@ from nbdshard.common.limits import (
     LEASE_SECONDS,
     LOCAL_LEASE_SECONDS,
 )
-from nbdshard.common.messages import Counters, EndpointAddress, EndpointDescription, JobOptions
+from nbdshard.common.messages import Counters, EndpointAddress, EndpointDescription, JobOptions, LeafRun
 from nbdshard.common.ranges import Range
+
+
+class EarlierLeaves(Protocol):
+    """The journal of an earlier run."""
+
+    def leaves(self, where: Range) -> Sequence[LeafRun]:
+        """The digests of what is durable in `where`, in order; what is left out are zeroes."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -40,6 +49,7 @@ class Job(msgspec.Struct, frozen=True):
     expected: tuple[EndpointDescription, EndpointDescription] | None = None  # what an earlier run found
     durable: tuple[Range, ...] = ()  # what the journal of an earlier run has: not copied again
     unreadable: tuple[Range, ...] = ()  # where that run wrote zeroes for what it could not read
+    earlier: EarlierLeaves | None = None  # ... and the digests of it, for a checksum
     checkpoint_seconds: float = CHECKPOINT_SECONDS  # what was written is flushed after so long ...
     checkpoint_bytes: int = CHECKPOINT_BYTES  # ... or when it is so much, whichever comes first
 
@@ -78,6 +88,7 @@ class Outcome(msgspec.Struct, frozen=True):
     destination_peer: str
     resumed: int = 0  # bytes that an earlier run had made durable; not in `counters`
     unreadable: tuple[Range, ...] = ()  # zeroes are there for what the source could not read, in whichever run
+    checksum: str = ""  # of a job that is complete and was to have one, in hexadecimal (common/blkhash.py)
 
     @property
     def done(self) -> int:

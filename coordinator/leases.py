@@ -25,7 +25,7 @@ import msgspec
 
 from nbdshard.common.errors import BugError
 from nbdshard.common.limits import ATTEMPTS_PER_RANGE, RANGE_UNITS_MAX, RETURNS_PER_RANGE, UNREADABLE_MAX
-from nbdshard.common.messages import Counters
+from nbdshard.common.messages import Counters, LeafRun
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.planner import Plan
 from nbdshard.coordinator.states import RANGES, RangeEvent, RangeState
@@ -45,6 +45,17 @@ class Granted(msgspec.Struct, eq=False):
     end: int = 0
     unreadable: tuple[Range, ...] = ()  # zeroes were written there for what the source could not read
     covered_after: int = 0  # the last flush that had been sent when one covered it
+    leaves: dict[int, LeafRun] | None = None  # by their start, in a job with a checksum: what has come so far
+
+    @property
+    def runs(self) -> list[LeafRun]:
+        """The digests of its leaves, in order."""
+        return [run for _, run in sorted((self.leaves or {}).items())]
+
+    @property
+    def leaf_bytes(self) -> int:
+        """Of memory, for the digests of its leaves."""
+        return sum(run.memory_bytes for run in (self.leaves or {}).values())
 
     @property
     def written(self) -> tuple[Range, ...]:
@@ -119,10 +130,21 @@ class Ledger:
         self.leased_count = 0
         self.written_count = 0
         self.unsettled_bytes = 0  # written, and not yet covered by a flush
+        self.leaf_bytes = 0  # of memory, for digests of what is not settled
         self.resumed_bytes = self._taken_over.total  # not in `counters`: nobody copied them in this run
         self.size = plan.size
 
     # -- questions -----------------------------------------------------------------------------------------------------
+
+    @property
+    def taken_over(self) -> RangeSet:
+        """What an earlier run made durable, and is not copied again. Not to be changed by the caller."""
+        return self._taken_over
+
+    @property
+    def returned(self) -> bool:
+        """Whether a range that came back waits to be granted: it is granted before any new one."""
+        return bool(self._returned)
 
     @property
     def pending(self) -> bool:
@@ -184,6 +206,14 @@ class Ledger:
         self._count(done, 1)
         granted.done = done
         return done != old
+
+    def hold(self, granted: Granted, runs: Iterable[LeafRun]) -> None:
+        """Keep digests of its leaves. What has come before is left as it is: messages come again."""
+        held = granted.leaves = granted.leaves or {}
+        for run in runs:
+            if run.start not in held:
+                held[run.start] = run
+                self.leaf_bytes += run.memory_bytes
 
     def wrote(self, granted: Granted, done: Counters, end: int | None, unreadable: tuple[Range, ...] = ()) -> None:
         """The destination acknowledged the whole lease. `end`: where the stream ended, else None."""
@@ -280,6 +310,9 @@ class Ledger:
         self._count(granted.done, -1)
         for where in granted.unreadable:
             self.unreadable.remove(where)
+        if granted.leaves is not None:
+            self.leaf_bytes -= granted.leaf_bytes
+            granted.leaves = None
         if before is RangeState.WRITTEN:
             self._leave_written(granted)
         elif before is RangeState.LEASED:
@@ -298,6 +331,8 @@ class Ledger:
         self._returns.pop(granted.range.start, None)
         for where in granted.written:
             self._settled.add(where.start, where.end)
+        if granted.leaves is not None:
+            self.leaf_bytes -= granted.leaf_bytes
 
     def _count(self, done: Counters, sign: int) -> None:
         self._done[0] += sign * done.copied
@@ -329,6 +364,11 @@ class Ledger:
                 raise BugError(f"a lease of {worker} is kept in the wrong place for its state")
         if (leased, written, unsettled) != (self.leased_count, self.written_count, self.unsettled_bytes):
             raise BugError("the ledger's counts do not agree with what is held")
+        unsettled_leases = [*self._covered]
+        for holding in self._holdings.values():
+            unsettled_leases += (*holding.leased.values(), *holding.written.values())
+        if self.leaf_bytes != sum(item.leaf_bytes for item in unsettled_leases):
+            raise BugError("the ledger's count of digests does not agree with what is held")
         order = [item.covered_after for item in self._covered]
         if order != sorted(order) or any(item.state is not RangeState.DURABLE for item in self._covered):
             raise BugError("the covered leases are not in the order in which flushes covered them")

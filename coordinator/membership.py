@@ -252,6 +252,8 @@ class Membership:
             return
         self._phase = JOBS.step(self._phase, JobEvent.FINISH)
         is_undurable = self._copying is not None and self._copying.undurable
+        is_complete = ending.verdict is Verdict.COMPLETE and self._copying is not None
+        checksum = self._copying.finish_checksum() if is_complete and self._copying is not None else ""
         self._outcome = make_outcome(
             self._job,
             ending,
@@ -261,6 +263,7 @@ class Membership:
             resumed=self._resumed(),
             unreadable=tuple(self._copying.ledger.unreadable) if self._copying is not None else (),
             is_undurable=is_undurable,
+            checksum=checksum,
         )
         self._out.add(Finish(self._outcome))
 

@@ -89,6 +89,9 @@ def check_job(job: Job, source: EndpointDescription, destination: EndpointDescri
     if destination.read_only:
         raise UserError("the destination is read-only", destination.peer)
     if source.size is None:
+        if job.options.checksum:
+            advice = "copy it to a file, and have the checksum of that"
+            raise UserError("a stream, whose size nobody knows, has no checksum", source.peer, advice)
         _check_stream(job, destination)
     else:
         _check_sizes(job, source, source.size, destination)

@@ -179,7 +179,7 @@ class JsonDisplay:
         self._meter.take(status, now)
         connections = max(outcome.source_connections, outcome.destination_connections)
         phase = _END_PHASES[outcome.verdict]
-        self._write(status, phase, outcome.workers, connections, now, LAST_PROGRESS_SECONDS, outcome.unreadable)
+        self._write(status, phase, outcome.workers, connections, now, LAST_PROGRESS_SECONDS, outcome)
 
     def close(self) -> None:
         pass
@@ -192,7 +192,7 @@ class JsonDisplay:
         connections: int,
         now: float,
         patience_seconds: float,
-        unreadable: tuple[Range, ...] | None = None,
+        outcome: Outcome | None = None,
     ) -> None:
         import json
 
@@ -214,10 +214,11 @@ class JsonDisplay:
             "connections": connections,
             "waiting_for": status.waiting_for or None,
             "waiting_seconds": round(status.waiting_seconds, 1) if status.waiting_for else None,
+            "checksum": (outcome is not None and outcome.checksum) or None,
         }
-        if unreadable is not None:
-            shown = unreadable[:UNREADABLE_SHOWN_MAX]
-            record["unreadable_places"] = len(unreadable)
+        if outcome is not None:
+            shown = outcome.unreadable[:UNREADABLE_SHOWN_MAX]
+            record["unreadable_places"] = len(outcome.unreadable)
             record["unreadable"] = [{"offset": where.start, "length": where.length} for where in shown]
         write_in_time(self._descriptor, json.dumps(record).encode() + b"\n", patience_seconds)
 

@@ -36,6 +36,7 @@ from nbdshard.common.messages import (
     FromWorker,
     Goodbye,
     Hello,
+    Leaves,
     Opened,
     OpenFailed,
     Progress,
@@ -267,10 +268,12 @@ class Scheduler(Membership):
                 worker.alive_at = max(worker.alive_at, message.at)
             case Hello():
                 pass
-            case Progress() | Written() | Failed() | Flushed() if copying is None:
+            case Progress() | Leaves() | Written() | Failed() | Flushed() if copying is None:
                 self._dropped += 1
             case Progress():
                 trouble = copying.progress(worker, message)
+            case Leaves():
+                trouble = copying.leaves(worker, message)
             case Written():
                 worker.losses = 0
                 trouble = copying.written(worker, message, self._now)
@@ -410,6 +413,7 @@ class Scheduler(Membership):
         return self._out.take()
 
     def _press_on(self, copying: Copying) -> None:
+        copying.work_on_checksum(self._now)
         copying.grant()
         if copying.ledger.unwritten:
             if self._phase is Phase.FLUSHING:

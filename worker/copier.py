@@ -113,7 +113,7 @@ class Copier:
         self.has_work = True
         self._wish = max(0, self._wish - 1)
         self.earliest_expiry = min(self.earliest_expiry, expires)
-        self.leases[message.lease] = LeaseWork(
+        self.leases[message.lease] = lease = LeaseWork(
             message.lease,
             message.range,
             expires=expires,
@@ -121,6 +121,10 @@ class Copier:
             hole_min=self.shape.hole_min,
             until_end=message.until_end,
         )
+        if self.shape.checksum:
+            from nbdshard.worker.leaves import LeafDigests  # a copy without a checksum does not load it
+
+            lease.digests = LeafDigests(message.range)
 
     def renew(self, now: float, expires: float) -> None:
         """The coordinator has heard of us: what is not over at `now` is good until `expires` at least."""
@@ -261,6 +265,8 @@ class Copier:
                 if not piece.zero:
                     self._begin_read(source, lease, piece.where)
                     return True
+                if lease.digests is not None:
+                    lease.digests.add_zeroes(piece.where)
                 self._writer.note_zeroes(lease, piece.where)
                 if self.shape.synchronous and self._operations:
                     return True
@@ -311,8 +317,15 @@ class Copier:
         elif lease.until_end:
             self._stream_read(operation, count)
         else:
-            operation.advance(OperationEvent.READ_DONE)
-            self._writer.write(operation)
+            self._held(operation)
+
+    def _held(self, operation: Operation) -> None:
+        """What `operation` is to write is whole: all that was read, or zeroes in the place of what cannot be."""
+        if (digests := operation.lease.digests) is not None:
+            assert operation.buffer is not None  # nothing is spliced
+            digests.add_data(operation.where.start, operation.buffer, operation.where.length)
+        operation.advance(OperationEvent.READ_DONE)
+        self._writer.write(operation)
 
     def _read_failed(self, operation: Operation, error: RequestError) -> None:
         source = self.sources[operation.source]
@@ -328,8 +341,7 @@ class Copier:
         else:
             self.payloads.hold_in_memory(operation)
             give_up(operation)
-            operation.advance(OperationEvent.READ_DONE)
-            self._writer.write(operation)
+            self._held(operation)
 
     def read_again(self, operation: Operation, attempts: int) -> None:
         """After a pause, and into a buffer: what may fail again must be held."""
@@ -409,7 +421,11 @@ class Copier:
     def _written(self, lease: LeaseWork) -> None:
         del self.leases[lease.lease]
         self.flushes.written(lease.lease)
-        self.outbox.append(Written(self.job, self.epoch, lease.lease, lease.counters, lease.end, places(lease)))
+        told = list(lease.digests.messages(self.job, self.epoch, lease.lease)) if lease.digests is not None else []
+        leaves = sum(run.count for message in told for run in message.runs)
+        self.outbox += told
+        done, unreadable = lease.counters, places(lease)
+        self.outbox.append(Written(self.job, self.epoch, lease.lease, done, lease.end, unreadable, leaves))
 
     def given_up(self, lease: LeaseWork) -> bool:
         """Whether nothing more is to be begun for `lease`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -10,6 +11,9 @@ from nbdshard.common.limits import SEGMENTS_LOW, SEGMENTS_MAX
 from nbdshard.common.messages import Counters, ErrorReport
 from nbdshard.common.nbd.constants import STATE_ZERO
 from nbdshard.common.ranges import Range, RangeSet
+
+if TYPE_CHECKING:
+    from nbdshard.worker.leaves import LeafDigests
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -41,6 +45,7 @@ class LeaseWork:
         "outstanding",
         "reads",
         "zeroes",
+        "digests",
         "copied",
         "zeroed",
         "skipped",
@@ -76,6 +81,7 @@ class LeaseWork:
         self.outstanding = 0  # operations under way
         self.reads = 0  # those of them that read
         self.zeroes = RangeSet()  # found, and not yet issued: neighbours may still join
+        self.digests: LeafDigests | None = None  # of what is read, if a checksum is wanted
         self.copied = self.zeroed = self.skipped = 0
         self.spliced = 0  # of the copied ones
         self.unreadable = RangeSet()  # zeroes take its place

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
+from itertools import chain
 from math import inf
 from typing import Protocol
 
@@ -34,6 +35,7 @@ from nbdshard.common.messages import (
     Goodbye,
     Hello,
     Lease,
+    Leaves,
     Noted,
     Opened,
     OpenFailed,
@@ -113,7 +115,7 @@ class Worker:
         self._copier: Copier | None = None
         self._failure: ErrorReport | None = None  # why all connections are being closed
         self._outbox: deque[FromWorker] = deque([hello])
-        self._unnoted: dict[int, Written] = {}
+        self._unnoted: dict[int, list[FromWorker]] = {}  # by lease: Written, and what comes before it
         self._goodbye = "stopped by the coordinator"
         now = self._clock.steady
         self._heard_at = now
@@ -239,7 +241,7 @@ class Worker:
             self._next_heartbeat = now + (self._assign.heartbeat_seconds if self._assign else HEARTBEAT_SECONDS)
             if self._assign is not None:
                 self._outbox.append(Alive(self._assign.job, self._assign.epoch, self._clock.true))
-                self._outbox.extend(self._unnoted.values())
+                self._outbox.extend(chain.from_iterable(self._unnoted.values()))
         if now >= self._heard_at + COORDINATOR_SILENCE_SECONDS and self.state not in _LEAVING_STATES:
             self.error = UserError(f"nothing was heard of the coordinator for {COORDINATOR_SILENCE_SECONDS:g} s")
             self.leave("the coordinator fell silent")
@@ -287,8 +289,8 @@ class Worker:
 
     def _collect(self, copier: Copier) -> None:
         for message in copier.outbox:
-            if isinstance(message, Written):
-                self._unnoted[message.lease] = message
+            if isinstance(message, Leaves | Written):
+                self._unnoted.setdefault(message.lease, []).append(message)
             self._outbox.append(message)
         copier.outbox.clear()
 

@@ -39,6 +39,7 @@ class CopyShape(msgspec.Struct, frozen=True):
     ask_extents: bool
     synchronous: bool  # one operation at a time, in order
     splice: bool  # payload may go from one side to the other through a pipe
+    checksum: bool = False  # all that is read is looked at, so nothing is spliced
 
     @classmethod
     def of(
@@ -63,7 +64,7 @@ class CopyShape(msgspec.Struct, frozen=True):
         request_size = _power_of_two_within(min(max(options.request_size, alignment), largest))
         synchronous = options.synchronous or source.is_stream or destination.is_stream
         policy = _zero_policy(destination, options)
-        splice = splice and not synchronous and request_size >= SPLICE_BYTES_MIN
+        splice = splice and not synchronous and not options.checksum and request_size >= SPLICE_BYTES_MIN
         sparse_unit = _sparse_unit(destination, options, alignment, request_size, policy)
         return cls(
             request_size=request_size,
@@ -82,6 +83,7 @@ class CopyShape(msgspec.Struct, frozen=True):
             ask_extents=options.extents and source.can_extents,
             synchronous=synchronous,
             splice=splice,
+            checksum=options.checksum,
         )
 
     def may_splice(self, where: Range) -> bool:

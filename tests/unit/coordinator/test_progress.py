@@ -158,6 +158,7 @@ def test_json_objects_come_once_a_second_and_hold_every_field(pipe: tuple[int, i
         "connections": 4,
         "waiting_for": None,
         "waiting_seconds": None,
+        "checksum": None,
     }
 
 
