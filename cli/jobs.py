@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import msgspec
@@ -11,8 +12,9 @@ import msgspec
 from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, EXIT_PAUSED, EXIT_UNFENCED, EXIT_UNREADABLE
 from nbdshard.cli.journaling import Start, export_command, resume_command
 from nbdshard.cli.journaling import start as begin
-from nbdshard.cli.options import ProgressChoice, ProgressKind
+from nbdshard.cli.options import ProgressChoice, ProgressKind, words_of
 from nbdshard.cli.setting import Setting
+from nbdshard.cli.standard_streams import tell
 from nbdshard.common import logs
 from nbdshard.common.channel import CoordinatorChannel
 from nbdshard.common.limits import BAR_DELAY_SECONDS
@@ -21,17 +23,22 @@ from nbdshard.coordinator.job import Job, Outcome, Verdict
 from nbdshard.coordinator.progress import DelayedDisplay, Display, JsonDisplay, NoDisplay, PercentDisplay, summary
 from nbdshard.coordinator.service import Shell, run_job
 
+Report = Callable[[Outcome, float], None]  # what to tell of a job that is complete, and took so many seconds
+
 
 class Ended(msgspec.Struct, frozen=True):
     """A job that is over.
 
     `resume`: the command that goes on with it; `export`: the one that lists what could not be read; "" when none can.
+    `source`: as the user named it. `is_output`: the copy itself is standard output.
     """
 
     outcome: Outcome
     seconds: float
     resume: str
     export: str
+    source: str
+    is_output: bool
 
 
 def run(setting: Setting, stack: ExitStack) -> Ended:
@@ -56,7 +63,9 @@ def run(setting: Setting, stack: ExitStack) -> Ended:
     elif keeper is not None and keeper.path and outcome.unreadable:
         export = export_command(keeper.path)
     outcome = msgspec.structs.replace(outcome, error=ends.in_users_words(outcome.error))
-    return Ended(outcome, time.monotonic() - start, resume, export)
+    source, destination = setting.args.operands
+    named, is_output = words_of(source, setting.args), destination == "-"
+    return Ended(outcome, time.monotonic() - start, resume, export, named, is_output)
 
 
 def _job(setting: Setting, begun: Start) -> Job:
@@ -102,9 +111,9 @@ def _bar(start: float) -> Display:
     return BarDisplay(start)
 
 
-def conclude(ended: Ended, interrupted_code: int) -> int:
-    """Say how it ended and how it can be resumed, and choose the exit code."""
-    code = _tell(ended.outcome, ended.seconds, interrupted_code)
+def conclude(ended: Ended, interrupted_code: int, report: Report | None = None) -> int:
+    """Say how it ended and how it can be resumed, and choose the exit code. `report`: None for a copy's summary."""
+    code = _tell(ended, interrupted_code, report)
     if ended.resume:
         logs.say(f"to go on: {ended.resume}")
     if ended.export:
@@ -112,7 +121,8 @@ def conclude(ended: Ended, interrupted_code: int) -> int:
     return code
 
 
-def _tell(outcome: Outcome, seconds: float, interrupted_code: int) -> int:
+def _tell(ended: Ended, interrupted_code: int, report: Report | None) -> int:
+    outcome = ended.outcome
     for name in outcome.unfenced:
         logs.warning(f"worker {name} was not heard to close its connections: it may still write to the destination")
     if outcome.verdict is Verdict.FAILED:
@@ -120,10 +130,22 @@ def _tell(outcome: Outcome, seconds: float, interrupted_code: int) -> int:
         return EXIT_FAILURE
     if outcome.verdict is Verdict.PAUSED:
         logs.say(outcome.error)
-    logs.say(summary(outcome, seconds))
+    if outcome.verdict is Verdict.COMPLETE and report is not None:
+        report(outcome, ended.seconds)
+        return EXIT_OK
+    logs.say(summary(outcome, ended.seconds))
+    if outcome.verdict is Verdict.COMPLETE and outcome.checksum:
+        _tell_checksum(ended)
     return {
         Verdict.COMPLETE: EXIT_UNREADABLE if outcome.unreadable else EXIT_OK,
         Verdict.STOPPED: interrupted_code,
         Verdict.PAUSED: EXIT_PAUSED,
         Verdict.UNFENCED: EXIT_UNFENCED,
     }[outcome.verdict]
+
+
+def _tell_checksum(ended: Ended) -> None:
+    from nbdshard.cli.checksum import line
+
+    say = logs.say if ended.is_output else tell  # standard output holds the copy
+    say(line(ended.outcome, ended.source))

@@ -52,6 +52,8 @@ def start(setting: Setting, stack: ExitStack) -> Start:
     if args.resume or args.force_resume:
         if args.journal is None:
             raise UsageError("--resume needs --journal", advice="`nbdshard jobs` lists journals")
+        if args.checksum:
+            raise UsageError("--resume and --checksum do not go together: nobody reads what is copied already")
         from nbdshard.cli.resuming import resumed
 
         return resumed(setting, stack)

@@ -50,6 +50,7 @@ SUBCOMMANDS: Final = {
     "worker": ("nbdshard.cli.worker", "work for a coordinator"),
     "info": ("nbdshard.cli.info", "show what a server says about an export"),
     "map": ("nbdshard.cli.map", "show which parts of an export are data, holes and zeroes"),
+    "checksum": ("nbdshard.cli.checksum", "print the checksum of an export or a file"),
     "jobs": ("nbdshard.cli.journals", "list copies that can be resumed, and how far they got"),
     "keygen": ("nbdshard.cli.keygen", "make the keys by which a coordinator and its workers know each other"),
 }

@@ -9,8 +9,9 @@ import argparse
 import fcntl
 import os
 import re
+from collections.abc import Container
 from enum import Enum, auto
-from typing import Final, get_args
+from typing import Any, Final, get_args
 
 import msgspec
 
@@ -19,6 +20,7 @@ from nbdshard.common.endpoints import Endpoint, parse_endpoint
 from nbdshard.common.limits import (
     BACKOFF_SECONDS_MAX,
     CHECKPOINT_SECONDS,
+    CHECKSUM_RANGE_BYTES_MAX,
     CONNECT_SECONDS,
     CONNECTIONS_DEFAULT,
     CONNECTIONS_MAX,
@@ -48,6 +50,22 @@ from nbdshard.common.units import size_text
 
 RINGS: Final = ("auto", "io_uring", "epoll")
 DATA_PATHS: Final = get_args(DataPath)
+READING_OPTIONS: Final = frozenset(  # of a copy: what says how the source is read
+    {
+        "--connect-timeout",
+        "--connections",
+        "--handshake-timeout",
+        "--loss-timeout",
+        "--no-extents",
+        "--queue-size",
+        "--range-size",
+        "--reconnect-delay",
+        "--request-size",
+        "--request-timeout",
+        "--requests",
+        "--retries",
+    }
+)
 SECONDS: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
 SECONDS_OF: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -125,10 +143,21 @@ def _timeout(text: str) -> float:
     return seconds
 
 
-def add_copy_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how to copy, shared by `copy` and `coordinator`."""
+def add_copy_options(parser: argparse.ArgumentParser, only: Container[str] | None = None) -> None:
+    """Add the options that say how to copy, shared by `copy` and `coordinator`.
+
+    `only`: a job that writes nothing has these alone, by their long names; the others have their defaults.
+    """
     size = "SIZE"
-    add = parser.add_argument
+
+    def add(*names: str, **how: Any) -> None:
+        long = next(name for name in names if name.startswith("--"))
+        if only is None or long in only:
+            parser.add_argument(*names, **how)
+        else:
+            is_flag = how.get("action") == "store_true"
+            parser.set_defaults(**{long[2:].replace("-", "_"): False if is_flag else how.get("default")})
+
     add(
         "--allocated",
         action="store_true",
@@ -148,6 +177,11 @@ def add_copy_options(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=CHECKPOINT_SECONDS,
         help=f"flush what was written, and remember it, so often (default {CHECKPOINT_SECONDS:g})",
+    )
+    add(
+        "--checksum",
+        action="store_true",
+        help="compute the checksum of what is copied, and print it: nbdcopy's --blkhash",
     )
     add(
         "--connect-timeout",
@@ -324,6 +358,11 @@ def job_options(args: argparse.Namespace) -> JobOptions:
     """The options a worker needs. A queue smaller than one request is raised to it."""
     if args.flush and args.no_flush:
         raise UsageError("--flush and --no-flush contradict each other")
+    if args.checksum and args.data_path == "splice":
+        raise UsageError("--checksum and --data-path=splice contradict each other: all data has to be looked at")
+    if args.checksum and (args.range_size or 0) > CHECKSUM_RANGE_BYTES_MAX:
+        most = size_text(CHECKSUM_RANGE_BYTES_MAX)
+        raise UsageError(f"--range-size is {size_text(args.range_size)}: with --checksum it is at most {most}")
     request_size = args.request_size or REQUEST_BYTES_DEFAULT
     return JobOptions(
         request_size=request_size,
@@ -342,6 +381,7 @@ def job_options(args: argparse.Namespace) -> JobOptions:
         request_seconds=args.request_timeout,
         attempts=args.retries + 1,
         salvage=args.salvage,
+        checksum=args.checksum,
     )
 
 

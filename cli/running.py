@@ -10,6 +10,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -23,14 +24,18 @@ from nbdshard.common.descriptors import check_descriptors
 from nbdshard.coordinator.launcher import Launcher, WorkerCommand
 from nbdshard.coordinator.signals import SignalWatch
 
+if TYPE_CHECKING:
+    from nbdshard.cli.jobs import Report
+
 __all__ = ["Crew", "run_copy"]
 
 _CONTROL_SOCKET = "control.sock"
 
 
-def run_copy(args: Namespace, crew: Crew) -> int:
+def run_copy(args: Namespace, crew: Crew, report: Report | None = None) -> int:
     """Run the copy that `args` describes; say how it ended; return the exit code.
 
+    `report` is called with the outcome and the seconds of one that is complete, in place of a copy's summary.
     Raises UserError or UsageError for what is wrong before it starts, BugError for faults of ours.
     """
     # The log of a coordinator of remote workers tells who comes and goes; a local copy says one line.
@@ -54,7 +59,7 @@ def run_copy(args: Namespace, crew: Crew) -> int:
 
         ended = run(Setting(args, options, crew, ends, url, launcher, signals), stack)
         ends.settle(ended.outcome)
-    return conclude(ended, signals.exit_code)
+    return conclude(ended, signals.exit_code, report)
 
 
 def _be_worker(words: Sequence[str]) -> int:

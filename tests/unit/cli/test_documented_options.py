@@ -38,7 +38,7 @@ def manual_section(subcommand: str) -> str:
 
 def manual_options(subcommand: str) -> set[str]:
     """Options in the tags of the section's paragraphs."""
-    tags = re.findall(r"^\.TP\n(.*)$", manual_section(subcommand), re.MULTILINE)
+    tags = re.findall(r"^\.T[PQ]\n(.*)$", manual_section(subcommand), re.MULTILINE)
     plain = " ".join(tags).replace("\\-", "-").replace("\\~", " ").replace("\\fR", " ").replace("=", " ")
     return set(OPTION.findall(plain))
 
