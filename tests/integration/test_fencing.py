@@ -15,11 +15,11 @@ from nbdshard.common.channel import CoordinatorChannel
 from nbdshard.common.control_url import ControlUrl
 from nbdshard.common.machine import machine_id
 from nbdshard.common.messages import DataPath, EndpointAddress, JobOptions
-from nbdshard.coordinator.job import Job, Status, Verdict
-from nbdshard.coordinator.progress import NoDisplay
+from nbdshard.coordinator.job import Job, Verdict
 from nbdshard.coordinator.service import Shell, run_job
 from nbdshard.coordinator.signals import SignalWatch
 from support import images, processes
+from support.choreography import Choreography, is_connected, on_the_way
 from support.command import Run, started
 from support.images import MIB
 from support.servers import nbdkit
@@ -28,42 +28,6 @@ from support.waiting import wait_for
 
 SIZE = 96 * MIB
 PREPARED_BYTES = 4 * MIB  # that were read and not written, and are in no socket: they wait in the worker
-ESTABLISHED = "01"
-
-
-def sockets(port: int) -> Iterator[tuple[str, bool, int, int]]:
-    """Either end of each TCP connection to `port`: its name in proc(5), if it is the server's, its queues in bytes."""
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        local, remote = (int(fields[index].rpartition(":")[2], 16) for index in (1, 2))
-        if fields[3] == ESTABLISHED and port in (local, remote):
-            to_send, to_read = (int(number, 16) for number in fields[4].split(":"))
-            yield f"socket:[{fields[9]}]", local == port, to_send, to_read
-
-
-def on_the_way(port: int, *, to_server: bool) -> int:
-    """Bytes in one direction of all connections to `port` that are in the kernel."""
-    return sum(to_read if is_server is to_server else to_send for _, is_server, to_send, to_read in sockets(port))
-
-
-def is_connected(pid: int, port: int) -> bool:
-    own = set(processes.descriptors(pid).values())
-    return any(name in own for name, *_ in sockets(port))
-
-
-class Choreography(NoDisplay):
-    """Looks at the job in every turn of the coordinator's loop, and does the next of its `steps` when that says so."""
-
-    def __init__(self, steps: Iterator[None]) -> None:
-        self._steps = steps
-        self.status: Status | None = None
-
-    def due(self) -> float:
-        return 0.0
-
-    def show(self, status: Status, now: float) -> None:
-        self.status = status
-        next(self._steps, None)
 
 
 def begun(log: Path, what: str) -> int:
