@@ -85,6 +85,7 @@ def _job(setting: Setting, begun: Start) -> Job:
         loss_seconds=args.loss_timeout,
         reconnect_seconds=args.reconnect_delay,
         expected=begun.expected,
+        is_resumed=begun.epoch > 1,
         durable=begun.durable,
         unreadable=begun.unreadable,
         checkpoint_seconds=args.checkpoint,

@@ -47,6 +47,7 @@ class Job(msgspec.Struct, frozen=True):
     lease_seconds: float = LEASE_SECONDS
     heartbeat_seconds: float = HEARTBEAT_SECONDS
     expected: tuple[EndpointDescription, EndpointDescription] | None = None  # what an earlier run found
+    is_resumed: bool = False  # an earlier run of it ended as it did; its workers may still hold leases
     durable: tuple[Range, ...] = ()  # what the journal of an earlier run has: not copied again
     unreadable: tuple[Range, ...] = ()  # where that run wrote zeroes for what it could not read
     earlier: EarlierLeaves | None = None  # ... and the digests of it, for a checksum

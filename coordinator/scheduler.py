@@ -64,6 +64,14 @@ class Scheduler(Membership):
         self._idle_since: float | None = now  # no worker is connected since then
         self._lost_since: float | None = None  # a server was lost then, and nothing was completed since
         self._moved_at = now  # when the last byte was completed
+        # A coordinator that was killed leaves workers elsewhere that may write until their leases end. They may be
+        # stopped or out of reach, and nobody has their names: the next one waits for as long as a lease lasts.
+        self._grant_from = now
+        if job.is_resumed and not job.local_workers:
+            self._grant_from += job.lease_seconds
+            self._note(
+                f"workers of an earlier run may write for {job.lease_seconds:g} s more: nothing is leased sooner"
+            )
 
     # -- what the shell asks -------------------------------------------------------------------------------------------
 
@@ -116,7 +124,8 @@ class Scheduler(Membership):
         beat = self._beat_at if self._crew.workers else inf
         unfenced = self._ending.deadline if self._ending is not None and self._crew.unfenced else inf
         checkpoint = self._copying.deadline() if self._copying is not None and self._ending is None else inf
-        return min(beat, unfenced, self._idle_by(), self._stalled_by(), self._crew.next_alarm(), checkpoint)
+        grant = self._grant_from if self._copying is not None and self._now < self._grant_from else inf
+        return min(grant, beat, unfenced, self._idle_by(), self._stalled_by(), self._crew.next_alarm(), checkpoint)
 
     def validate(self) -> None:
         """Raise BugError when an invariant does not hold. Looks at everything: for tests."""
@@ -414,7 +423,8 @@ class Scheduler(Membership):
 
     def _press_on(self, copying: Copying) -> None:
         copying.work_on_checksum(self._now)
-        copying.grant()
+        if self._now >= self._grant_from:
+            copying.grant()
         if copying.ledger.unwritten:
             if self._phase is Phase.FLUSHING:
                 self._phase = JOBS.step(self._phase, JobEvent.COPY)

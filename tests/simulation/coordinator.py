@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 from math import isinf
 
 from nbdshard.common.limits import WORKER_START_SECONDS
-from nbdshard.common.messages import FromWorker, Hello
-from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Kill, Prepare, Send, Start
+from nbdshard.common.messages import EndpointDescription, FromWorker, Hello
+from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Journal, Kill, Prepare, Send, Start
 from nbdshard.coordinator.job import Job, Outcome
 from nbdshard.coordinator.scheduler import Scheduler
 from simulation.channel import Mischief, Wire, decode
 from simulation.clock import Pace, SimClock
 from simulation.process import SimProcess
 
+Note = Callable[[Journal, tuple[EndpointDescription, EndpointDescription], int, bool], None]
 Spawn = Callable[[str, Callable[[FromWorker], None], Callable[[SimProcess, str], None]], SimProcess]
 
 
@@ -36,6 +37,12 @@ class SimCoordinator:
         self.processes: dict[str, SimProcess] = {}
         self.scheduler = Scheduler(job, clock.now)
         self.started = 0
+        # For a job with a journal: it is told what is durable; and the coordinator may die before any instruction.
+        self.note: Note = lambda *_: None
+        self.dies_before: Callable[[Instruction], bool] = lambda _: False
+        self.crashed = False
+        self._heir: SimCoordinator | None = None  # at the same address
+        self._strangers: set[str] = set()  # workers of those before
         self._job = job
         self._clock = clock
         self._chance = chance
@@ -47,18 +54,41 @@ class SimCoordinator:
         self._awaited: set[str] = set()  # local workers that have not said Hello
         self._tick_at = -1.0
 
+    @property
+    def is_over(self) -> bool:
+        return self.outcome is not None or self.crashed
+
+    def crash(self) -> None:
+        """It is killed. The kernel kills its local workers; those elsewhere go on, and talk to its heir."""
+        self._log("the coordinator crashes")
+        self.crashed = True
+        if self._job.local_workers:
+            for process in self.processes.values():
+                self._clock.after(self._pace.seconds(), lambda process=process: process.kill("was orphaned"))  # type: ignore[misc]
+
+    def inherit(self, before: SimCoordinator) -> None:
+        """Stand where `before` did: what its workers say, and queued for it, comes here."""
+        before._heir = self
+        for name, process in before.processes.items():
+            if not process.ended:
+                self.processes[name] = process
+                self._wires[name] = (self._wire(), self._wire())
+                self._strangers.add(name)
+
     def start(self) -> None:
         self._act(self.scheduler.start())
 
     def stop(self) -> None:
         """Ctrl-C."""
-        if self.outcome is None:
+        if not self.is_over:
             self._log("stop by the user")
             self.stopped_at = self._clock.now if self.stopped_at is None else self.stopped_at
             self._act(self.scheduler.stop("stopped by SIGINT", self._clock.now))
 
     def start_worker(self) -> None:
         """One more worker process; it may be killed, but not by us, if the job's workers come from elsewhere."""
+        if self.crashed:
+            return
         self.started += 1
         name = f"{self._chance.getrandbits(128):032x}"
         self._wires[name] = (self._wire(), self._wire())
@@ -72,7 +102,7 @@ class SimCoordinator:
         return Wire(self._clock, self._chance, self._pace, self._mischief)
 
     def _not_awaited_any_longer(self, name: str) -> None:
-        if name in self._awaited:
+        if name in self._awaited and not self.crashed:
             self.processes[name].kill("was killed")
 
     def hold_up(self, name: str, seconds: tuple[float, float]) -> None:
@@ -83,10 +113,13 @@ class SimCoordinator:
     # -- what happens --------------------------------------------------------------------------------------------------
 
     def _sent(self, name: str, message: FromWorker) -> None:
+        if self._heir is not None:
+            self._heir._sent(name, message)
+            return
         self._wires[name][1].send(message, lambda frame: self._arrived(name, frame))
 
     def _arrived(self, name: str, frame: bytes) -> None:
-        if self.outcome is not None:
+        if self.is_over:
             return
         message = decode(frame, name)
         self._log(f"{name[:8]} > {message}")
@@ -99,12 +132,12 @@ class SimCoordinator:
     def _ended(self, process: SimProcess, reason: str) -> None:
         """The process has ended; a local one is reaped, after its last messages."""
         self._log(f"{process.name[:8]} ended: {reason}")
-        if self._job.local_workers:
+        if self._job.local_workers and not self.crashed:
             heard = max(self._clock.now, self._wires[process.name][1].last_arrival)
             self._clock.at(heard + self._pace.seconds(), lambda: self._reaped(process.name, reason))
 
     def _reaped(self, name: str, reason: str) -> None:
-        if self.outcome is not None:
+        if self.is_over:
             return
         if name in self._awaited:
             self._awaited.discard(name)
@@ -113,7 +146,7 @@ class SimCoordinator:
             self._act(self.scheduler.worker_gone(name, reason, self._clock.now))
 
     def _tick(self, when: float) -> None:
-        if self._tick_at == when and self.outcome is None:
+        if self._tick_at == when and not self.is_over:
             self._tick_at = -1.0
             self._act(self.scheduler.tick(self._clock.now))
 
@@ -122,9 +155,11 @@ class SimCoordinator:
     def check_fences(self) -> None:
         """What a worker elsewhere may write to by its own clock has not been taken from it."""
         copying = self.scheduler._copying
-        if self._job.local_workers or copying is None or self.outcome is not None:
+        if self._job.local_workers or copying is None or self.is_over:
             return
         for name, process in self.processes.items():
+            if name in self._strangers:
+                continue
             for number in process.writable():
                 holding = copying.ledger.holding(name) if name in copying.ledger.holders else None
                 assert holding is not None and number in holding.leased, (
@@ -136,8 +171,11 @@ class SimCoordinator:
         self.check_fences()
         for instruction in instructions:
             assert self.outcome is None, f"{instruction} after Finish"
+            if self.dies_before(instruction):
+                self.crash()
+                return
             self._carry_out(instruction)
-        if self.outcome is None:
+        if not self.is_over:
             self._arm()
 
     def _arm(self) -> None:
@@ -168,10 +206,16 @@ class SimCoordinator:
                 self._clock.after(self._pace.seconds(), self._prepared)
             case Forget(worker):
                 assert worker in self.processes
+            case Journal():
+                self._log(str(instruction))
+                scheduler = self.scheduler
+                ends, room = scheduler.ends, scheduler.status().size
+                assert ends is not None and room is not None
+                self.note(instruction, ends, room, scheduler.is_complete)
             case Finish(outcome):
                 self._log(f"finish {outcome}")
                 self.outcome = outcome
 
     def _prepared(self) -> None:
-        if self.outcome is None:
+        if not self.is_over:
             self._act(self.scheduler.prepared(self._clock.now))

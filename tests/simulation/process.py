@@ -49,9 +49,11 @@ class SimProcess:
         self._stalled_until = 0.0
         self._turns = 0
         self._rests_until: float | None = None  # by the worker's own clock; None: it has something else to do
-        self._offset = offset = chance.uniform(0, 1e6)  # monotonic clocks of different machines have nothing in common
+        self._offset = chance.uniform(0, 1e6)  # monotonic clocks of different machines have nothing in common
         hello = Hello(PROTOCOL_VERSION, name, "machine", "host", pid, self.ring.name)
-        self.worker = Worker(self.ring, self.channel, hello, lambda: clock.now + offset, self.system, self.plumbing)
+        self.worker = Worker(
+            self.ring, self.channel, hello, lambda: clock.now + self._offset, self.system, self.plumbing
+        )
         self._wake()
 
     def kill(self, reason: str) -> None:
@@ -80,6 +82,11 @@ class SimProcess:
         """It is not let run for some time."""
         self._stalled_until = self.ring.paused_until = self._clock.now + seconds
         self._turn_at = inf
+        self._wake()
+
+    def jump(self, seconds: float) -> None:
+        """Its clock, which also counts the time in which the machine was suspended, is so much later all at once."""
+        self._offset += seconds
         self._wake()
 
     def _wake(self) -> None:

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from nbdshard.common.limits import HEARTBEAT_SECONDS, LEASE_SECONDS, SPLICE_BYTES_MIN
+from nbdshard.common.limits import CHECKPOINT_SECONDS, HEARTBEAT_SECONDS, LEASE_SECONDS, SPLICE_BYTES_MIN
 from nbdshard.common.messages import EndpointAddress, JobOptions
 from nbdshard.coordinator.job import Job, Verdict
 from simulation.channel import Mischief
@@ -38,6 +38,7 @@ class Trouble(Enum):
     VANISHING = auto()  # a worker on another machine is not heard of any more
     LATE = auto()  # what a worker on another machine and the coordinator say to one another comes late
     IMPOSSIBLE = auto()  # the ends do not fit one another
+    CRASHES = auto()  # servers and coordinators crash, flushes fail; the job is resumed until it is complete
 
 
 _WEIGHTS = {
@@ -56,10 +57,12 @@ _WEIGHTS = {
     Trouble.VANISHING: 3,
     Trouble.LATE: 5,
     Trouble.IMPOSSIBLE: 3,
+    Trouble.CRASHES: 12,
 }
 
 
 _WITH_ERRORS = (Trouble.DEATHS, Trouble.LEAVES, Trouble.CUT, Trouble.STOP, Trouble.VANISHING, Trouble.LATE)
+_WITH_LEASES_THAT_END = (Trouble.LATE, Trouble.CRASHES)
 
 
 _DEAD_WORDS = {
@@ -112,16 +115,17 @@ class Disks:
     destination: Disk
 
 
-def make_scenario(seed: int) -> tuple[Scenario, Disks]:
-    """The scenario of `seed`, always the same."""
-    return _Maker(seed).make()
+def make_scenario(seed: int, trouble: Trouble | None = None) -> tuple[Scenario, Disks]:
+    """The scenario of `seed`, always the same; or, for a test of one `trouble`, another of the same seed."""
+    return _Maker(seed, trouble).make()
 
 
 class _Maker:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, trouble: Trouble | None) -> None:
         self.seed = seed
         self.chance = random.Random(f"scenario {seed}")
-        self.trouble = self.chance.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+        drawn = self.chance.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+        self.trouble = trouble or drawn
         self.verdicts = {Verdict.COMPLETE}
         self.error_words: tuple[str, ...] = ()
         self.favours_pipes = self.chance.random() < 0.5  # else few requests are long enough for them
@@ -250,12 +254,15 @@ class _Maker:
         chance = self.chance
         unit = max(64 * KIB, options.request_size)
         lease, heartbeat = chance.choice(((LEASE_SECONDS, HEARTBEAT_SECONDS), (1.5, 0.3)))
-        if self.trouble is Trouble.LATE:
+        if self.trouble in _WITH_LEASES_THAT_END:
             lease, heartbeat = 1.5, 0.3
         workers = chance.choice((1, 2, 3, 4, 4)) if not self.comes_in_bursts else 1
         is_local = self.trouble not in (Trouble.VANISHING, Trouble.LATE)
-        if self.trouble in (Trouble.LEAVES, Trouble.NOTHING):
+        if self.trouble in (Trouble.LEAVES, Trouble.NOTHING, Trouble.CRASHES):
             is_local = chance.random() < 0.6
+        loss, checkpoint = 0.0, CHECKPOINT_SECONDS
+        if self.trouble is Trouble.CRASHES:
+            loss, checkpoint = 30.0, chance.choice((0.0, 0.001, 0.01, 0.1))
         return Job(
             uuid=f"job {self.seed}",
             epoch=chance.randint(1, 3),
@@ -269,6 +276,8 @@ class _Maker:
             machine="machine",
             lease_seconds=lease,
             heartbeat_seconds=heartbeat,
+            loss_seconds=loss,
+            checkpoint_seconds=checkpoint,
         )
 
     def _address(self, side: str) -> EndpointAddress:
@@ -355,6 +364,8 @@ class _Maker:
                 return replace(source, is_contested=True), destination
             case Trouble.IMPOSSIBLE:
                 return self._impossible(source, destination, disks)
+            case Trouble.CRASHES:
+                return self._crashes(source, destination, job)
             case _:
                 pass
         return source, destination
@@ -377,6 +388,14 @@ class _Maker:
         if side == "source":
             return replace(source, bad_byte=places[0]), destination
         return source, replace(destination, bad_byte=places[0])
+
+    def _crashes(self, source: ServerRules, destination: ServerRules, job: Job) -> tuple[ServerRules, ServerRules]:
+        """Workers elsewhere may be connected for a while when the coordinator has crashed, beside those of the next."""
+        destination = replace(destination, can_flush=True, flush_failures=self.chance.choice((0, 0, 1, 2)))
+        if not job.local_workers:
+            source = replace(source, is_contested=True)
+            destination = replace(destination, is_contested=True, multi_conn=True)
+        return source, destination
 
     def _impossible(
         self, source: ServerRules, destination: ServerRules, disks: Disks
@@ -410,6 +429,6 @@ class _Maker:
 
     def _mischief(self) -> Mischief:
         """The channel is reliable; the messages for which that does not matter show that it does not."""
-        if self.chance.random() < 0.7:
+        if self.trouble is not Trouble.CRASHES and self.chance.random() < 0.7:
             return Mischief()
         return Mischief(lost=0.1, doubled=0.1, overtaken=0.1)

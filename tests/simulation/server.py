@@ -21,6 +21,7 @@ class SimServer:
         self.errors = Errors(rules, chance)
         self.sessions: list[Session] = []
         self.connections_most = 0
+        self.is_down = False  # nobody listens: it has crashed
         self.break_off: Callable[[Session], None] | None = None  # what is done once some session is half-way
         self.deserted = 0  # connections that ended without a word
         self.expected: bytes | None = None  # what every write must bring
@@ -35,6 +36,8 @@ class SimServer:
         return len(self.disk.data)
 
     def admits(self) -> bool | None:
+        if self.is_down:
+            return False
         if not self._has_room() and self.rules.when_full is Full.IGNORE:
             return None
         return self._has_room() or self.rules.when_full is not Full.REFUSE
@@ -72,6 +75,25 @@ class SimServer:
     def left(self, session: Session) -> None:
         if session in self.sessions:
             self.sessions.remove(session)
+
+    def crash(self, back_after: float) -> None:
+        """It is gone with everything it had not flushed, and is back after so many seconds."""
+        self.is_down = True
+        for session in list(self.sessions):
+            session.die()
+        for socket in self._unserved:
+            socket.close()
+        self._unserved.clear()
+        self.disk.crash(self._chance)
+        self._clock.after(back_after, self._come_back)
+
+    def _come_back(self) -> None:
+        self.is_down = False
+
+    def lose_some(self) -> None:
+        """Write-back failed: some of what is unflushed will never be on the disk, and the next flush does not know."""
+        for session in self.sessions:
+            session.lose_some()
 
     def half_way(self, session: Session) -> None:
         """Some of a reply is sent, or some of a write has come."""

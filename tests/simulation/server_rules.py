@@ -52,6 +52,7 @@ class ServerRules:
     refuses_zeroes: bool = False  # WRITE_ZEROES is offered, and always fails with ENOTSUP
     bad_byte: int | None = None  # reading or writing it always fails
     flush_fails: bool = False
+    flush_failures: int = 0  # so many flushes fail, and lose some of what anybody wrote; nobody else is told
     silent_after: int | None = None  # requests; then nothing is answered any more
     is_contested: bool = False  # a worker that was given up may still be connected, and write what others write too
     # Of the client: what it may have under way on one connection.
@@ -67,12 +68,18 @@ class Errors:
         self._rules = rules
         self._chance = chance
         self._failed: dict[tuple[int, int], int] = {}
+        self._flushes_to_fail = rules.flush_failures
+
+    def _flush_fails(self) -> bool:
+        fails = self._flushes_to_fail > 0 and self._chance.random() < 0.3
+        self._flushes_to_fail -= fails
+        return fails
 
     def of(self, command: int, offset: int, length: int) -> int:
         """The error of a request, or 0."""
         rules = self._rules
         if command == CMD_FLUSH:
-            return EIO if rules.flush_fails else 0
+            return EIO if rules.flush_fails or self._flush_fails() else 0
         if command == CMD_BLOCK_STATUS and rules.extents is Extents.FAILING:
             return EIO
         if command == CMD_WRITE_ZEROES and rules.refuses_zeroes:

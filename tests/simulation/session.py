@@ -60,6 +60,7 @@ class Write:
     start: int
     end: int
     acknowledged: bool = False
+    is_lost: bool = False  # its write-back failed: no flush brings it to the disk any more
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +90,7 @@ class Session:
         self._answered = 0
         self._leaving = False
         self._incomplete: Request | None = None  # a write whose payload is arriving
-        self._is_cut = False
+        self._is_cut = self._is_dead = False
         self._is_used = False  # something was asked
         self._talk = self._serve()
         self._need = next(self._talk)
@@ -186,6 +187,15 @@ class Session:
         if not self.closed:
             self._is_cut = True
             self._socket.cut()
+
+    def die(self) -> None:
+        """The server has crashed: nothing that it had begun is carried out any more."""
+        self._is_dead = True
+        self.hang_up()
+
+    def lose_some(self) -> None:
+        for write in self._unflushed:
+            write.is_lost |= self._chance.random() < 0.5
 
     def hang_up(self) -> None:
         """The server closes it, in the middle of whatever it does."""
@@ -314,7 +324,7 @@ class Session:
         assert payload <= rules.payload_max, f"{rules.name}: {payload} bytes under way"
 
     def _carry_out(self, request: Request) -> None:
-        if self.closed and self._chance.random() < 0.5:
+        if self._is_dead or (self.closed and self._chance.random() < 0.5):
             return
         server, write = self.server, None
         start, end = request.offset, request.offset + request.length
@@ -326,8 +336,11 @@ class Session:
             server.writes += 1
         elif request.command == CMD_FLUSH:
             server.flushes += 1
+            if error and self.rules.flush_failures:
+                server.lose_some()
             for covered in request.covers if not error else ():
-                server.disk.settle(covered.start, covered.end)
+                if not covered.is_lost:
+                    server.disk.settle(covered.start, covered.end)
             self._unflushed = [write for write in self._unflushed if write not in request.covers or error]
         if not self.closed:
             units = make_reply(self, request, error, self._chance)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nbdshard.common.messages import EndpointAddress, FromWorker
 from nbdshard.common.nbd.uri import parse_uri
-from nbdshard.coordinator.job import Outcome, Verdict
+from nbdshard.coordinator.job import Job, Outcome, Verdict
 from simulation.clock import Pace, SimClock
 from simulation.coordinator import SimCoordinator
 from simulation.network import SimNetwork, Weather
@@ -52,11 +52,17 @@ class Report:
 def simulate(seed: int, log: Callable[[str], None] | None = None) -> Report:
     """Run the job of `seed`. Raises AssertionError (or what the code under test raised) when something is wrong."""
     scenario, disks = make_scenario(seed)
+    if scenario.trouble is Trouble.CRASHES:
+        from simulation.resumed import ResumedSimulation  # which is one of these
+
+        return ResumedSimulation(scenario, disks, log).run()
     return Simulation(scenario, disks, log).run()
 
 
 class Simulation:
     """One world. Everything in it draws from the same source of chance, so a seed replays it event by event."""
+
+    after_seconds_max = AFTER_SECONDS_MAX
 
     def __init__(self, scenario: Scenario, disks: Disks, log: Callable[[str], None] | None = None) -> None:
         self.scenario = scenario
@@ -80,9 +86,11 @@ class Simulation:
         self._content = bytes(disks.source.data)
         size = len(self._content)
         self.destination.expected = (self._content + self._before[size:])[: self.destination.size]
-        self.coordinator = SimCoordinator(
-            job, self.clock, self.chance, self._pace(speeds.control), scenario.mischief, self._spawn, self.log
-        )
+        self.coordinator = self._coordinate(job)
+
+    def _coordinate(self, job: Job) -> SimCoordinator:
+        pace = self._pace(self.scenario.speeds.control)
+        return SimCoordinator(job, self.clock, self.chance, pace, self.scenario.mischief, self._spawn, self.log)
 
     def _pace(self, usual: float) -> Pace:
         return Pace(self.chance, usual, 10 * usual, 0.02)
@@ -122,10 +130,7 @@ class Simulation:
         self.log(str(self.scenario))
         coordinator = self.coordinator
         self._plan_trouble()
-        coordinator.start()
-        if not self.scenario.job.local_workers:
-            for _ in range(self.scenario.job.workers):
-                self.clock.after(self.chance.random() * 0.01, coordinator.start_worker)
+        self._start(coordinator)
         seconds_max = JOB_SECONDS_MAX_OF.get(self.scenario.trouble, JOB_SECONDS_MAX)
         over = self.clock.run_until(self._is_over, seconds_max, EVENTS_MAX)
         assert over, (
@@ -138,8 +143,14 @@ class Simulation:
         self._check(outcome, seconds)
         return Report(self.scenario, outcome, seconds, self.clock.events, self.trace)
 
+    def _start(self, coordinator: SimCoordinator) -> None:
+        coordinator.start()
+        if not self.scenario.job.local_workers:
+            for _ in range(self.scenario.job.workers):
+                self.clock.after(self.chance.random() * 0.01, coordinator.start_worker)
+
     def _is_over(self) -> bool:
-        return self.coordinator.outcome is not None
+        return self.coordinator.is_over
 
     def _let_everybody_leave(self) -> None:
         """Workers were told to stop, those that are killed have no say; then no connection is left."""
@@ -148,7 +159,7 @@ class Simulation:
             everybody = all(process.ended for process in self.coordinator.processes.values())
             return everybody and self.source.quiet and self.destination.quiet
 
-        deadline = self.clock.now + AFTER_SECONDS_MAX
+        deadline = self.clock.now + self.after_seconds_max
         over = self.clock.run_until(quiet, deadline, EVENTS_MAX)
         running = [name for name, process in self.coordinator.processes.items() if not process.ended]
         assert over, f"when the job is over, workers {running} go on; sessions {self._sessions()} are open"
@@ -269,7 +280,7 @@ class Simulation:
     def _check_copy(self, outcome: Outcome, size: int) -> None:
         disk = self.disks.destination
         assert outcome.size == size
-        assert outcome.counters.total == size, f"{outcome.counters} of {size} bytes"
+        assert outcome.done == size, f"{outcome.counters} and {outcome.resumed} resumed of {size} bytes"
         _assert_same(disk.data, self._content, "the destination")
         job, rules = self.scenario.job, self.scenario.destination
         assert outcome.durable == (job.options.flush and (rules.can_flush or size == 0)), (

@@ -71,6 +71,26 @@ def test_only_the_gaps_are_copied_and_the_copy_is_complete() -> None:
     assert (outcome.counters.total, outcome.resumed, outcome.done) == (4 * UNIT, 4 * UNIT, outcome.size)
 
 
+def test_workers_elsewhere_are_given_nothing_before_leases_of_the_run_before_have_ended() -> None:
+    """Its coordinator was killed, and they may write on under them; nobody knows who they are."""
+    stage = Stage(job(range_size=UNIT, is_resumed=True, local_workers=False, lease_seconds=10.0))
+    stage.start()
+    stage.join("a", DISK, DISK)
+    began = stage.now
+    assert any("an earlier run may write for 10 s more" in note for note in stage.scheduler.take_notes())
+    assert leases_in(stage.say("a", wanted(1))) == []
+    assert stage.scheduler.deadline() <= began + 10.0
+    assert leases_in(stage.wait(9.0, "a")) == []
+    assert len(leases_in(stage.wait(1.5, "a"))) == 1
+
+
+def test_local_workers_died_with_their_coordinator_and_nobody_waits() -> None:
+    stage = Stage(job(range_size=UNIT, is_resumed=True))
+    stage.start()
+    stage.join("a", DISK, DISK)
+    assert len(leases_in(stage.say("a", wanted(1)))) == 1
+
+
 def test_progress_begins_where_the_earlier_copy_was() -> None:
     status = resumed(units(0, 3)).scheduler.status()
     assert (status.counters.total, status.resumed, status.done) == (0, 3 * UNIT, 3 * UNIT)
