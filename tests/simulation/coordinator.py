@@ -159,6 +159,8 @@ class SimCoordinator:
             return
         for name, process in self.processes.items():
             if name in self._strangers:
+                may_write = process.writable() if self._job.is_resumed and copying.ledger.leased_count else []
+                assert not may_write, f"ranges are leased while {name[:8]} may write under leases of an earlier run"
                 continue
             for number in process.writable():
                 holding = copying.ledger.holding(name) if name in copying.ledger.holders else None

@@ -28,6 +28,7 @@ from simulation.simulation import EVENTS_MAX, Report, Simulation
 
 LIVES_MAX: Final = 40  # of coordinators in one run
 CRASHES_MAX: Final = 8  # of coordinators
+HARD_LIVES: Final = 12  # after which servers and workers live on
 LIFE_SECONDS_MAX: Final = 700.0  # virtual
 MEMORY: Final = Path("/dev/shm")
 LOG_SUFFIX: Final = "-wal"
@@ -72,7 +73,8 @@ class SimJournal:
         self._keeper.resume()
         expected = (facts.source.description, facts.destinations[0].description)
         durable = tuple(opened.durable)
-        return replace(self._job, uuid=facts.uuid, epoch=opened.epoch, durable=durable, expected=expected)
+        again = replace(self._job, is_resumed=True, durable=durable, expected=expected)
+        return replace(again, uuid=facts.uuid, epoch=opened.epoch)
 
     def close(self) -> None:
         if self._keeper._journal is not None:
@@ -173,7 +175,7 @@ class ResumedSimulation(Simulation):
 
     def _plan_crashes(self) -> None:
         chance, clock = self.chance, self.clock
-        if not self._crashes_left:
+        if self.lives > HARD_LIVES:
             return  # it must come to its end some time
         for _ in range(chance.choice((0, 1, 1, 2))):
             clock.after(self._moment(), self._crash_server)

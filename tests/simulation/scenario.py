@@ -265,7 +265,7 @@ class _Maker:
             loss, checkpoint = 30.0, chance.choice((0.0, 0.001, 0.01, 0.1))
         return Job(
             uuid=f"job {self.seed}",
-            epoch=chance.randint(1, 3),
+            epoch=chance.randint(1, 3) if self.trouble is not Trouble.CRASHES else 1,  # as its journal begins
             source=self._address("source"),
             destinations=(self._address("destination"),),
             options=options,
