@@ -15,6 +15,7 @@ from nbdshard.common.endpoints import NbdEndpoint
 from nbdshard.common.errors import UserError
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.export import Export
+from nbdshard.common.nbd.hints import Hints
 from nbdshard.common.units import format_bytes
 
 # The name shown -> the flag, in the order shown. `df` is "may be asked not to fragment a read".
@@ -75,6 +76,7 @@ def as_lines(uri: str, findings: Findings) -> list[str]:
         *(f"{name}: {'yes' if export.flags & flag else 'no'}" for name, flag in FLAGS.items()),
         f"block sizes: minimum {sizes.minimum}, preferred {sizes.preferred}, maximum {sizes.maximum}{told}",
         f"contexts: {', '.join(_contexts(findings)) or 'none'}",
+        f"hints: {_hints_line(export.hints) or 'none'}",
     ]
 
 
@@ -97,6 +99,7 @@ def as_json(uri: str, findings: Findings) -> dict[str, object]:
             "advertised": sizes.advertised,
         },
         "contexts": _contexts(findings),
+        "hints": _hints(export.hints),
     }
 
 
@@ -111,6 +114,28 @@ def _protocol(findings: Findings) -> str:
 def _contexts(findings: Findings) -> list[str]:
     """What the server lists; a server that does not list still has what it let us select."""
     return sorted({*findings.contexts_listed, *findings.export.contexts})
+
+
+def _hints_line(hints: Hints) -> str:
+    parts = [
+        f"request {hints.request:g} s" if hints.request is not None else "",
+        f"loss {hints.loss:g} s" if hints.loss is not None else "",
+        f"backoff {hints.backoff_min:g} to {hints.backoff_max:g} s" if hints.backoff_max is not None else "",
+        f"instance {hints.instance}" if hints.instance else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _hints(hints: Hints) -> dict[str, object]:
+    """What the server says of itself, as far as it is believed: seconds, and which life of it this is."""
+    shown = {
+        "request_seconds": hints.request,
+        "loss_seconds": hints.loss,
+        "backoff_seconds_min": hints.backoff_min,
+        "backoff_seconds_max": hints.backoff_max,
+        "instance": hints.instance or None,
+    }
+    return {name: value for name, value in shown.items() if value is not None}
 
 
 def _print_list(args: Namespace, uri: str, exports: Sequence[tuple[str, str]]) -> None:

@@ -17,7 +17,7 @@ from nbdshard.cli.setting import Setting
 from nbdshard.cli.standard_streams import tell
 from nbdshard.common import logs
 from nbdshard.common.channel import CoordinatorChannel
-from nbdshard.common.limits import BAR_DELAY_SECONDS
+from nbdshard.common.limits import BACKOFF_SECONDS_MAX, BAR_DELAY_SECONDS, LOSS_SECONDS
 from nbdshard.common.machine import machine_id
 from nbdshard.coordinator.job import Job, Outcome, Verdict
 from nbdshard.coordinator.progress import DelayedDisplay, Display, JsonDisplay, NoDisplay, PercentDisplay, summary
@@ -82,8 +82,10 @@ def _job(setting: Setting, begun: Start) -> Job:
         local_workers=setting.launcher is not None,
         destination_grows=ends.destination_grows,
         machine=machine_id(),
-        loss_seconds=args.loss_timeout,
-        reconnect_seconds=args.reconnect_delay,
+        loss_seconds=LOSS_SECONDS if args.loss_timeout is None else args.loss_timeout,
+        loss_hinted=args.loss_timeout is None,
+        reconnect_seconds=BACKOFF_SECONDS_MAX if args.reconnect_delay is None else args.reconnect_delay,
+        reconnect_hinted=args.reconnect_delay is None,
         expected=begun.expected,
         is_resumed=begun.epoch > 1,
         durable=begun.durable,

@@ -220,8 +220,8 @@ def add_copy_options(parser: argparse.ArgumentParser, only: Container[str] | Non
         "--loss-timeout",
         metavar="SECONDS",
         type=_seconds,
-        default=LOSS_SECONDS,
-        help=f"how long a server that was lost is waited for (default {LOSS_SECONDS:g}); 0: fail at once",
+        default=None,
+        help=f"how long a server that was lost is waited for (default {LOSS_SECONDS:g}, or its hint); 0: fail at once",
     )
     add(
         "--queue-size",
@@ -241,8 +241,8 @@ def add_copy_options(parser: argparse.ArgumentParser, only: Container[str] | Non
         "--reconnect-delay",
         metavar="SECONDS",
         type=_timeout,
-        default=BACKOFF_SECONDS_MAX,
-        help=f"the longest pause before a lost server is tried again (default {BACKOFF_SECONDS_MAX:g})",
+        default=None,
+        help=f"the longest pause before a lost server is tried again (default {BACKOFF_SECONDS_MAX:g}, or its hint)",
     )
     add(
         "--request-size",
@@ -263,8 +263,8 @@ def add_copy_options(parser: argparse.ArgumentParser, only: Container[str] | Non
         "--request-timeout",
         metavar="SECONDS",
         type=_timeout,
-        default=REQUEST_SECONDS,
-        help=f"how old a request may become, and a second more for each MiB of it (default {REQUEST_SECONDS:g})",
+        default=None,
+        help=f"how old a request may become, and a second more for each MiB (default {REQUEST_SECONDS:g}, or its hint)",
     )
     add(
         "--retries",
@@ -378,7 +378,8 @@ def job_options(args: argparse.Namespace) -> JobOptions:
         data_path=args.data_path,
         connect_seconds=args.connect_timeout,
         handshake_seconds=args.handshake_timeout,
-        request_seconds=args.request_timeout,
+        request_seconds=REQUEST_SECONDS if args.request_timeout is None else args.request_timeout,
+        request_hinted=args.request_timeout is None,
         attempts=args.retries + 1,
         salvage=args.salvage,
         checksum=args.checksum,

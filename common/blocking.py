@@ -219,7 +219,7 @@ def _part(stream: _Stream, connecter: Connecter) -> None:
 
 def inspect(uri: NbdUri, peer: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> Findings:
     """What the server at `uri` says about its export. Raises as `BlockingClient.open` does."""
-    connecter = Connecter(Wishes(uri.export_name), peer, options=_curious())
+    connecter = Connecter(Wishes(uri.export_name, hints=True), peer, options=_curious())
     stream = _Stream(dial(uri, peer, timeouts.connect), peer)
     try:
         event = _negotiate(stream, connecter, timeouts.handshake)

@@ -29,6 +29,7 @@ from nbdshard.common.limits import (
     TEXT_BYTES_MAX,
     UNREADABLE_PER_LEASE_MAX,
 )
+from nbdshard.common.nbd.hints import NO_HINTS, Hints
 from nbdshard.common.ranges import Range
 
 PROTOCOL_VERSION = 4
@@ -80,11 +81,12 @@ class EndpointDescription(Record, frozen=True):
     block_maximum: Count = 32 << 20
     rotational: bool = False
     is_stream: bool = False
+    hints: Hints = NO_HINTS  # tell nothing about the export: they may differ from one connection to the next
 
     def agrees_with(self, other: EndpointDescription, *, any_size: bool = False) -> bool:
         """Whether both describe the same export; `any_size`: of a file that is still to be given its size."""
         size = other.size if any_size else self.size
-        return msgspec.structs.replace(self, peer=other.peer, size=size) == other
+        return msgspec.structs.replace(self, peer=other.peer, size=size, hints=other.hints) == other
 
 
 class JobOptions(Record, frozen=True):
@@ -103,6 +105,7 @@ class JobOptions(Record, frozen=True):
     connect_seconds: Seconds = CONNECT_SECONDS
     handshake_seconds: Seconds = HANDSHAKE_SECONDS
     request_seconds: Seconds = REQUEST_SECONDS
+    request_hinted: bool = False  # nobody has asked for it: what the server hints counts
     request_size_varies: bool = False  # nobody has asked for one: half of it may be better
     attempts: Annotated[int, msgspec.Meta(ge=1, le=RETRIES_MAX + 1)] = RETRIES + 1  # of one read or write
     salvage: bool = False  # what the source cannot read is written as zeroes

@@ -19,7 +19,7 @@ from zlib import crc32
 from msgspec.structs import replace
 
 from nbdshard.common.errors import BugError
-from nbdshard.common.limits import BACKOFF_JITTER, BACKOFF_SECONDS_MIN, OPEN_SECONDS
+from nbdshard.common.limits import BACKOFF_JITTER, OPEN_SECONDS
 from nbdshard.common.messages import Assign, EndpointDescription, FromCoordinator, Hello, Stop
 from nbdshard.coordinator.instructions import Forget, Instruction, Kill, Send
 from nbdshard.coordinator.job import Job
@@ -100,8 +100,11 @@ class Crew:
             self.took_part_count += 1
             self.rings.add(worker.hello.ring)
 
-    def wait(self, worker: Worker, now: float) -> None:
-        """Its connections are lost: it is given new ones after a pause that doubles with each loss in a row."""
+    def wait(self, worker: Worker, now: float, backoff: tuple[float, float]) -> None:
+        """Its connections are lost: it is given new ones after a pause that doubles with each loss in a row.
+
+        `backoff`: the first such pause, and the longest, in seconds.
+        """
         if worker.state is WorkerState.READY:
             self.ready_count -= 1
         if worker.state is not WorkerState.WAITING:
@@ -115,7 +118,8 @@ class Crew:
         self._take_share(worker)
         # Those who lost the same server come back one after the other.
         share = 1 - BACKOFF_JITTER * (crc32(worker.identity.encode()) % 256) / 256
-        pause = min(BACKOFF_SECONDS_MIN * 2.0 ** min(worker.losses - 1, 16), self._job.reconnect_seconds)
+        first, longest = backoff
+        pause = min(first * 2.0 ** min(worker.losses - 1, 16), longest)
         worker.return_at = now + pause * share
         self.arm(worker)
 

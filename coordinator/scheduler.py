@@ -40,6 +40,7 @@ from nbdshard.common.messages import (
     Opened,
     OpenFailed,
     Progress,
+    Side,
     Wanted,
     Written,
 )
@@ -49,6 +50,7 @@ from nbdshard.coordinator.ending import error_line, one_line, stopped_line
 from nbdshard.coordinator.instructions import Instruction, Prepare
 from nbdshard.coordinator.job import Job, Outcome, Status, Verdict
 from nbdshard.coordinator.membership import Membership
+from nbdshard.coordinator.patience import Patience
 from nbdshard.coordinator.planner import check_job
 from nbdshard.coordinator.states import JOBS, RECEPTION, JobEvent, Phase, Reception, WorkerState
 from nbdshard.coordinator.workers import Worker
@@ -62,6 +64,8 @@ class Scheduler(Membership):
         self._is_started = False
         self._beat_at = now + job.heartbeat_seconds
         self._idle_since: float | None = now  # no worker is connected since then
+        self._patience = Patience(job)
+        self._lost_side: Side | None = None  # whose server was lost last
         self._lost_since: float | None = None  # a server was lost then, and nothing was completed since
         self._moved_at = now  # when the last byte was completed
         # A coordinator that was killed leaves workers elsewhere that may write until their leases end. They may be
@@ -112,7 +116,7 @@ class Scheduler(Membership):
             phase=phase.value,
             waiting_for=self._last_reason if self._is_waiting else "",
             waiting_seconds=self._now - self._lost_since if self._lost_since is not None else 0.0,
-            waiting_seconds_max=self._job.loss_seconds,
+            waiting_seconds_max=self._patience.loss(self._lost_side),
             resumed=self._resumed(),
             unreadable_bytes=self._copying.ledger.unreadable.total if self._copying is not None else 0,
         )
@@ -304,6 +308,7 @@ class Scheduler(Membership):
             if number > 1 and not end.can_multi_conn:
                 self._misbehaved(worker, f"it opened {number} connections to {end.peer}, which takes one only")
                 return
+        self._patience.learn(source, destination)
         if self._ends is None:
             self._crew.opened(worker, *numbers)
             self._ended_unopened = 0
@@ -372,9 +377,10 @@ class Scheduler(Membership):
                 self._trouble(worker, self._copying.lost(worker, text, attempt=False))
             if self._ending is None:
                 self._last_reason = text
+                self._lost_side = message.error.side
                 if not worker.losses:
                     self._note(f"{text}; worker {worker.name} tries again")
-                self._crew.wait(worker, self._now)
+                self._crew.wait(worker, self._now, self._patience.backoff(message.error.side))
                 self._crew.place(self._now)  # another one may do better
         else:
             if worker.state is WorkerState.READY and self._copying is not None:
@@ -387,7 +393,7 @@ class Scheduler(Membership):
         """Whether trying again later may help: the server was there, and is lost to everybody or to this worker."""
         is_lost = worker.took_part or self._crew.ready_count == 0
         is_repeatable = self._copying is not None and self._copying.repeatable
-        return self._job.loss_seconds > 0 and is_lost and is_repeatable and error.kind == "connection"
+        return self._patience.loss(error.side) > 0 and is_lost and is_repeatable and error.kind == "connection"
 
     def _turned_away(self, worker: Worker, text: str) -> None:
         """`worker` is of no use, and another in its place would be none either. The job goes on if anybody is left."""
@@ -454,7 +460,7 @@ class Scheduler(Membership):
         if self._idle_since is None or self._ending is not None:
             return inf
         if self._lost_since is not None:
-            return self._lost_since + self._job.loss_seconds
+            return self._lost_since + self._patience.loss(self._lost_side)
         return self._idle_since + IDLE_JOB_SECONDS
 
     @property
@@ -468,5 +474,5 @@ class Scheduler(Membership):
             return inf
         if self._crew.ready_count == 0 or self._crew.flushing_count:
             return inf  # other clocks run
-        options = self._job.options
-        return self._moved_at + STALL_SECONDS + options.attempts * (options.request_seconds + RETRY_DELAY_SECONDS_MAX)
+        once = self._patience.request + RETRY_DELAY_SECONDS_MAX
+        return self._moved_at + STALL_SECONDS + self._job.options.attempts * once

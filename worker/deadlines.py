@@ -6,13 +6,21 @@ from typing import NamedTuple
 
 import msgspec
 
+from nbdshard.common.nbd.hints import Hints
+
 
 class Timeouts(msgspec.Struct, frozen=True):
-    """Seconds; the names of the design's table."""
+    """Seconds. `request` gives way to the server's own hint, unless somebody `is_sure` of it."""
 
     connect: float
     handshake: float
     request: float
+    is_sure: bool = True
+
+    def hinted(self, hints: Hints) -> Timeouts:
+        if self.is_sure or hints.request is None:
+            return self
+        return msgspec.structs.replace(self, request=hints.request)
 
 
 class Outstanding(NamedTuple):

@@ -23,4 +23,5 @@ def describe(export: Export, peer: str) -> EndpointDescription:
         block_preferred=export.block_sizes.preferred,
         block_maximum=export.block_sizes.maximum,
         rotational=TransmissionFlag.ROTATIONAL in flags,
+        hints=export.hints,
     )

@@ -94,10 +94,11 @@ class NbdLink(Dialing, Lendable):
     # -- opening: dialing.py comes before ------------------------------------------------------------------------------
 
     def _dialed(self) -> None:
-        self._connecter = Connecter(Wishes(self._uri.export_name), self.peer)
+        self._connecter = Connecter(Wishes(self._uri.export_name, hints=True), self.peer)
 
     def _negotiated(self, export: Export) -> None:
         self.description = describe(export, self.peer)
+        self._timeouts = self._timeouts.hinted(export.hints)
         self._client = Client(export, self.peer, self._handles)
         self._connecter = None
         self.state = LinkState.READY

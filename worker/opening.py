@@ -59,7 +59,8 @@ def make_connection(
     """A connection to `address`, not yet started. Raises UserError for an address no worker can open."""
     match address.kind:
         case "nbd":
-            timeouts = Timeouts(options.connect_seconds, options.handshake_seconds, options.request_seconds)
+            seconds = (options.connect_seconds, options.handshake_seconds, options.request_seconds)
+            timeouts = Timeouts(*seconds, is_sure=not options.request_hinted)
             return NbdLink(
                 ring, parse_uri(address.address), side, timeouts, on_ready, on_lost, connector, plumbing, look
             )

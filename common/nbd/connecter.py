@@ -66,6 +66,7 @@ __all__ = ["Connecter", "Event", "Goal", "Listed", "Negotiated", "Wishes"]
 
 _State = ConnecterState
 _MAGIC_BYTES: Final = 8
+_OPTION_MASK: Final = 0xFFFFFFFF  # of a key
 _DONE: Final = frozenset({_State.HAGGLED, _State.NEGOTIATED, _State.ABORTING, _State.PARTED})
 
 
@@ -93,7 +94,7 @@ class Connecter:
         self.state = _State.GREETING
         self.negotiation = Negotiation(wishes)
         self._options = options
-        self._sent: list[int] = []  # options sent so far; the last one is the one under way
+        self._sent: list[int] = []  # keys of the options sent so far; the last one is the one under way
         self._abort_wanted = False
         self._no_zeroes = False
         self._out: list[bytes] = []
@@ -151,7 +152,7 @@ class Connecter:
         cause = "the server closed the connection"
         if state is _State.EXPORT_NAME_REPLY:
             cause += f", which is how an old server refuses an export: {named(self._export_name)}"
-        raise ConnectionLost(self.peer, f"waiting for the reply to {option_name(self._sent[-1])}", cause)
+        raise ConnectionLost(self.peer, f"waiting for the reply to {option_name(self._under_way)}", cause)
 
     def abort(self) -> None:
         """Part softly: an ABORT is queued as soon as the protocol allows one (DISC in the transmission phase)."""
@@ -199,6 +200,10 @@ class Connecter:
     # -- options ------------------------------------------------------------------------------------------------------
 
     @property
+    def _under_way(self) -> int:
+        return self._sent[-1] & _OPTION_MASK
+
+    @property
     def _export_name(self) -> str:
         return self.negotiation.wishes.export_name
 
@@ -212,10 +217,10 @@ class Connecter:
         self._send(option, self._options[option].data(self.negotiation))
         self._await_reply(_State.REPLY_HEADER)
 
-    def _send(self, option: int, data: bytes = b"") -> None:
-        self._sent.append(option)
+    def _send(self, key: int, data: bytes = b"") -> None:
+        self._sent.append(key)
         self._replies = self._reply_bytes = 0
-        self._out.append(wire.pack_option(option, data))
+        self._out.append(wire.pack_option(self._under_way, data))
 
     def _send_abort(self) -> None:
         self._send(Option.ABORT)
@@ -236,7 +241,7 @@ class Connecter:
 
     def _reply_header(self, events: list[Event]) -> None:
         """The header of a reply has come: to the option under way, and of a length that is believable."""
-        option = self._sent[-1]
+        option = self._under_way
         try:
             header = wire.unpack_option_reply(self._buffer)
         except Malformed as error:
@@ -247,7 +252,7 @@ class Connecter:
             self._blame(f"a reply of {header.length} bytes, at most {OPTION_REPLY_BYTES_MAX} are believed")
         self._replies += 1
         self._reply_bytes += header.length
-        replies_max = self._options[option].replies_max
+        replies_max = self._options[self._sent[-1]].replies_max
         if self._replies > replies_max or self._reply_bytes > OPTION_BYTES_MAX:
             self._blame(f"no end of replies ({self._replies} so far, {self._reply_bytes} bytes)")
         self._header = header
@@ -343,7 +348,7 @@ class Connecter:
         raise error
 
     def _blame(self, what: str) -> NoReturn:
-        stage = "greeting" if not self._sent else f"{option_name(self._sent[-1])} reply"
+        stage = "greeting" if not self._sent else f"{option_name(self._under_way)} reply"
         self._fail()
         raise ProtocolError(self.peer, stage, what)
 

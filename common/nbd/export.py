@@ -8,6 +8,7 @@ import msgspec
 
 from nbdshard.common.limits import BLOCK_BYTES_MAX_DEFAULT
 from nbdshard.common.nbd.constants import TransmissionFlag
+from nbdshard.common.nbd.hints import NO_HINTS, Hints
 
 
 class BlockSizes(msgspec.Struct, frozen=True):
@@ -31,3 +32,4 @@ class Export(msgspec.Struct, frozen=True):
     contexts: Mapping[str, int] = msgspec.field(default_factory=dict)  # metadata context name -> id
     description: str = ""  # NBD_INFO_DESCRIPTION, bounded and printable
     canonical_name: str = ""  # NBD_INFO_NAME, when it differs
+    hints: Hints = NO_HINTS

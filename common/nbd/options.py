@@ -1,4 +1,4 @@
-"""Option haggling as a table: option number -> how to ask, what to make of its replies, what a refusal means.
+"""Option haggling as a table: for each option how to ask, what to make of its replies, what a refusal means.
 
 An option is added by an `OptionHandler` of one's own, from anywhere: `Connecter(wishes, peer, options=
 with_option(OPTIONS, mine, before=Option.GO))`. Handlers write what they learn into the `Negotiation`.
@@ -26,6 +26,7 @@ from nbdshard.common.nbd.constants import (
     TransmissionFlag,
 )
 from nbdshard.common.nbd.export import BlockSizes, Export
+from nbdshard.common.nbd.hints import NO_HINTS, QUERY, Hints, parse_hints
 from nbdshard.common.nbd.wire import Malformed
 
 MINIMUM_BLOCK_BYTES_MAX: Final = 1 << 16  # spec, "Block size constraints"
@@ -47,6 +48,7 @@ class Wishes(msgspec.Struct, frozen=True):
     contexts: tuple[str, ...] = (BASE_ALLOCATION,)
     structured: bool = True
     extended: bool = True
+    hints: bool = False  # how patient to be: costs a round trip
     goal: Goal = Goal.GO
 
 
@@ -64,6 +66,7 @@ class Negotiation(msgspec.Struct):
     canonical_name: str = ""
     description: str = ""
     exports: list[tuple[str, str]] = msgspec.field(default_factory=list)
+    hints: Hints | None = None
     extra: dict[str, object] = msgspec.field(default_factory=dict)
 
     def set_export(self, size: int, flags: int) -> None:
@@ -98,6 +101,7 @@ class Negotiation(msgspec.Struct):
             contexts=MappingProxyType(dict(self.contexts)),
             description=self.description,
             canonical_name=self.canonical_name if self.canonical_name != self.wishes.export_name else "",
+            hints=self.hints or NO_HINTS,
         )
 
 
@@ -133,7 +137,8 @@ class OptionHandler(msgspec.Struct, frozen=True):
 
     `wanted` says whether to send the option at its turn, `data` what with, `replies` which intermediate
     replies there may be and what they mean (they raise Malformed on nonsense), `acknowledged` what
-    NBD_REP_ACK changes, `on_error` what follows from an error reply that does not end every negotiation.
+    NBD_REP_ACK changes, `on_error` what follows from an error reply that does not end every negotiation. `variant`
+    tells entries of one option apart that ask it different things.
     """
 
     option: int
@@ -144,6 +149,12 @@ class OptionHandler(msgspec.Struct, frozen=True):
     on_ack: Outcome = Outcome.NEXT
     on_error: Callable[[int], Outcome] = _go_on
     replies_max: int = OPTION_REPLIES_MAX
+    variant: int = 0
+
+    @property
+    def key(self) -> int:
+        """Its place in the table: the option's number, above which is the variant."""
+        return self.variant << 32 | self.option
 
 
 OptionTable = Mapping[int, OptionHandler]
@@ -170,6 +181,28 @@ def _wants_structured(negotiation: Negotiation) -> bool:
 
 def _has_structured(negotiation: Negotiation) -> None:
     negotiation.structured = True
+
+
+# -- LIST_META_CONTEXT -----------------------------------------------------------------------------------------------
+#
+# Not sent along with another option, which would cost nothing: "The client MUST NOT send any option until it has
+# received a final reply to any option it has sent".
+
+HINTS_KEY: Final = 1 << 32 | Option.LIST_META_CONTEXT
+
+
+def _wants_hints(negotiation: Negotiation) -> bool:
+    return negotiation.wishes.hints and negotiation.structured
+
+
+def _hints_query(negotiation: Negotiation) -> bytes:
+    return wire.pack_context_query(negotiation.wishes.export_name, (QUERY,))
+
+
+def _hints_reply(negotiation: Negotiation, payload: memoryview) -> None:
+    _, name = wire.unpack_meta_context(payload)
+    if negotiation.hints is None:  # the first one counts; names that are none may be there
+        negotiation.hints = parse_hints(name)
 
 
 # -- SET_META_CONTEXT ------------------------------------------------------------------------------------------------
@@ -286,10 +319,17 @@ _INFO_REPLIES: Final = {OptionReply.INFO.value: _info_reply}
 
 OPTIONS: Final[OptionTable] = MappingProxyType(
     {
-        handler.option: handler
+        handler.key: handler
         for handler in (
             OptionHandler(Option.EXTENDED_HEADERS, _wants_extended, acknowledged=_has_extended),
             OptionHandler(Option.STRUCTURED_REPLY, _wants_structured, acknowledged=_has_structured),
+            OptionHandler(
+                Option.LIST_META_CONTEXT,
+                _wants_hints,
+                data=_hints_query,
+                replies={OptionReply.META_CONTEXT.value: _hints_reply},
+                variant=1,
+            ),
             OptionHandler(
                 Option.SET_META_CONTEXT,
                 _wants_contexts,
@@ -327,20 +367,20 @@ OPTIONS: Final[OptionTable] = MappingProxyType(
 
 
 def with_option(table: OptionTable, handler: OptionHandler, *, before: int) -> OptionTable:
-    """`table` with one more option, sent before the option `before`. Raises BugError if that is not there."""
+    """`table` with one more option, sent before that with the key `before`. Raises BugError if that is not there."""
     if before not in table:
         raise BugError(f"option {before} is not in the table")
     entries: list[tuple[int, OptionHandler]] = []
     for number, entry in table.items():
         if number == before:
-            entries.append((handler.option, handler))
-        if number != handler.option:
+            entries.append((handler.key, handler))
+        if number != handler.key:
             entries.append((number, entry))
     return MappingProxyType(dict(entries))
 
 
 def wanted_options(table: OptionTable, negotiation: Negotiation, after: Sequence[int]) -> int | None:
-    """The next option to send, given those already sent; None when the table has nothing more to say."""
+    """The key of the next option to send, given those already sent; None when the table has nothing more to say."""
     for number, handler in table.items():
         if number not in after and handler.wanted(negotiation):
             return number

@@ -61,6 +61,7 @@ def test_info_shows_every_property_on_a_line_of_its_own() -> None:
         "block-status-payload: no",
         "block sizes: minimum 512, preferred 4096, maximum 4294967295",
         "contexts: base:allocation",
+        "hints: none",
     ]
 
 

@@ -42,6 +42,7 @@ FLAG_DONE = 1
 EPERM, EIO, EINVAL, ENOSPC, ESHUTDOWN = 1, 5, 22, 28, 108
 HOLE, ZERO = 1, 2
 CONTEXT_ID = 7
+HINTS_QUERY = b"x-nbdshard:hints"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,7 @@ class Double:
     structured: bool = True
     extended: bool = False
     extents: bool = True
+    hints: str = ""  # the answer to the query for them
     go: bool = True
     blocks: tuple[int, int, int] | None = (1, 4096, 32 << 20)
     flags: int = HAS_FLAGS | SEND_FLUSH | SEND_FUA | SEND_WRITE_ZEROES | SEND_DF | CAN_MULTI_CONN
@@ -182,6 +184,10 @@ class Double:
             talk.reply_to_option(option, REP_ACK)
         elif option == OPT_SET_META_CONTEXT and self.extents and (talk.structured or talk.extended):
             self.set_contexts(talk, option)
+        elif option == OPT_LIST_META_CONTEXT and self.hints and (talk.structured or talk.extended):
+            if data.endswith(struct.pack(">II", 1, len(HINTS_QUERY)) + HINTS_QUERY):
+                talk.reply_to_option(option, REP_META_CONTEXT, bytes(4) + self.hints.encode())
+            talk.reply_to_option(option, REP_ACK)
         else:
             talk.reply_to_option(option, REP_ERR_UNSUP)
         return None

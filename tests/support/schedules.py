@@ -15,6 +15,7 @@ from nbdshard.common.messages import (
     FromWorker,
     Hello,
     JobOptions,
+    Side,
 )
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Finish, Instruction, Send
@@ -69,8 +70,8 @@ def failed(lease: messages.Lease, kind: str, text: str) -> messages.Failed:
     return messages.Failed(UUID, EPOCH, lease.lease, error(kind, text))
 
 
-def open_failed(text: str, kind: str = "connection") -> messages.OpenFailed:
-    return messages.OpenFailed(UUID, EPOCH, error(kind, text))
+def open_failed(text: str, kind: str = "connection", side: Side | None = None) -> messages.OpenFailed:
+    return messages.OpenFailed(UUID, EPOCH, replace(error(kind, text), side=side))
 
 
 def flushed(

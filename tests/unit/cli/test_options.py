@@ -57,7 +57,8 @@ def test_every_option_of_nbdcopy_reaches_the_job() -> None:
 def test_times_and_tries_reach_the_job() -> None:
     options = job_options(parse())
     assert (options.connect_seconds, options.handshake_seconds, options.request_seconds) == (5.0, 10.0, 30.0)
-    assert (options.attempts, parse().reconnect_delay) == (5, 5.0)
+    assert options.attempts == 5
+    assert options.request_hinted
     words = [
         "--connect-timeout=0.5",
         "--handshake-timeout=1m",
@@ -68,6 +69,7 @@ def test_times_and_tries_reach_the_job() -> None:
     options = job_options(parse(*words))
     assert (options.connect_seconds, options.handshake_seconds, options.request_seconds) == (0.5, 60.0, 7200.0)
     assert (options.attempts, parse(*words).reconnect_delay) == (1, 1.0)
+    assert not options.request_hinted
 
 
 @pytest.mark.parametrize("text", ["0", "0.05", "2d", "-1", "soon", ""])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from nbdshard.common.errors import BugError, ConnectionLost, IllegalEvent
+from nbdshard.common.errors import BugError, ConnectionLost, IllegalEvent, ProtocolError
 from nbdshard.common.nbd.connecter import Connecter, Goal, Listed, Negotiated, Wishes
 from nbdshard.common.nbd.constants import Info, Option, OptionReply, TransmissionFlag
 from nbdshard.common.nbd.export import BlockSizes, Export
+from nbdshard.common.nbd.hints import NO_HINTS, Hints
 from nbdshard.common.nbd.options import OPTIONS, Negotiation, OptionHandler, with_option
 from nbdshard.common.nbd.states import ConnecterState
 from nbdshard.common.nbd.wire_options import (
@@ -322,3 +323,61 @@ def test_an_option_from_outside_is_an_entry_in_the_table() -> None:
     stream = reply(Option.LIST_META_CONTEXT, OptionReply.META_CONTEXT, pack_meta_context(0, "x-hints:v=1"))
     assert step(connecter, stream + reply(Option.LIST_META_CONTEXT, ACK)) == GO_DATA
     assert connecter.negotiation.extra == {"hints": b"\0\0\0\0x-hints:v=1"}
+
+
+HINTS_QUERY = pack_option(Option.LIST_META_CONTEXT, pack_context_query("disk", ["x-nbdshard:hints"]))
+UP_TO_HINTS = GREETING + reply(Option.EXTENDED_HEADERS, UNSUP) + reply(Option.STRUCTURED_REPLY, ACK)
+
+
+def listed(*names: str) -> bytes:
+    """A server's answer to what contexts it has."""
+    contexts = (reply(Option.LIST_META_CONTEXT, OptionReply.META_CONTEXT, pack_meta_context(0, n)) for n in names)
+    return b"".join(contexts) + reply(Option.LIST_META_CONTEXT, ACK)
+
+
+def found_hints(answer: bytes) -> Hints:
+    """What is understood of `answer`, when the rest of the negotiation goes well."""
+    connecter = Connecter(Wishes("disk", hints=True), "srv")
+    assert step(connecter, UP_TO_HINTS).endswith(HINTS_QUERY)
+    assert step(connecter, answer) == pack_option(
+        Option.SET_META_CONTEXT, pack_context_query("disk", ["base:allocation"])
+    )
+    events, _ = feed_connecter(connecter, reply(Option.SET_META_CONTEXT, ACK) + size_info() + reply(Option.GO, ACK))
+    (event,) = events
+    assert isinstance(event, Negotiated)
+    return event.export.hints
+
+
+def test_hints_are_asked_for_once_and_before_a_context_is_chosen() -> None:
+    answer = listed("base:allocation", "x-nbdshard:hints;v=1;loss_ms=60000", "x-nbdshard:hints;v=1;loss_ms=70000")
+    assert found_hints(answer) == Hints(loss=60.0)
+
+
+@pytest.mark.parametrize("error", [UNSUP, OptionReply.ERR_INVALID, OptionReply.ERR_POLICY, OptionReply.ERR_UNKNOWN])
+def test_a_server_that_lists_nothing_has_no_hints(error: OptionReply) -> None:
+    assert found_hints(reply(Option.LIST_META_CONTEXT, error)) == NO_HINTS
+    assert found_hints(listed()) == NO_HINTS
+
+
+def test_without_structured_replies_nobody_is_asked_for_hints() -> None:
+    connecter = Connecter(Wishes("disk", hints=True), "srv")
+    assert step(connecter, before_go(structured=False)).endswith(GO_DATA)
+
+
+def test_a_question_for_hints_leaves_room_for_one_for_all_contexts() -> None:
+    everything = OptionHandler(Option.LIST_META_CONTEXT, wanted=lambda _: True, data=lambda _: b"all")
+    options = with_option(OPTIONS, everything, before=Option.GO)
+    connecter = Connecter(Wishes("disk", hints=True), "srv", options=options)
+    asked = step(connecter, UP_TO_HINTS + listed() + reply(Option.SET_META_CONTEXT, ACK))
+    assert asked.endswith(pack_option(Option.LIST_META_CONTEXT, b"all"))
+    assert step(connecter, reply(Option.LIST_META_CONTEXT, ACK)) == GO_DATA
+
+
+def test_a_broken_answer_is_told_by_the_option_s_name() -> None:
+    connecter = Connecter(Wishes("disk", hints=True), "srv")
+    with pytest.raises(ProtocolError, match="srv: protocol error in NBD_OPT_LIST_META_CONTEXT reply: "):
+        feed_connecter(connecter, UP_TO_HINTS + reply(Option.LIST_META_CONTEXT, OptionReply.META_CONTEXT, b"\0\0"))
+    cut = Connecter(Wishes("disk", hints=True), "srv")
+    feed_connecter(cut, UP_TO_HINTS)
+    with pytest.raises(ConnectionLost, match="waiting for the reply to NBD_OPT_LIST_META_CONTEXT"):
+        cut.end_of_stream()

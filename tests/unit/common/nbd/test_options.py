@@ -10,6 +10,7 @@ from nbdshard.common.errors import BugError
 from nbdshard.common.nbd.constants import Option
 from nbdshard.common.nbd.export import BlockSizes
 from nbdshard.common.nbd.options import (
+    HINTS_KEY,
     OPTIONS,
     Goal,
     Negotiation,
@@ -39,14 +40,17 @@ def test_options_are_sent_in_the_order_of_the_table() -> None:
     assert order(Wishes(structured=False)) == [7]
     assert order(Wishes(goal=Goal.INFO)) == [11, 8, 10, 6]
     assert order(Wishes(goal=Goal.LIST)) == [3]
+    assert order(Wishes(hints=True)) == [11, 8, HINTS_KEY, 10, 7]
+    assert order(Wishes(hints=True), structured=False) == [11, 8, 7]
 
 
 def test_an_option_from_outside_takes_its_place_and_may_replace_one() -> None:
     mine = OptionHandler(Option.LIST_META_CONTEXT, wanted=lambda _: True)
-    assert list(with_option(OPTIONS, mine, before=Option.GO)) == [11, 8, 10, 6, 3, 9, 7]
+    assert list(with_option(OPTIONS, mine, before=Option.GO)) == [11, 8, HINTS_KEY, 10, 6, 3, 9, 7]
     assert list(with_option(OPTIONS, OptionHandler(3, wanted=lambda _: False), before=Option.GO)) == [
         11,
         8,
+        HINTS_KEY,
         10,
         6,
         3,

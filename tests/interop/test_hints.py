@@ -1,0 +1,120 @@
+"""Hints: what a server that gives them gets its clients to do, and that all the others do not notice the question."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support import images
+from support.command import copy, nbdshard
+from support.doubles import OPT_LIST_META_CONTEXT, Double, Request, Talk
+from support.servers import Server, nbd_server, nbdkit, qemu_nbd
+
+SIZE = 4 * images.MIB
+UUID = "6f1c0b1e-0d5e-4d55-9f0e-3a2c2c9d7e11"
+HINTS = f"x-nbdshard:hints;v=1;request_ms=30000;loss_ms=120000;backoff_ms=200-5000;instance={UUID}"
+
+
+class Asked(Double):
+    """Notes how often each option is asked."""
+
+    def option(self, talk: Talk, option: int, data: bytes) -> bool | None:
+        with self.lock:
+            self.options = [*getattr(self, "options", []), option]
+        return super().option(talk, option, data)
+
+
+class Silent(Double):
+    """Answers no read."""
+
+    def read(self, talk: Talk, request: Request) -> None:
+        """Nothing is said."""
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return images.random_image(tmp_path_factory.mktemp("image") / "source", SIZE)
+
+
+def verbose_nbdkit(image: Path) -> contextlib.AbstractContextManager[Server]:
+    return nbdkit("file", str(image), flags=["-r", "-v"])
+
+
+@pytest.mark.parametrize(
+    ("serve", "asked"),
+    [
+        (verbose_nbdkit, "NBD_OPT_LIST_META_CONTEXT: client requested export"),
+        (lambda image: qemu_nbd(image, "-r"), ""),
+        (lambda image: nbd_server(image, "readonly = true"), ""),
+    ],
+    ids=["nbdkit", "qemu-nbd", "nbd-server"],
+)
+def test_servers_that_know_no_hints_are_copied_as_ever(
+    tmp_path: Path, image: Path, serve: Callable[[Path], contextlib.AbstractContextManager[Server]], asked: str
+) -> None:
+    with serve(image) as server:
+        copy(server.uri, tmp_path / "copy").succeeded()
+        told = json.loads(nbdshard("info", "--json", server.uri).succeeded().out)
+        assert asked in server.stderr()
+    images.assert_identical(image, tmp_path / "copy")
+    assert told["hints"] == {}
+
+
+def test_info_shows_the_hints() -> None:
+    with Double(bytearray(SIZE), hints=HINTS).running() as listening:
+        shown = nbdshard("info", listening.uri).succeeded().out
+        told = json.loads(nbdshard("info", "--json", listening.uri).succeeded().out)
+    assert f"hints: request 30 s, loss 120 s, backoff 0.2 to 5 s, instance {UUID}\n" in shown
+    assert told["hints"] == {
+        "request_seconds": 30.0,
+        "loss_seconds": 120.0,
+        "backoff_seconds_min": 0.2,
+        "backoff_seconds_max": 5.0,
+        "instance": UUID,
+    }
+    assert told["contexts"] == ["base:allocation"]
+
+
+def test_each_connection_asks_once() -> None:
+    double = Asked(bytearray(images.random_bytes(SIZE)), hints=HINTS)
+    with double.running() as listening:
+        copy("-C", "1", listening.uri, "null:").succeeded()
+    assert double.options.count(OPT_LIST_META_CONTEXT) == double.talks == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [((), "1.0625 s"), (("--request-timeout", "0.5"), "0.5625 s")],
+)
+def test_a_request_may_become_as_old_as_the_server_hints_unless_the_user_says_something_else(
+    options: tuple[str, ...], seconds: str
+) -> None:
+    double = Silent(bytearray(64 * images.KIB), hints="x-nbdshard:hints;v=1;request_ms=1000")
+    with double.running() as listening:
+        outcome = copy("--loss-timeout", "0", *options, listening.uri, "null:")
+    outcome.failed(1, saying=["source", "timed out while reading", f"no answer within {seconds}"])
+
+
+@pytest.mark.parametrize("options", [(), ("--loss-timeout", "2")])
+def test_a_server_is_waited_for_as_long_as_it_hints_unless_the_user_says_something_else(
+    options: tuple[str, ...],
+) -> None:
+    class Leaving(Double):
+        """Serves one connection."""
+
+        def negotiate(self, talk: Talk) -> bool:
+            if talk.number > 1:
+                talk.hang_up()
+            return super().negotiate(talk)
+
+        def read(self, talk: Talk, request: Request) -> None:
+            talk.hang_up()
+
+    double = Leaving(bytearray(images.MIB), hints="x-nbdshard:hints;v=1;loss_ms=1000;backoff_ms=50-100")
+    with double.running() as listening:
+        outcome = copy(*options, listening.uri, "null:")
+    outcome.failed(75, saying=["source", f"it was waited for {'2' if options else '1'} s"])
