@@ -16,12 +16,13 @@ import pytest
 
 from nbdshard.common.limits import MIB, SPLICE_BYTES_MIN
 from nbdshard.worker.pipes import Pipe
+from simulation import run
 from simulation.disk import ZERO, Disk
 from simulation.plumbing import PipeRules, SimPlumbing
 from simulation.run import replay
 from simulation.scenario import Disks, Scenario, Trouble, make_scenario
 from simulation.server_rules import Extents
-from simulation.simulation import Simulation, simulate
+from simulation.simulation import Report, Simulation, simulate
 
 SEEDS = int(os.environ.get("NBDSHARD_SIMULATE_SEEDS", "500"))
 FIRST = int(os.environ.get("NBDSHARD_SIMULATE_FIRST", "1"))
@@ -52,6 +53,21 @@ def test_a_seed_replays_in_another_process() -> None:
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
     assert int(ended.stdout) == simulate(11).trace
+
+
+def test_a_seed_that_fails_is_told_with_the_command_that_replays_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail_at_3(seed: int) -> Report:
+        assert seed != 3, "something is wrong"
+        return simulate(seed)
+
+    monkeypatch.setattr(run, "simulate", fail_at_3)
+    assert run.main(["--seeds", "4"]) == 1
+    told = capsys.readouterr().out
+    assert "seed 3 failed: AssertionError: something is wrong" in told
+    assert f"replay: {replay(3)}\n" in told
+    assert "3 passed, 1 failed" in told
 
 
 class ForgetfulDisk(Disk):

@@ -261,6 +261,25 @@ def test_a_damaged_log_means_more_to_copy_and_never_less(path: str, seed: int) -
     assert len(counts) > 5
 
 
+def test_a_log_that_was_cut_short_means_more_to_copy_and_never_less(path: str) -> None:
+    with Journal.create(path, facts()) as journal:
+        journal.record([mib(0, 100)])
+        for n in range(200, 220, 2):
+            journal.record([mib(n, n + 1), mib(n + 500, n + 501)])
+        truth = journal.durable
+        whole, log = Path(path).read_bytes(), Path(path + "-wal").read_bytes()
+    counts = []
+    for length in range(0, len(log) + 1, 1021):
+        Path(path).write_bytes(whole)
+        Path(path + "-wal").write_bytes(log[:length])
+        with Journal.open(path) as journal:
+            assert journal.epoch == 2
+            assert all(any(piece in one for one in truth) for piece in journal.durable)
+            counts.append(journal.durable_bytes)
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 5
+
+
 # -- processes that die ------------------------------------------------------------------------------------------------
 
 
