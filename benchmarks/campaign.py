@@ -11,12 +11,15 @@ from typing import Final
 
 from benchmarks import control_plane, machine
 from benchmarks.budget import Budget
+from benchmarks.checkpoints import measure_checkpoints
 from benchmarks.commands import EXECUTABLE, TOOLS
 from benchmarks.ends import SHARED_MEMORY, scratch_folder
 from benchmarks.measure import CommandFailed, output
-from benchmarks.results import IDENTICAL, LeaseRate, Point, Results, Row, SchedulerCost
+from benchmarks.results import IDENTICAL, CheckpointCost, LeaseRate, Point, Results, Row, SchedulerCost
 from benchmarks.row_run import RowRun
 from benchmarks.rows import (
+    CHECKPOINT_ROUNDS,
+    CHECKPOINTED_BYTES,
     LEASE_WORKERS,
     LEASES,
     PARTS,
@@ -63,6 +66,7 @@ class Campaign:
     rows: list[Row] = field(default_factory=list)
     scaling: list[Point] = field(default_factory=list)
     requests: list[Point] = field(default_factory=list)
+    checkpoints: list[CheckpointCost] = field(default_factory=list)
     leases: list[LeaseRate] = field(default_factory=list)
     scheduler: list[SchedulerCost] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -84,6 +88,7 @@ class Campaign:
             rows=self.rows,
             scaling=self.scaling,
             requests=self.requests,
+            checkpoints=self.checkpoints,
             leases=self.leases,
             scheduler=self.scheduler,
             notes=self.notes,
@@ -118,6 +123,10 @@ class Campaign:
             case "requests":
                 self.requests = self._points(by_request_size(), folder, deadline)
                 return f"{len(self.requests)} points"
+            case "checkpoints":
+                self.checkpoints = [self._checkpoints(deadline)]
+                share = self.checkpoints[0].share
+                return "failed" if share is None else f"{share:+.1%} of the time"
             case "leases":
                 self.leases = self._leases()
                 return f"{min(rate.per_second for rate in self.leases):,.0f} leases/s or more"
@@ -144,6 +153,10 @@ class Campaign:
         rounds = min(SCALING_ROUNDS_QUICK if self.plan.quick else SCALING_ROUNDS, self.plan.rounds)
         size = self.plan.limited(SCALED_BYTES // QUICK_DIVISOR if self.plan.quick else SCALED_BYTES)
         return measure_choices(choices, size, folder, rounds, deadline)
+
+    def _checkpoints(self, deadline: float) -> CheckpointCost:
+        size = CHECKPOINTED_BYTES // QUICK_DIVISOR if self.plan.quick else CHECKPOINTED_BYTES
+        return measure_checkpoints(self.plan.limited(size), min(self.plan.rounds, CHECKPOINT_ROUNDS), deadline)
 
     def _leases(self) -> list[LeaseRate]:
         count = LEASES // QUICK_DIVISOR if self.plan.quick else LEASES

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.results import NBDCOPY, NBDSHARD, QEMU_IMG, LeaseRate, Row, SchedulerCost, Series
-from benchmarks.rows import FLAT_FACTOR_MAX, LEASES_PER_SECOND_MIN, Figure
+from benchmarks.results import NBDCOPY, NBDSHARD, QEMU_IMG, CheckpointCost, LeaseRate, Row, SchedulerCost, Series
+from benchmarks.rows import CHECKPOINT_COST_MAX, FLAT_FACTOR_MAX, LEASES_PER_SECOND_MIN, Figure
+from nbdshard.common.limits import CHECKPOINT_SECONDS
 
 EPOLL_FACTOR_MAX: Final = 1.25  # against io_uring, on the first row
 QEMU_SPEED_MIN: Final = 1.0
@@ -89,6 +90,18 @@ def judge_variant(row: Row, variant: Series) -> Judgement:
         return REPORTED
     met = None if ours is None or not variant.samples else variant.wall <= EPOLL_FACTOR_MAX * ours.wall
     return Judgement(f"at most {EPOLL_FACTOR_MAX:g} x the default's time", met)
+
+
+def checkpoints_by_default(cost: CheckpointCost) -> float | None:
+    """How much of the time checkpoints take at the default interval, by what they take when they come more often."""
+    return None if cost.share is None else cost.share * cost.seconds / CHECKPOINT_SECONDS
+
+
+def judge_checkpoints(cost: CheckpointCost) -> Judgement:
+    """Of what checkpoints take from the throughput."""
+    share = checkpoints_by_default(cost)
+    asked = f"under {CHECKPOINT_COST_MAX:.0%} at the default interval"
+    return Judgement(asked, None if share is None else share < CHECKPOINT_COST_MAX)
 
 
 def judge_leases(rate: LeaseRate) -> Judgement:

@@ -10,7 +10,7 @@ from benchmarks.commands import TOOLS, shown
 from benchmarks.results import AFTER_ONE, AFTER_ROUNDS, NBDCOPY, NBDSHARD, QEMU_IMG, Point, Results, Row, Sample, Series
 from benchmarks.rows import ROWS
 from benchmarks.series import SLOW_FACTOR, SLOW_ROUNDS, VARIANT_ROUNDS
-from nbdshard.common.limits import CONNECTIONS_DEFAULT, REQUEST_BYTES_DEFAULT
+from nbdshard.common.limits import CHECKPOINT_SECONDS, CONNECTIONS_DEFAULT, REQUEST_BYTES_DEFAULT
 from nbdshard.common.units import format_bytes
 
 ROWS_CHART: Final = "benchmarks-rows.svg"
@@ -34,6 +34,7 @@ def page(results: Results, notes: str) -> str:
         _memory(results),
         _scaling(results),
         _requests(results),
+        _checkpoints(results),
         _control_plane(results),
         _how(results),
         notes.strip(),
@@ -233,6 +234,31 @@ def _requests(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def _checkpoints(results: Results) -> str:
+    lines: list[Sequence[str]] = []
+    for cost in results.checkpoints:
+        judgement = judging.judge_checkpoints(cost)
+        share, by_default = (
+            NO_NUMBERS if each is None else f"{each:+.1%}"
+            for each in (cost.share, judging.checkpoints_by_default(cost))
+        )
+        size = format_bytes(cost.size)
+        lines.append((size, "at the end only", *_both(cost.never)))
+        lines.append(
+            (size, f"every {cost.seconds:g} s", *_both(cost.often), share, by_default, judgement.asked, str(judgement))
+        )
+    if not lines:
+        return ""
+    text = (
+        "## Checkpoints\n\n"
+        "nbdkit pattern to nbdkit file on a disk (in /var/tmp), `-S 0`, with a journal; every copy ends with a flush "
+        f"of all of it. Checkpoints come every {CHECKPOINT_SECONDS:g} s by default; here they come more often, or none "
+        "would fall into so short a copy.\n\n"
+    )
+    head = ("size", "flushed and journaled", "wall", "CPU", "more time", "by default", "asked for", "")
+    return text + table(head, lines)
+
+
 def best_of(points: Sequence[Point], default: tuple[int, int, int], name: Callable[[Point], str]) -> str:
     """A sentence: the fastest of `points`, and how far `default` (workers, connections, request size) is from it."""
     measured = {(one.workers, one.connections, one.request_size): one for one in points if one.series.samples}
@@ -314,7 +340,7 @@ def _how(results: Results) -> str:
             "3. CPU is user and system time by wait4(2), of the command, its threads, the kernel's threads that work "
             "for its ring, and all its processes, which it waits for; the servers' is not in it.",
             "4. Sources and destinations are in memory or made up by nbdkit, files in /dev/shm (a tmpfs): no disk "
-            "takes part, and flushes cost a round trip.",
+            'takes part, and flushes cost a round trip; but for the copies of "Checkpoints".',
             "5. Memory and proofs come from further runs that are not timed: nbdcopy's before the rounds, nbdshard's "
             "after them, to a new and empty destination.",
         ]

@@ -93,6 +93,22 @@ class Point(Record, frozen=True):
     series: Series
 
 
+class CheckpointCost(Record, frozen=True):
+    """The same copy to a file on a disk, with checkpoints every `seconds` and without any before its end."""
+
+    size: int
+    seconds: float
+    often: Series
+    never: Series
+
+    @property
+    def share(self) -> float | None:
+        """How much longer it took with them, of its time without, by the medians; None if one has no samples."""
+        if not self.often.samples or not self.never.samples:
+            return None
+        return self.often.wall / self.never.wall - 1
+
+
 class LeaseRate(Record, frozen=True):
     """One coordinator with mock workers, between its first and its last report of a written range."""
 
@@ -147,6 +163,7 @@ class Results(Record, frozen=True):
     rows: list[Row] = []
     scaling: list[Point] = []
     requests: list[Point] = []
+    checkpoints: list[CheckpointCost] = []
     leases: list[LeaseRate] = []
     scheduler: list[SchedulerCost] = []
     notes: list[str] = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
 
-from nbdshard.common.limits import GIB, KIB, MIB
+from nbdshard.common.limits import CHECKPOINT_SECONDS, GIB, KIB, MIB
 
 QUICK_DIVISOR: Final = 8
 FRAGMENT_BYTES: Final = 64 * KIB
@@ -264,5 +264,13 @@ SCHEDULER_WORKERS: Final = 1000
 SCHEDULER_RANGES: Final = (10_000, 100_000, 1_000_000)
 FLAT_FACTOR_MAX: Final = 1.25  # the dearest against the cheapest; the tests hold the number of lines run to be flat
 
+# Checkpoints: how much longer a copy to a disk takes when it is flushed, and its journal written, ever so often. At the
+# default interval few would fall into a copy that a benchmark has the time for, so they come more often.
+CHECKPOINTED_BYTES: Final = GIB
+CHECKPOINT_SECONDS_OFTEN: Final = CHECKPOINT_SECONDS / 10
+CHECKPOINT_ROUNDS: Final = 3
+CHECKPOINT_SECONDS_NEVER: Final = 86_400.0
+CHECKPOINT_COST_MAX: Final = 0.03  # of the throughput, at the default interval
+
 # Parts that are no rows, with their weights.
-PARTS: Final = {"scaling": 18.0, "requests": 18.0, "leases": 7.0, "scheduler": 36.0}
+PARTS: Final = {"scaling": 18.0, "requests": 18.0, "checkpoints": 14.0, "leases": 7.0, "scheduler": 36.0}

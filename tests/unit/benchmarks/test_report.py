@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from benchmarks.report import best_of, bullets, page, table
-from benchmarks.results import Results
+from benchmarks.results import CheckpointCost, Results
 from support.benchmark_runs import point, row, series, whole
 
 PAGE = page(whole(), "## Notes\n\nBy hand.\n")
@@ -82,6 +82,14 @@ def test_the_default_is_set_beside_the_fastest() -> None:
 
 def test_a_default_that_was_not_measured_is_not_judged() -> None:
     assert best_of([point(1, 1, 1.0)], (2, 4, MIB), lambda _: "it") == "The default was not measured."
+
+
+def test_checkpoints_are_told_by_what_they_would_cost_at_the_default_interval() -> None:
+    (line,) = lines_with("| 1 GiB | every 0.5 s |")
+    assert line.endswith("| +10.0% | +1.0% | under 3% at the default interval | met |")
+    dear = CheckpointCost(MIB, 0.5, series("nbdshard", [2.8]), series("nbdshard", [2.0]))
+    text = page(msgspec.structs.replace(whole(), checkpoints=[dear]), "")
+    assert lines_with("| +40.0% | +4.0% | under 3% at the default interval | **not met** |", text=text)
 
 
 def test_the_control_plane_tells_rates_and_cost() -> None:
