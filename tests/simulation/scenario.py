@@ -243,7 +243,7 @@ class _Maker:
             destination_is_zero=is_zero,
             extents=chance.random() < 0.85,
             synchronous=chance.random() < 0.08,
-            flush=chance.random() < 0.85,
+            flush=chance.random() < 0.85 or self.trouble is Trouble.CRASHES,  # without, a crash at the end costs data
             data_path=chance.choice(("auto", "auto", "auto", "splice", "splice", "buffer")) if has_pipes else "auto",
             connect_seconds=2.0,
             handshake_seconds=2.0,
