@@ -90,6 +90,7 @@ def _job(setting: Setting, begun: Start) -> Job:
         is_resumed=begun.epoch > 1,
         durable=begun.durable,
         unreadable=begun.unreadable,
+        earlier=begun.earlier,
         checkpoint_seconds=args.checkpoint,
     )
 

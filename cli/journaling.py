@@ -17,6 +17,7 @@ from nbdshard.cli.setting import Setting
 from nbdshard.common.errors import UserError
 from nbdshard.common.messages import EndpointDescription
 from nbdshard.common.ranges import Range
+from nbdshard.coordinator.job import EarlierLeaves
 from nbdshard.coordinator.journal_paths import default_path
 from nbdshard.coordinator.keeping import Keeper
 
@@ -34,6 +35,7 @@ class Start(msgspec.Struct, frozen=True):
     epoch: int = 1
     durable: tuple[Range, ...] = ()
     unreadable: tuple[Range, ...] = ()  # of them; zeroes are there
+    earlier: EarlierLeaves | None = None  # the digests of them
     expected: tuple[EndpointDescription, EndpointDescription] | None = None
 
 
@@ -52,8 +54,6 @@ def start(setting: Setting, stack: ExitStack) -> Start:
     if args.resume or args.force_resume:
         if args.journal is None:
             raise UsageError("--resume needs --journal", advice="`nbdshard jobs` lists journals")
-        if args.checksum:
-            raise UsageError("--resume and --checksum do not go together: nobody reads what is copied already")
         from nbdshard.cli.resuming import resumed
 
         return resumed(setting, stack)
@@ -71,8 +71,8 @@ def start(setting: Setting, stack: ExitStack) -> Start:
 
         return facts_of(setting, uuid, source, destination, size)
 
-    keeper = Keeper(locate, describe, keeps=args.keep_journal, is_wanted=args.journal is not None or args.keep_journal)
-    return Start(uuid, keeper)
+    is_wanted = args.journal is not None or args.keep_journal
+    return Start(uuid, Keeper(locate, describe, keeps=args.keep_journal, is_wanted=is_wanted, has_leaves=args.checksum))
 
 
 def _check_new(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Final, Protocol
@@ -36,6 +37,7 @@ def resumed(setting: Setting, stack: ExitStack) -> Start:
     journal = Journal.open(args.journal)
     stack.callback(journal.close)
     facts, durable, unreadable = journal.facts, tuple(journal.durable), tuple(journal.unreadable)
+    _check_digests(args, facts)
     try:
         _check_facts(setting, facts)
         _check_samples(setting, durable, unreadable)
@@ -43,10 +45,24 @@ def resumed(setting: Setting, stack: ExitStack) -> Start:
         if not args.force_resume:
             raise
         logs.warning(f"{error}; resumed all the same")
-    keeper = Keeper(lambda: args.journal, lambda *_: facts, journal=journal, keeps=args.keep_journal)
+    keeper = Keeper(
+        lambda: args.journal, lambda *_: facts, journal=journal, keeps=args.keep_journal, has_leaves=args.checksum
+    )
     keeper.resume()
-    expected = (facts.source.description, facts.destinations[0].description)
-    return Start(facts.uuid, keeper, journal.epoch, durable, unreadable, None if args.force_resume else expected)
+    expected = None if args.force_resume else (facts.source.description, facts.destinations[0].description)
+    return Start(facts.uuid, keeper, journal.epoch, durable, unreadable, journal, expected)
+
+
+def _check_digests(args: Namespace, facts: JobFacts) -> None:
+    """Raise UserError unless the journal has digests of what is durable where they are wanted, and only there.
+
+    No --force-resume helps: they would be missing for what is copied already, or from now on.
+    """
+    if args.checksum and not facts.options.checksum:
+        advice = "go on without --checksum, and have `nbdshard checksum` read the destination in the end"
+        raise UserError("the copy began without --checksum: the journal has no digests", args.journal, advice)
+    if facts.options.checksum and not args.checksum:
+        raise UserError("the copy began with --checksum", args.journal, "go on with it, too")
 
 
 def _check_facts(setting: Setting, facts: JobFacts) -> None:

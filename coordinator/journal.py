@@ -23,9 +23,12 @@ from typing import Final, Self
 import msgspec
 
 from nbdshard.common.errors import BugError, UserError
+from nbdshard.common.messages import LeafRun
 from nbdshard.common.ranges import Range, RangeSet
+from nbdshard.coordinator import journal_leaves
 from nbdshard.coordinator import journal_schema as schema
 from nbdshard.coordinator.journal_facts import JobFacts, JournalState, encode_facts
+from nbdshard.coordinator.journal_tally import Tallies, Tally
 from nbdshard.coordinator.private_directory import PrivateDirectory
 
 READ_ATTEMPTS: Final = 20  # to copy the files between two commits of a run, which has one every few seconds
@@ -183,32 +186,43 @@ class Journal:
         with schema.told(self.path, "read"):
             return _rows(self._connection, schema.UNREADABLE)
 
+    def leaves(self, where: Range) -> list[LeafRun]:
+        """The digests of what is durable in `where`, which begins where a leaf does, in a job with a checksum.
+
+        In order; leaves that are left out are zeroes.
+        """
+        with schema.told(self.path, "read"):
+            return journal_leaves.read(self._connection, where)
+
     @property
     def durable_bytes(self) -> int:
         return self._tallies.durable.total_bytes
 
     # -- changing it -----------------------------------------------------------------------------------------------
 
-    def record(self, ranges: Iterable[Range], unreadable: Iterable[Range] = ()) -> None:
+    def record(self, ranges: Iterable[Range], unreadable: Iterable[Range] = (), leaves: Iterable[LeafRun] = ()) -> None:
         """These ranges are durable now: all of them, or on an error none. What is durable already may be among them.
 
         Of them these are `unreadable`, and no others: zeroes are there for what the source could not read. There may be
-        `unreadable` ranges besides where nothing is durable.
+        `unreadable` ranges besides where nothing is durable. `leaves`: the digests of `ranges`, if there
+        is to be a checksum.
 
         Raises UserError when the journal cannot be written. It may be called again when only room was missing; after
         any other failure it will raise the same error, as will `demote` and `set_state`.
         """
         pieces, lost = self._checked(ranges), self._checked(unreadable)
 
-        def edit(tallies: schema.Tallies) -> schema.Tallies:
-            durable, unreadable = tallies.durable, tallies.unreadable
+        def edit(tallies: Tallies) -> Tallies:
+            durable, unreadable, digests = tallies.durable, tallies.unreadable, tallies.leaves
             for piece in pieces:
                 durable = schema.join(self._connection, schema.DURABLE, piece, durable)
+                digests = self._without_leaves(piece, digests)
                 if unreadable.count:  # an earlier run may have failed to read it
                     unreadable = schema.cut(self._connection, schema.UNREADABLE, piece, unreadable)
             for piece in lost:
                 unreadable = schema.join(self._connection, schema.UNREADABLE, piece, unreadable)
-            return schema.Tallies(durable, unreadable)
+            digests = journal_leaves.put(self._connection, leaves, digests)
+            return Tallies(durable, unreadable, digests)
 
         self._write(self._row, edit)
 
@@ -219,12 +233,13 @@ class Journal:
         """
         pieces = self._checked(ranges)
 
-        def edit(tallies: schema.Tallies) -> schema.Tallies:
-            durable, unreadable = tallies.durable, tallies.unreadable
+        def edit(tallies: Tallies) -> Tallies:
+            durable, unreadable, digests = tallies.durable, tallies.unreadable, tallies.leaves
             for piece in pieces:
+                digests = self._without_leaves(piece, digests)
                 durable = schema.cut(self._connection, schema.DURABLE, piece, durable)
                 unreadable = schema.cut(self._connection, schema.UNREADABLE, piece, unreadable)
-            return schema.Tallies(durable, unreadable)
+            return Tallies(durable, unreadable, digests)
 
         if self._write(self._row, edit):
             schema.fold(self._connection)
@@ -255,13 +270,16 @@ class Journal:
     ) -> None:
         self.close()
 
+    def _without_leaves(self, piece: Range, tally: Tally) -> Tally:
+        return journal_leaves.cut(self._connection, piece, tally) if tally.count else tally
+
     def _checked(self, ranges: Iterable[Range]) -> list[Range]:
         pieces = list(RangeSet(ranges))
         if pieces and pieces[-1].end > self.facts.size:
             raise BugError(f"{pieces[-1]} is not within the job's {self.facts.size} bytes")
         return pieces
 
-    def _write(self, row: schema.JobRow, edit: Callable[[schema.Tallies], schema.Tallies] | None = None) -> bool:
+    def _write(self, row: schema.JobRow, edit: Callable[[Tallies], Tallies] | None = None) -> bool:
         """Commit `row` and what `edit` does to the ranges; False if nothing changed. On an error nothing did."""
         if self._broken is not None:
             raise self._broken
@@ -281,7 +299,7 @@ class Journal:
         self._row, self._tallies = row, tallies
         return changed
 
-    def _seal(self, row: schema.JobRow, tallies: schema.Tallies) -> None:
+    def _seal(self, row: schema.JobRow, tallies: Tallies) -> None:
         """Write the job's row, in place of the one we know: never a seal over anything else."""
         values = (row.epoch, row.state, row.opened_ns, row.changed_ns, schema.seal(row, tallies))
         done = self._connection.execute(

@@ -54,13 +54,14 @@ class JournaledEnd(Record, frozen=True):
 
 
 class ResultOptions(Record, frozen=True):
-    """The options that change what ends up at the destination: a resumed copy must have the same."""
+    """The options that change what ends up at the destination, or here: a resumed copy must have the same."""
 
     sparse_unit: Count | None = None
     allocated: bool = False
     destination_is_zero: bool = False
     extents: bool = True
     flush: bool = True
+    checksum: bool = False  # digests of what is durable are kept
 
     @classmethod
     def of(cls, options: JobOptions) -> ResultOptions:

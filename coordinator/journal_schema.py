@@ -1,10 +1,11 @@
-"""The journal's format: an SQLite database of two tables, and what is checked before a word of it is believed.
+"""The journal's format: an SQLite database of four tables, and what is checked before a word of it is believed.
 
 ::
 
     job         one row: the facts, the epoch, the state, the times, and the seal
     durable     a row for each durable range [start_byte, end_byte), ordered, disjoint, never adjacent
     unreadable  the same for the ranges that the source could not read: the destination has zeroes there
+    leaves      digests of what is durable, in a job with a checksum: coordinator/journal_leaves.py
 
 SQLite finds a broken structure, but keeps no checksums of the pages: a flipped bit in a number goes unseen. So the
 job's row carries a seal, a digest over everything there is: itself, and for each table a mark of all its ranges. The
@@ -32,10 +33,12 @@ import msgspec
 from nbdshard.common.errors import UserError
 from nbdshard.common.logs import printable
 from nbdshard.common.ranges import Range
+from nbdshard.coordinator import journal_leaves
 from nbdshard.coordinator.journal_facts import JobFacts, JournalState, decode_facts
+from nbdshard.coordinator.journal_tally import Tallies, Tally
 
 APPLICATION_ID: Final = 0x6E626473  # "nbds": file(1) and other programs tell it apart by this
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 LOG_SUFFIX: Final = "-wal"
 DURABLE: Final = "durable"  # the tables of ranges
 UNREADABLE: Final = "unreadable"
@@ -43,6 +46,7 @@ UNREADABLE: Final = "unreadable"
 _TABLES: Final = (
     "CREATE TABLE job (facts TEXT NOT NULL, epoch INTEGER NOT NULL, state TEXT NOT NULL, created_ns INTEGER NOT NULL, "
     "opened_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL, seal BLOB NOT NULL)",
+    "CREATE TABLE leaves (start_byte INTEGER PRIMARY KEY, digests BLOB NOT NULL)",
     *(
         f"CREATE TABLE {table} (start_byte INTEGER PRIMARY KEY, end_byte INTEGER NOT NULL)"
         for table in (UNREADABLE, DURABLE)  # what matters more is last: a page that was cut off shows
@@ -75,27 +79,6 @@ class JobRow(msgspec.Struct, frozen=True):
     changed_ns: int
 
 
-class Tally(msgspec.Struct, frozen=True):
-    """What a table has of ranges: how many, of how many bytes, and the XOR of their digests."""
-
-    count: int = 0
-    total_bytes: int = 0
-    mark: int = 0
-
-    def plus(self, start: int, end: int) -> Tally:
-        return Tally(self.count + 1, self.total_bytes + end - start, self.mark ^ _mark(start, end))
-
-    def minus(self, start: int, end: int) -> Tally:
-        return Tally(self.count - 1, self.total_bytes - (end - start), self.mark ^ _mark(start, end))
-
-
-class Tallies(msgspec.Struct, frozen=True):
-    """Of both tables."""
-
-    durable: Tally = Tally()
-    unreadable: Tally = Tally()
-
-
 class Contents(msgspec.Struct, frozen=True):
     """A journal that passed every check."""
 
@@ -105,15 +88,11 @@ class Contents(msgspec.Struct, frozen=True):
     tallies: Tallies
 
 
-def _mark(start: int, end: int) -> int:
-    return int.from_bytes(hashlib.blake2b(struct.pack(">QQ", start, end), digest_size=8).digest())
-
-
 def seal(row: JobRow, tallies: Tallies) -> bytes:
     """A digest over everything the journal holds."""
     words = (row.facts_text, row.epoch, row.state, row.created_ns, row.opened_ns, row.changed_ns)
-    tables = ((tally.count, tally.total_bytes, tally.mark) for tally in (tallies.durable, tallies.unreadable))
-    whole = repr((FORMAT_VERSION, *words, *tables))
+    tables = (tallies.durable, tallies.unreadable, tallies.leaves)
+    whole = repr((FORMAT_VERSION, *words, *((tally.count, tally.total_bytes, tally.mark) for tally in tables)))
     return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=32).digest()
 
 
@@ -253,6 +232,10 @@ def load(connection: sqlite3.Connection, path: str) -> Contents:
         raise DamagedJournal(path, "the job's row has values of wrong types")
     row = JobRow(*values)
     loaded = [_load_ranges(connection, path, table) for table in (DURABLE, UNREADABLE)]
+    try:
+        loaded.append(journal_leaves.load(connection))
+    except ValueError as error:
+        raise DamagedJournal(path, str(error)) from None
     tallies = Tallies(*(tally for tally, _ in loaded))
     if seal(row, tallies) != found:
         raise DamagedJournal(path, "the seal does not match what it holds")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nbdshard.common import logs
 from nbdshard.common.errors import UserError
-from nbdshard.common.messages import EndpointDescription
+from nbdshard.common.messages import EndpointDescription, LeafRun
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator import instructions
 from nbdshard.coordinator.job import Outcome, Verdict
@@ -27,7 +27,7 @@ class Keeper:
 
     A copy goes on without a journal rather than not at all: when nobody asked for one and it cannot be made, and when
     it cannot be written in the middle (its file system is full). The user is told once. What is durable meanwhile is
-    written down when that is possible again.
+    written down when that is possible again; but not in a job with a checksum, whose digests are not kept for that.
     """
 
     def __init__(
@@ -38,18 +38,21 @@ class Keeper:
         journal: Journal | None = None,
         keeps: bool = False,
         is_wanted: bool = False,
+        has_leaves: bool = False,
     ) -> None:
         """`locate`: where a new one is to be; may raise UserError. `journal`: that of an earlier run, already open.
 
         `keeps`: also when the job is complete; one that lists what could not be read is kept in any case. `is_wanted`:
-        the user asked for it, and does not want to copy without.
+        the user asked for it, and does not want to copy without. `has_leaves`: what is durable comes with its digests.
         """
         self._locate = locate
         self._describe = describe
         self._journal = journal
         self._keeps = keeps
         self._is_wanted = is_wanted
+        self._has_leaves = has_leaves
         self._is_given_up = False
+        self._is_behind = False  # the last try to write it failed
         self._unwritten = RangeSet()  # durable, and not in the journal, because it could not be written
         self._unlisted = RangeSet()  # what the source could not read, and the journal does not say so yet
         if journal is not None and journal.unreadable:
@@ -104,17 +107,24 @@ class Keeper:
             except UserError as error:
                 journal, self._journal, self._is_given_up = self._journal, None, True
                 journal.remove()  # it says more than is true; to remove it takes no room
+                if self._has_leaves:  # without those of an earlier run there would be no checksum
+                    raise UserError(f"{error}; it is removed, and the digests in it") from None
                 logs.warning(f"{error}; it is removed, and the copy goes on, but cannot be resumed")
                 return
-        self._record(self._journal, change.durable, change.unreadable)
+        self._record(self._journal, change.durable, change.unreadable, change.leaves)
 
     def _make(self, ends: tuple[EndpointDescription, EndpointDescription], size: int) -> Journal:
         from nbdshard.coordinator.journal import Journal
 
         return Journal.create(self._locate(), self._describe(*ends, size))
 
-    def _record(self, journal: Journal, durable: Iterable[Range] = (), unreadable: Iterable[Range] = ()) -> None:
-        was_behind = bool(self._unwritten or self._unlisted)
+    def _record(
+        self,
+        journal: Journal,
+        durable: Iterable[Range] = (),
+        unreadable: Iterable[Range] = (),
+        leaves: Iterable[LeafRun] = (),
+    ) -> None:
         for piece in durable:
             self._unwritten.add(piece)
         for piece in unreadable:
@@ -122,14 +132,18 @@ class Keeper:
         if not (self._unwritten or self._unlisted):
             return
         try:
-            journal.record(self._unwritten, self._unlisted)
+            journal.record(self._unwritten, self._unlisted, leaves)
         except UserError as error:
-            if not was_behind:
+            if not self._is_behind:
                 logs.warning(f"{error}; the copy goes on, but if it is resumed, what is copied now is copied again")
+            self._is_behind = True
+            if self._has_leaves:
+                self._unwritten = RangeSet()  # to be copied again: nothing may be in the journal without its digests
         else:
             self._unwritten, self._unlisted = RangeSet(), RangeSet()
-            if was_behind:
+            if self._is_behind:
                 logs.warning(f"{journal.path}: the journal could be written again")
+            self._is_behind = False
 
     def end(self, outcome: Outcome) -> None:
         """The job is over: leave the journal as its end bids. Never raises; what could not be done is told."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from nbdshard.common.errors import UserError
 from nbdshard.coordinator.journal import Journal
 from support import images
+from support.blkhash import blkhash_of
 from support.command import Outcome, Run, copy, started
 from support.servers import at_socket, private_folder
 from support.waiting import wait_for
@@ -49,18 +50,22 @@ class Scene:
     def words(self, *more: str) -> list[str]:
         return ["copy", *OPTIONS, "--journal", str(self.journal), *more, self.source, self.destination]
 
-    def kill(self, number: signal.Signals = signal.SIGKILL) -> Outcome:
-        """Begin, and end the copy when some of it is durable."""
-        with started(*self.words()) as run:
-            self.wait_for_durable(run)
+    def kill(self, number: signal.Signals = signal.SIGKILL, words: Sequence[str] = ()) -> Outcome:
+        """Begin, or go on, and end the copy when some more of it is durable."""
+        before = durable_bytes(self.journal)
+        with started(*self.words(*words)) as run:
+            self.wait_for_durable(run, before)
             os.kill(run.pid, number)
             run.process.wait(SECONDS)
             wait_for("the workers to end", lambda: not run.workers())
             return Outcome(run.process.returncode, run.out(), run.err(), run.command)
 
-    def wait_for_durable(self, run: Run) -> None:
-        """Return when the journal of `run`, which is still under way, has something."""
-        wait_for("something to be durable", lambda: durable_bytes(self.journal) or run.process.poll() is not None)
+    def wait_for_durable(self, run: Run, before: int = 0) -> None:
+        """Return when the journal of `run`, which is still under way, has something, and more than `before` bytes."""
+        wait_for(
+            "something to be durable",
+            lambda: durable_bytes(self.journal) > before or run.process.poll() is not None,
+        )
         assert run.process.poll() is None, run.err()
 
     def resume(self, *more: str) -> Outcome:
@@ -125,6 +130,35 @@ def test_another_source_is_refused(scene: Scene) -> None:
     scene.kill()
     outcome = copy(*OPTIONS, "--journal", scene.journal, "--resume", scene.image, scene.destination)
     outcome.failed(1, saying=["the journal is about another source", "--force-resume"])
+
+
+def test_a_resumed_copy_has_the_checksum_of_the_whole_image(scene: Scene) -> None:
+    for again in ((), ("--resume",)):
+        scene.kill(words=("--checksum", *again))
+    outcome = scene.resume("--checksum").succeeded()
+    assert "resumed" in outcome.last_line, str(outcome)
+    assert outcome.out == f"{blkhash_of(scene.image)}  {scene.source}\n"
+    images.assert_identical(scene.image, scene.copied)
+
+
+def test_a_copy_that_is_complete_and_kept_has_its_checksum_in_the_journal(scene: Scene) -> None:
+    for again in ((), ("--resume",)):
+        outcome = copy(*scene.words("--checksum", "--keep-journal", *again)[1:], timeout=SECONDS).succeeded()
+        assert outcome.out == f"{blkhash_of(scene.image)}  {scene.source}\n"
+    assert "0 B copied" in outcome.last_line
+
+
+def test_a_journal_without_digests_is_refused_for_a_checksum_whatever_is_forced(scene: Scene) -> None:
+    scene.kill()
+    for resume in ((), ("--force-resume",)):
+        outcome = scene.resume("--checksum", *resume)
+        outcome.failed(1, saying=["the copy began without --checksum: the journal has no digests", str(scene.journal)])
+    scene.resume().succeeded()
+
+
+def test_a_journal_with_digests_is_not_gone_on_with_without(scene: Scene) -> None:
+    scene.kill(words=("--checksum",))
+    scene.resume("--force-resume").failed(1, saying=["the copy began with --checksum; go on with it, too"])
 
 
 def test_other_options_are_refused(scene: Scene) -> None:

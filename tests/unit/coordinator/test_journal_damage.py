@@ -18,6 +18,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.coordinator import journal_schema as schema
 from nbdshard.coordinator.journal import Journal
 from nbdshard.coordinator.journal_facts import JournalState
+from nbdshard.coordinator.journal_tally import Tallies, Tally
 from support.journals import PROCESS_SECONDS, answer, facts, fill, mib, program, small_disk
 from support.servers import private_folder
 from support.unprivileged import as_lonely_user
@@ -116,11 +117,11 @@ def test_another_programs_database_is_refused_and_left_alone(path: str, tmp_path
     assert list(tmp_path.iterdir()) == [Path(path)]
 
 
-@pytest.mark.parametrize("version", [0, 1, 3])
+@pytest.mark.parametrize("version", [0, 1, 2, 4])
 def test_another_format_is_refused_and_both_are_named(written: str, version: int) -> None:
     edit(written, f"PRAGMA user_version={version}")
     assert both_refuse(written) == (
-        f"{written}: is a journal of format {version}, and this nbdshard knows format 2; "
+        f"{written}: is a journal of format {version}, and this nbdshard knows format 3; "
         "use the version of nbdshard that made it"
     )
 
@@ -172,11 +173,11 @@ def sealed(path: str, statement: str) -> None:
         row = schema.JobRow(*connection.execute("SELECT * FROM job").fetchone()[:-1])
         tallies = []
         for table in (schema.DURABLE, schema.UNREADABLE):
-            tally = schema.Tally()
+            tally = Tally()
             for start, end in connection.execute(f"SELECT * FROM {table}"):
                 tally = tally.plus(start, end)
             tallies.append(tally)
-        connection.execute("UPDATE job SET seal = ?", (schema.seal(row, schema.Tallies(*tallies)),))
+        connection.execute("UPDATE job SET seal = ?", (schema.seal(row, Tallies(*tallies)),))
 
 
 @pytest.mark.parametrize(

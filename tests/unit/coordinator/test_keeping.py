@@ -10,7 +10,7 @@ import pytest
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import MIB
-from nbdshard.common.messages import Counters, EndpointDescription
+from nbdshard.common.messages import Counters, EndpointDescription, LeafRun
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Journal as Change
 from nbdshard.coordinator.job import Outcome, Verdict
@@ -27,8 +27,8 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "folder" / "job.journal")
 
 
-def keeper_at(path: str, *, keeps: bool = False, is_wanted: bool = False) -> Keeper:
-    return Keeper(lambda: path, lambda *_: facts(), keeps=keeps, is_wanted=is_wanted)
+def keeper_at(path: str, *, keeps: bool = False, is_wanted: bool = False, has_leaves: bool = False) -> Keeper:
+    return Keeper(lambda: path, lambda *_: facts(), keeps=keeps, is_wanted=is_wanted, has_leaves=has_leaves)
 
 
 def outcome(verdict: Verdict) -> Outcome:
@@ -121,3 +121,46 @@ def test_what_was_durable_while_there_was_no_room_is_written_when_there_is(
         assert again.endswith("the journal could be written again")
         keeper.end(outcome(Verdict.PAUSED))
         assert Journal.read(path).durable_bytes == 403 * MIB
+
+
+def with_leaves(start: int) -> Change:
+    """The MiB at `start` is durable, and this is the digest of its first leaf."""
+    return Change(durable=(mib(start, start + 1),), leaves=(LeafRun(start * MIB, b"\1" * 32),))
+
+
+def test_without_room_nothing_is_written_later_that_has_lost_its_digests(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "small") as folder:
+        path = str(folder / "job.journal")
+        keeper = keeper_at(path, has_leaves=True)
+        keeper.note(with_leaves(0), ENDS, SIZE)
+        filler = folder / "filler"
+        fill(filler)
+        for start in range(2, 102, 2):
+            keeper.note(with_leaves(start), ENDS, SIZE)
+        filler.unlink()
+        keeper.note(with_leaves(200), ENDS, SIZE)
+        full, again = capfd.readouterr().err.splitlines()
+        assert "there is no room left for the journal" in full
+        assert again.endswith("the journal could be written again")
+        keeper.end(outcome(Verdict.PAUSED))
+        with Journal.open(path) as journal:
+            written = journal.durable
+            starts = [run.start for run in journal.leaves(Range(0, SIZE))]
+        assert mib(200, 201) in written
+        assert len(written) < 52
+        assert starts == [piece.start for piece in written]
+
+
+def test_a_journal_that_claims_too_much_and_has_digests_ends_the_copy(path: str) -> None:
+    keeper = keeper_at(path, has_leaves=True)
+    keeper.note(with_leaves(0), ENDS, SIZE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="it is removed, and the digests in it"):
+            keeper.note(Change(demoted=(mib(0, 1),)), ENDS, SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not os.path.exists(path)
