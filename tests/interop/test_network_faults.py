@@ -13,7 +13,7 @@ import pytest
 
 from support import images, networks, processes
 from support.command import EXECUTABLE, Run, copy, started
-from support.networks import SERVER_ADDRESS, CannotHere, Network
+from support.networks import SERVER_ADDRESS, Network
 from support.servers import Server, at_socket, private_folder, running
 from support.waiting import wait_for
 
@@ -143,14 +143,16 @@ def test_a_machine_that_restarts_at_once_is_found_out_by_its_first_answer(ends: 
     images.assert_identical(ends.image, ends.copied)
 
 
-def test_a_network_that_loses_packets_slows_a_copy_and_no_more(ends: Ends) -> None:
-    try:
-        ends.net.lose(percent=3, delay_ms=2)
-    except CannotHere as error:
-        pytest.skip(f"packets cannot be lost here: {error}")
-    with ends.far(), ends.copying("--request-timeout", "20") as run:
-        run.wait(SECONDS).succeeded()
-    images.assert_identical(ends.image, ends.copied)
+@pytest.mark.parametrize("far", ["source", "destination"])
+def test_a_network_that_loses_packets_slows_a_copy_and_no_more(
+    image: Path, tmp_path: Path, ring: str, far: str, seed: int
+) -> None:
+    with networks.lossy_network(0.02, seed) as (net, cable), private_folder() as folder:
+        ends = Ends(net, far, image, images.empty_image(tmp_path / "copy", SIZE), folder)
+        with ends.near(), ends.far(), ends.copying("--ring", ring, "--request-timeout", "20") as run:
+            run.wait(SECONDS).succeeded()
+        assert cable.lost > 50
+    images.assert_identical(image, ends.copied)
 
 
 def test_a_black_hole_at_the_start_ends_with_the_connect_timeout(net: Network, tmp_path: Path) -> None:

@@ -8,9 +8,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import random
 import secrets
+import select
+import struct
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +24,8 @@ import pytest
 SERVER_ADDRESS = "10.231.2.2"
 CLIENT_ADDRESS = "10.231.1.2"
 COMMAND_SECONDS = 20.0
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+PACKET_BYTES_MAX = 65_536
 
 
 class CannotHere(Exception):
@@ -51,12 +58,6 @@ class Network:
         for address in (SERVER_ADDRESS, CLIENT_ADDRESS):
             _run("ip", "-n", self.router, "route", "del", "blackhole", address)
 
-    def lose(self, percent: float, delay_ms: float) -> None:
-        """The router loses so many of the packets in either direction, and holds up the others."""
-        for link in ("to-client", "to-server"):
-            netem = ("netem", "loss", f"{percent}%", "delay", f"{delay_ms}ms")
-            _run("tc", "-n", self.router, "qdisc", "add", "dev", link, "root", *netem)
-
     def unplug_server(self) -> None:
         """The server's machine is gone, and can tell nobody: what it sends from now on reaches no one."""
         _run("ip", "-n", self.router, "link", "delete", "to-server")
@@ -85,6 +86,83 @@ def network() -> Iterator[Network]:
         except CannotHere as error:
             pytest.skip(f"no network namespaces: {error}")
         yield net
+
+
+@contextlib.contextmanager
+def lossy_network(share: float, seed: int) -> Iterator[tuple[Network, LossyCable]]:
+    """Two machines, and between them a cable that loses so many of the packets."""
+    mark = secrets.token_hex(3)
+    net = Network(f"nbdt-{mark}-client", "", f"nbdt-{mark}-server")
+    with contextlib.ExitStack() as stack:
+        if os.geteuid() != 0:
+            pytest.skip("only root makes network namespaces")
+        try:
+            cable = stack.enter_context(contextlib.closing(LossyCable(share, random.Random(seed))))
+            for name in (net.client, net.server):
+                _run("ip", "netns", "add", name)
+                stack.callback(_run, "ip", "netns", "delete", name)
+            cable.plug_in(0, net.client, "10.231.2.1")
+            cable.plug_in(1, net.server, SERVER_ADDRESS)
+        except CannotHere as error:
+            pytest.skip(f"no network namespaces: {error}")
+        stack.callback(cable.unplug)
+        cable.start()
+        yield net, cable
+
+
+class LossyCable(threading.Thread):
+    """Carries packets between two TUN devices, and loses `share` of them. Needs no help of the kernel's (netem)."""
+
+    def __init__(self, share: float, chance: random.Random) -> None:
+        super().__init__(name="lossy cable")
+        self.carried = 0
+        self.lost = 0
+        self._share = share
+        self._chance = chance
+        self._wanted = os.eventfd(0, os.EFD_CLOEXEC)
+        self._ends: list[tuple[int, str]] = []
+        try:
+            self._ends = [_open_tun(), _open_tun()]
+        except OSError as error:
+            os.close(self._wanted)
+            raise CannotHere(f"/dev/net/tun: {error.strerror}") from None
+
+    def plug_in(self, end: int, machine: str, address: str) -> None:
+        device = self._ends[end][1]
+        _run("ip", "link", "set", device, "netns", machine)
+        _run("ip", "-n", machine, "address", "add", f"{address}/24", "dev", device)
+        _run("ip", "-n", machine, "link", "set", device, "up")
+
+    def run(self) -> None:
+        (one, _), (other, _) = self._ends
+        while True:
+            ready, _, _ = select.select([one, other, self._wanted], [], [])
+            if self._wanted in ready:
+                return
+            for end in ready:
+                packet = os.read(end, PACKET_BYTES_MAX)
+                if self._chance.random() < self._share:
+                    self.lost += 1
+                    continue
+                self.carried += 1
+                with contextlib.suppress(OSError):  # the machine is gone
+                    os.write(other if end == one else one, packet)
+
+    def unplug(self) -> None:
+        os.eventfd_write(self._wanted, 1)
+        self.join()
+
+    def close(self) -> None:
+        for number in (self._wanted, *(end for end, _ in self._ends)):
+            os.close(number)
+
+
+def _open_tun() -> tuple[int, str]:
+    """A new TUN device: its descriptor, and the kernel's name for it (include/uapi/linux/if_tun.h)."""
+    descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    request = struct.pack("16sH14x", b"nbdt%d", IFF_TUN | IFF_NO_PI)
+    name = fcntl.ioctl(descriptor, TUNSETIFF, request)[:16].rstrip(b"\0").decode()
+    return descriptor, name
 
 
 def _link(router: str, link: str, router_address: str, machine: str, address: str) -> None:
