@@ -125,6 +125,7 @@ class SimCoordinator:
         self._log(f"{name[:8]} > {message}")
         if isinstance(message, Hello):
             self._awaited.discard(name)
+            self._strangers.discard(name)  # it came when the one before was dead: it is ours
         error = getattr(message, "error", None)
         assert error is None or error.kind not in ("bug", "protocol"), f"worker {name[:8]}: {error.text}"
         self._act(self.scheduler.message(name, message, self._clock.now))
