@@ -43,6 +43,7 @@ class SimCoordinator:
         self.crashed = False
         self._heir: SimCoordinator | None = None  # at the same address
         self._strangers: set[str] = set()  # workers of those before
+        self._skew = 0.0  # its clock, against the world's
         self._job = job
         self._clock = clock
         self._chance = chance
@@ -66,6 +67,16 @@ class SimCoordinator:
             for process in self.processes.values():
                 self._clock.after(self._pace.seconds(), lambda process=process: process.kill("was orphaned"))  # type: ignore[misc]
 
+    def jump(self, seconds: float) -> None:
+        """Its clock is so much later all at once: its machine stood still, and nobody else's."""
+        self._skew += seconds
+        if not self.is_over:
+            self._arm()
+
+    @property
+    def _now(self) -> float:
+        return self._clock.now + self._skew
+
     def inherit(self, before: SimCoordinator) -> None:
         """Stand where `before` did: what its workers say, and queued for it, comes here."""
         before._heir = self
@@ -83,7 +94,7 @@ class SimCoordinator:
         if not self.is_over:
             self._log("stop by the user")
             self.stopped_at = self._clock.now if self.stopped_at is None else self.stopped_at
-            self._act(self.scheduler.stop("stopped by SIGINT", self._clock.now))
+            self._act(self.scheduler.stop("stopped by SIGINT", self._now))
 
     def start_worker(self) -> None:
         """One more worker process; it may be killed, but not by us, if the job's workers come from elsewhere."""
@@ -128,7 +139,7 @@ class SimCoordinator:
             self._strangers.discard(name)  # it came when the one before was dead: it is ours
         error = getattr(message, "error", None)
         assert error is None or error.kind not in ("bug", "protocol"), f"worker {name[:8]}: {error.text}"
-        self._act(self.scheduler.message(name, message, self._clock.now))
+        self._act(self.scheduler.message(name, message, self._now))
 
     def _ended(self, process: SimProcess, reason: str) -> None:
         """The process has ended; a local one is reaped, after its last messages."""
@@ -142,14 +153,14 @@ class SimCoordinator:
             return
         if name in self._awaited:
             self._awaited.discard(name)
-            self._act(self.scheduler.worker_unstartable(reason, self._clock.now))
+            self._act(self.scheduler.worker_unstartable(reason, self._now))
         else:
-            self._act(self.scheduler.worker_gone(name, reason, self._clock.now))
+            self._act(self.scheduler.worker_gone(name, reason, self._now))
 
     def _tick(self, when: float) -> None:
         if self._tick_at == when and not self.is_over:
             self._tick_at = -1.0
-            self._act(self.scheduler.tick(self._clock.now))
+            self._act(self.scheduler.tick(self._now))
 
     # -- what is done about it -----------------------------------------------------------------------------------------
 
@@ -186,7 +197,7 @@ class SimCoordinator:
         if isinf(deadline):
             self._tick_at = -1.0
             return
-        when = max(deadline, self._clock.now + 0.001)
+        when = max(deadline - self._skew, self._clock.now + 0.001)
         if when != self._tick_at:
             self._tick_at = when
             self._clock.at(when + self._pace.seconds(), lambda: self._tick(when))
@@ -221,4 +232,4 @@ class SimCoordinator:
 
     def _prepared(self) -> None:
         if not self.is_over:
-            self._act(self.scheduler.prepared(self._clock.now))
+            self._act(self.scheduler.prepared(self._now))

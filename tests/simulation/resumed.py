@@ -7,6 +7,7 @@ on the disk.
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -41,8 +42,9 @@ class BrokenPromise(AssertionError):
 class SimJournal:
     """The journal of a job through the lives of its coordinators."""
 
-    def __init__(self, folder: Path, job: Job) -> None:
+    def __init__(self, folder: Path, job: Job, chance: random.Random) -> None:
         self._folder = folder
+        self._chance = chance
         self._job = job
         self._lives = 0
         self._keeper = self._new_keeper()
@@ -66,7 +68,7 @@ class SimJournal:
         if journal is None:
             self._keeper = self._new_keeper()
             return replace(self._job, uuid=f"{self._job.uuid}, life {self._lives}")
-        opened = Journal.open(str(self._path))
+        opened = Journal.open(str(self._path), clock=lambda: self._chance.randrange(1 << 62))  # of the wall: it jumps
         assert opened.durable == self.durable, f"{opened.durable} is left of {self.durable}"
         facts = opened.facts
         self._keeper = Keeper(lambda: str(self._path), lambda *_: facts, journal=opened, keeps=True)
@@ -124,7 +126,7 @@ class ResumedSimulation(Simulation):
         """Until the job is complete. Raises AssertionError when something is wrong."""
         self.log(str(self.scenario))
         with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
-            self._journal = SimJournal(Path(folder), self.scenario.job)
+            self._journal = SimJournal(Path(folder), self.scenario.job, self.chance)
             try:
                 return self._run()
             finally:
@@ -187,6 +189,9 @@ class ResumedSimulation(Simulation):
         if chance.random() < 0.2:
             jump = self.scenario.job.lease_seconds * chance.choice((0.5, 2.0, 1000.0))
             clock.after(self._moment(), lambda: self._to_somebody("sees its clock jump", lambda it: it.jump(jump)))
+        if self.scenario.job.local_workers and chance.random() < 0.2:  # elsewhere, clocks are to go at the same rate
+            coordinator, leap = self.coordinator, self.scenario.job.lease_seconds * chance.choice((0.5, 2.0, 100.0))
+            clock.after(self._moment(), lambda: coordinator.jump(leap))
 
     def _crash_server(self) -> None:
         server = self.chance.choice((self.source, self.destination, self.destination))
