@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 
 from support import images
 from support.blkhash import blkhash, blkhash_of
-from support.command import copy, nbdshard
+from support.command import copy, nbdshard, started
 from support.servers import nbd_server, nbdkit, qemu_nbd
+from support.waiting import wait_for
 
 SIZE = 24 * images.MIB + 513
 
@@ -134,6 +136,19 @@ def test_writes_that_fail_and_are_repeated_are_not_hashed_twice(image: Path, tmp
     images.assert_identical(image, copied)
 
 
+def test_what_is_salvaged_counts_as_the_zeroes_that_are_written(image: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    bad = f'[ "$4" -lt 8192 -a "$(($3+$4))" -gt 4096 ] && {{ echo EIO >&2; exit 1; }}; dd if={image} skip=$4 count=$3'
+    script = [f"get_size=echo {SIZE}", f"pread={bad} iflag=skip_bytes,count_bytes status=none"]
+    with nbdkit("eval", *script) as source:
+        outcome = copy("--checksum", "--salvage", "--retries", "0", source.uri, copied)
+    outcome.failed(3)
+    assert outcome.out == f"{blkhash_of(copied)}  {source.uri}\n"
+    content = bytearray(image.read_bytes())
+    content[4096:8192] = bytes(4096)
+    assert copied.read_bytes() == content
+
+
 def test_a_destination_without_flush_does_not_change_it(image: Path, tmp_path: Path) -> None:
     copied = images.filled_image(tmp_path / "copy", SIZE)
     script = [
@@ -165,6 +180,21 @@ def test_a_copy_that_fails_has_none(image: Path) -> None:
     with nbdkit("memory", "1M") as small:
         outcome = copy("--checksum", image, small.uri).failed(1, saying=["smaller than the source"])
     assert outcome.out == ""
+
+
+def test_a_worker_that_is_killed_does_not_change_it(image: Path, tmp_path: Path) -> None:
+    copied, journal = images.filled_image(tmp_path / "copy", SIZE), tmp_path / "journal"
+    options = ("--checksum", "-T", "2", "--range-size", "1M", "--checkpoint", "0.1", "--journal", journal)
+    with (
+        nbdkit("file", str(image), flags=["-r"], filters=["rate"], threads=1, rate="40M") as source,
+        nbdkit("file", str(copied)) as destination,
+        started("copy", *options, source.uri, destination.uri) as run,
+    ):
+        wait_for("some of it to be durable", lambda: journal.exists() or run.process.poll() is not None)
+        os.kill(run.workers()[0], signal.SIGKILL)
+        outcome = run.wait().succeeded()
+    assert outcome.out == f"{blkhash_of(image)}  {source.uri}\n"
+    images.assert_identical(image, copied)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

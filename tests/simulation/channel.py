@@ -17,6 +17,7 @@ from nbdshard.common.messages import (
     AliveToo,
     FromCoordinator,
     FromWorker,
+    Leaves,
     Message,
     Progress,
     Written,
@@ -29,14 +30,14 @@ from simulation.clock import Pace, SimClock
 
 @dataclass(frozen=True, slots=True)
 class Mischief:
-    """Shares of the messages that may be treated so: Progress and heartbeats; Written may be doubled and overtaken."""
+    """Shares of messages that may be treated so: Progress, Leaves, heartbeats; Written may be doubled and overtaken."""
 
     lost: float = 0.0
     doubled: float = 0.0
     overtaken: float = 0.0
 
 
-_MAY_BE_LOST = (Progress, Alive, AliveToo)
+_MAY_BE_LOST = (Progress, Leaves, Alive, AliveToo)
 _MAY_BE_DOUBLED = (*_MAY_BE_LOST, Written)
 
 

@@ -71,11 +71,12 @@ class SimJournal:
         opened = Journal.open(str(self._path), clock=lambda: self._chance.randrange(1 << 62))  # of the wall: it jumps
         assert opened.durable == self.durable, f"{opened.durable} is left of {self.durable}"
         facts = opened.facts
-        self._keeper = Keeper(lambda: str(self._path), lambda *_: facts, journal=opened, keeps=True)
+        leaves = facts.options.checksum
+        self._keeper = Keeper(lambda: str(self._path), lambda *_: facts, journal=opened, keeps=True, has_leaves=leaves)
         self._keeper.resume()
         expected = (facts.source.description, facts.destinations[0].description)
         durable = tuple(opened.durable)
-        again = replace(self._job, is_resumed=True, durable=durable, expected=expected)
+        again = replace(self._job, is_resumed=True, durable=durable, earlier=opened, expected=expected)
         return replace(again, uuid=facts.uuid, epoch=opened.epoch)
 
     def close(self) -> None:
@@ -99,7 +100,8 @@ class SimJournal:
                 copy.rename(name)
 
     def _new_keeper(self) -> Keeper:
-        return Keeper(lambda: str(self._path), self._describe, keeps=True, is_wanted=True)
+        leaves = self._job.options.checksum
+        return Keeper(lambda: str(self._path), self._describe, keeps=True, is_wanted=True, has_leaves=leaves)
 
     def _describe(self, source: EndpointDescription, destination: EndpointDescription, size: int) -> JobFacts:
         job = self._job

@@ -19,6 +19,7 @@ from simulation.scenario import Disks, Scenario, Trouble, make_scenario
 from simulation.server import SimServer
 from simulation.server_rules import ServerRules
 from simulation.session import Session
+from support.blkhash import blkhash
 
 JOB_SECONDS_MAX = 60.0  # virtual, to the end of a job; some troubles are found out by long time-outs only
 JOB_SECONDS_MAX_OF = {Trouble.SILENT: 150.0, Trouble.VANISHING: 700.0, Trouble.LATE: 700.0}
@@ -282,6 +283,7 @@ class Simulation:
         assert outcome.size == size
         assert outcome.done == size, f"{outcome.counters} and {outcome.resumed} resumed of {size} bytes"
         _assert_same(disk.data, self._content, "the destination")
+        assert outcome.checksum == (blkhash(self._content) if self.scenario.job.options.checksum else "")
         job, rules = self.scenario.job, self.scenario.destination
         assert outcome.durable == (job.options.flush and (rules.can_flush or size == 0)), (
             f"durable is {outcome.durable}"
