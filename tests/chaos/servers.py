@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import random
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from support import processes
-from support.servers import Server, free_port, running
+from support.servers import Server, running
 
 RATE = "96M"  # bits a second: there is a middle to every copy
 THREADS = "--threads=1"  # nbdkit 1.32.5 aborts when a client vanishes with several replies under way
+
+# Below those that the kernel gives to whoever connects (ip_local_port_range): one that tries to reach a server which is
+# gone could be given its port, and even be connected with itself.
+PORTS = range(20_000, 30_000)
+
+
+def _lasting_port() -> int:
+    """A TCP port of 127.0.0.1 that is free, and will be again when its server is gone."""
+    while True:
+        port = random.choice(PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 class Place:
@@ -20,7 +38,7 @@ class Place:
     def __init__(self, kind: str, image: Path, folder: Path, transport: str, *, is_slow: bool) -> None:
         self._folder = folder
         self._path = folder / f"{image.name}.sock"
-        self._port = free_port() if transport == "tcp" else 0
+        self._port = _lasting_port() if transport == "tcp" else 0
         self._command = self._words(kind, str(image), is_slow=is_slow)
         self._stack = ExitStack()
         self._server: Server | None = None

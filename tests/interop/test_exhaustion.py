@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdshard.common.errors import UserError
-from nbdshard.coordinator.journal import Journal
 from support import images
 from support.command import EXECUTABLE, copy, nbdshard, started
-from support.journals import fill, small_disk
+from support.journals import durable_bytes, fill, small_disk
 from support.servers import Server, nbdkit, qemu_nbd
 from support.waiting import wait_for
 
@@ -33,13 +31,6 @@ def source(image: Path) -> Iterator[Server]:
     """Slow: a copy has a middle."""
     with nbdkit("file", str(image), "rate=128M", "burstiness=0.2", filters=["rate"], threads=1) as server:
         yield server
-
-
-def durable_bytes(journal: Path) -> int:
-    try:
-        return Journal.read(str(journal)).durable_bytes
-    except UserError:
-        return 0
 
 
 def more_room(folder: Path) -> None:

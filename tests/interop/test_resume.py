@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdshard.common.errors import UserError
-from nbdshard.coordinator.journal import Journal
 from support import images
 from support.blkhash import blkhash_of
 from support.command import Outcome, Run, copy, started
+from support.journals import durable_bytes
 from support.servers import at_socket, private_folder
 from support.waiting import wait_for
 
@@ -26,14 +25,6 @@ OPTIONS = ("--range-size", "4M", "--checkpoint", "0.2", "-C", "1", "-T", "1")
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return images.random_image(tmp_path_factory.mktemp("image") / "source", SIZE)
-
-
-def durable_bytes(journal: Path) -> int:
-    """What the journal has; 0 while there is none."""
-    try:
-        return Journal.read(str(journal)).durable_bytes
-    except UserError:
-        return 0
 
 
 class Scene:

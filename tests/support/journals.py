@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common.errors import UserError
 from nbdshard.common.limits import MIB
 from nbdshard.common.messages import EndpointAddress, EndpointDescription
 from nbdshard.common.ranges import Range
+from nbdshard.coordinator.journal import Journal
 from nbdshard.coordinator.journal_facts import JobFacts, JournaledEnd, LocalFile, ResultOptions
 
 UUID = "6f1c0b1e-0d5e-4d55-9f0e-3a2c2c9d7e11"
@@ -34,6 +36,14 @@ def facts(size: int = SIZE) -> JobFacts:
 def mib(start: int, end: int) -> Range:
     """[start, end) in MiB."""
     return Range(start * MIB, end * MIB)
+
+
+def durable_bytes(journal: Path) -> int:
+    """What the journal has; 0 while there is none."""
+    try:
+        return Journal.read(str(journal)).durable_bytes
+    except UserError:
+        return 0
 
 
 @contextlib.contextmanager
