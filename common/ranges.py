@@ -49,6 +49,16 @@ class Range(msgspec.Struct, frozen=True, order=True):
         return f"[{self.start}, {self.end})"
 
 
+def are_apart(pieces: Iterable[Range], within: Range) -> bool:
+    """Whether `pieces` are in order, with a gap between any two, and within `within`."""
+    end = within.start - 1
+    for piece in pieces:
+        if piece.start <= end or piece.end > within.end:
+            return False
+        end = piece.end
+    return True
+
+
 class RangeSet:
     """A set of bytes kept as sorted, disjoint, non-adjacent ranges.
 

@@ -27,12 +27,13 @@ from nbdshard.common.limits import (
     WRITTEN_LEASES_MAX,
 )
 from nbdshard.common.messages import ErrorReport, Failed, Flush, Flushed, Lease, Leaves, Noted, Progress, Written
-from nbdshard.common.ranges import Range, RangeSet
+from nbdshard.common.ranges import Range, RangeSet, are_apart
 from nbdshard.coordinator.crew import Crew, Outbox
 from nbdshard.coordinator.ending import error_line
 from nbdshard.coordinator.instructions import Journal
 from nbdshard.coordinator.job import Job
 from nbdshard.coordinator.leases import Granted, Ledger
+from nbdshard.coordinator.lives import Lives
 from nbdshard.coordinator.planner import Plan
 from nbdshard.coordinator.states import RangeState, WorkerState
 from nbdshard.coordinator.workers import FlushAsked, Worker
@@ -70,6 +71,7 @@ class Copying:
         self._bytes_written = 0  # since the last checkpoint
         self.ledger = Ledger(plan, job.durable, job.unreadable)
         self._checksum = _begin_checksum(job, self.ledger) if job.options.checksum else None
+        self._lives = Lives(job, plan)
         self.repeatable = plan.repeatable
         self.undurable = False  # a server without FLUSH took some of it
         self.dropped = 0  # late reports
@@ -147,8 +149,8 @@ class Copying:
                 whole = message.end - granted.range.start
             if message.done.total != whole:
                 return _blame(f"it reported {message.done.total} of {whole} bytes of a lease as all of it")
-            where = Range(granted.range.start, granted.range.start + whole) if whole else None
-            if message.unreadable and not (self._job.options.salvage and where and _are_in(where, message.unreadable)):
+            places = message.unreadable
+            if places and not (self._job.options.salvage and are_apart(places, granted.range)):
                 return _blame("it told of unreadable places that are none of its lease's")
             if self._checksum is not None:
                 runs = granted.runs
@@ -188,10 +190,31 @@ class Copying:
         self.consider(worker)
         return None if again else Trouble(f"{text} ({RETURNS_PER_RANGE} times for {_named(granted)})")
 
-    def lost(self, worker: Worker, why: str, *, attempt: bool) -> Trouble | None:
+    def connected(self, worker: Worker, instance: str, now: float) -> Trouble | None:
+        """`worker` has connections, and was told of this life of the destination's server; "": of none (lives.py)."""
+        is_the_same = instance != "" and instance == worker.instance
+        worker.instance = instance
+        was_kept = self._lives.waiting.pop(worker.identity, None) is not None
+        trouble = None
+        if self._lives.begins_another(instance) or (was_kept and not is_the_same):
+            trouble = self._distrust(0, "the destination's server was started again")
+        if worker.written:
+            self._wrote(worker, now)
+        return trouble
+
+    def give_up_waiting(self) -> Trouble | None:
+        """Nothing else is left to do: what those wrote who are not connected, others copy again."""
+        trouble = None
+        while self._lives.waiting and trouble is None:
+            _, worker = self._lives.waiting.popitem()
+            trouble = self._given_back(worker.written, f"worker {worker.name} is not connected")
+        return trouble
+
+    def lost(self, worker: Worker, why: str, *, attempt: bool, returns: bool = False) -> Trouble | None:
         """What `worker` holds does not count any more: its leases, and what it wrote and no flush covers.
 
-        `attempt`: its leases have used up one of their attempts, because they may be what ended it.
+        `attempt`: its leases have used up one of their attempts, because they may be what ended it. `returns`: it lost
+        its connections only, and what it wrote may be proved to be still there.
         """
         self._wishing.pop(worker.identity, None)
         self._unflushed.pop(worker.identity, None)
@@ -204,9 +227,10 @@ class Copying:
             if not self.ledger.give_back(granted, attempt=attempt):
                 most = ATTEMPTS_PER_RANGE if attempt else RETURNS_PER_RANGE
                 trouble = trouble or Trouble(f"{_named(granted)} was lost {most} times: {why}")
-        for granted in list(holding.written.values()):
-            if not self.ledger.give_back(granted, attempt=False):
-                trouble = trouble or Trouble(f"{_named(granted)} was lost {RETURNS_PER_RANGE} times: {why}")
+        if not (returns and self._lives.keep(worker)):
+            self._lives.waiting.pop(worker.identity, None)
+            given_back = self._given_back(worker.written, why)
+            trouble = trouble or given_back
         if worker.identity in self._unanswered:
             found = self._flush_lost(worker, why)
             trouble = trouble or found
@@ -270,7 +294,8 @@ class Copying:
             return self._flush_failed(worker, message.error)
         self.moved = True
         written = worker.holding.written
-        covered = [written[number] for number in set(message.leases) & written.keys()]
+        kept = {number for number in asked.leases & written.keys() if written[number].is_kept and message.durable}
+        covered = [written[number] for number in (kept | set(message.leases)) & written.keys()]
         for granted in covered:
             if message.durable:
                 self.ledger.cover(granted, self._flush_number)
@@ -323,12 +348,17 @@ class Copying:
         """How the flush of `worker` ended will never be known. The kernel tells of a lost write-back once, and it may
         have told this one: all that was written in the job until now, or covered since this flush was sent, does not
         count any more."""
-        flush = self._unanswered[worker.identity]
+        trouble = self._distrust(self._unanswered[worker.identity], why)
+        self._answered(worker)
+        return trouble
+
+    def _distrust(self, flush: int, why: str) -> Trouble | None:
+        """Copy again all that is written, is under way, or was covered since `flush` was sent."""
         self._demoted(self.ledger.covered_since(flush))
         given_back = self.ledger.demote(flush)
         self._unflushed.clear()
+        self._lives.waiting.clear()
         self._suspect_before = self.ledger.next_number
-        self._answered(worker)
         return self._failed_of(given_back, why)
 
     def _demoted(self, ranges: Iterable[Range]) -> None:
@@ -446,16 +476,6 @@ class Copying:
                 raise BugError(f"worker {worker.name} is to be flushed for nothing")
             if worker.flush is not None and self._unanswered.get(worker.identity) != worker.flush.number:
                 raise BugError(f"the flush of worker {worker.name} is not waited for")
-
-
-def _are_in(where: Range, pieces: Iterable[Range]) -> bool:
-    """Whether `pieces` are in order, apart from one another, and within `where`."""
-    end = where.start - 1
-    for piece in pieces:
-        if piece.start <= end or piece.end > where.end:
-            return False
-        end = piece.end
-    return True
 
 
 def _begin_checksum(job: Job, ledger: Ledger) -> ImageChecksum:

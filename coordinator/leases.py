@@ -44,6 +44,7 @@ class Granted(msgspec.Struct, eq=False):
     done: Counters = NOTHING
     end: int = 0
     unreadable: tuple[Range, ...] = ()  # zeroes were written there for what the source could not read
+    is_kept: bool = False  # its connections are gone, and the server proves that what it acknowledged is still there
     covered_after: int = 0  # the last flush that had been sent when one covered it
     leaves: dict[int, LeafRun] | None = None  # by their start, in a job with a checksum: what has come so far
 

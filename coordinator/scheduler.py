@@ -325,6 +325,7 @@ class Scheduler(Membership):
         self._crew.opened(worker, *numbers)
         self._ended_unopened = 0
         if self._copying is not None:
+            self._trouble(worker, self._copying.connected(worker, destination.hints.instance, self._now))
             self._copying.consider(worker)
 
     def _scouted(self, scout: Worker, source: EndpointDescription, destination: EndpointDescription) -> None:
@@ -344,6 +345,7 @@ class Scheduler(Membership):
             return
         self._crew.adopt(plan, scout, source, destination)
         self._copying = Copying(self._job, plan, self._crew, self._out)
+        self._copying.connected(scout, destination.hints.instance, self._now)
         self._moved_at = self._now
         if self._job.destination_grows:
             self._crew.is_open = False
@@ -374,7 +376,7 @@ class Scheduler(Membership):
             self._fail(text)
         elif self._may_return(worker, message.error):
             if worker.state is WorkerState.READY and self._copying is not None:
-                self._trouble(worker, self._copying.lost(worker, text, attempt=False))
+                self._trouble(worker, self._copying.lost(worker, text, attempt=False, returns=True))
             if self._ending is None:
                 self._last_reason = text
                 self._lost_side = message.error.side
@@ -429,6 +431,9 @@ class Scheduler(Membership):
 
     def _press_on(self, copying: Copying) -> None:
         copying.work_on_checksum(self._now)
+        if self._crew.ready_count and not copying.ledger.unwritten and (trouble := copying.give_up_waiting()):
+            self._fail(trouble.text)
+            return
         if self._now >= self._grant_from:
             copying.grant()
         if copying.ledger.unwritten:

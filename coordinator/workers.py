@@ -7,7 +7,7 @@ from math import inf
 import msgspec
 
 from nbdshard.common.messages import Hello
-from nbdshard.coordinator.leases import Holding
+from nbdshard.coordinator.leases import Granted, Holding
 from nbdshard.coordinator.states import WORKERS, WorkerEvent, WorkerState
 
 
@@ -38,6 +38,7 @@ class Worker(msgspec.Struct, eq=False):
     took_part: bool = False
     killed: bool = False
     replaceable: bool = True  # another one may do better: not after the server turned it away
+    instance: str = ""  # the life of the destination's server that it found last; "": the server names none
     why: str = ""  # it was told to stop, or killed
     leave_by: float = inf  # when it must have left, once it was told to stop or killed
     open_by: float = inf  # when the scout must have opened both sides
@@ -59,6 +60,11 @@ class Worker(msgspec.Struct, eq=False):
     def ever_leased(self) -> bool:
         """Whether it may have written to the destination."""
         return self.holding is not None
+
+    @property
+    def written(self) -> list[Granted]:
+        """The leases it wrote that no flush covers."""
+        return list(self.holding.written.values()) if self.holding is not None else []
 
     def step(self, event: WorkerEvent) -> None:
         self.state = WORKERS.step(self.state, event, self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nbdshard.common.errors import UserError
+from nbdshard.common.errors import ConnectionLost, UserError
 from nbdshard.common.messages import Assign, DataPath, EndpointDescription, Side
 from nbdshard.worker.opening import OpenConnection
 
@@ -17,9 +17,16 @@ def check_agreement(assign: Assign, side: Side, found: EndpointDescription) -> N
 
 
 def check_likeness(assign: Assign, side: Side, found: EndpointDescription, first: EndpointDescription) -> None:
-    """Refuse a further connection that leads to something else than the `first` to that side. Raises UserError."""
+    """Refuse a further connection that leads to something else than the `first` to that side. Raises UserError.
+
+    Raises ConnectionLost where the destination's server was started again in between: what the first one wrote may be
+    lost, and only who connects anew says so (coordinator/lives.py).
+    """
     if not found.agrees_with(first, any_size=_grows(assign, side)):
         raise UserError("differs from one connection to the next (size, flags or block sizes)", found.peer)
+    lives = {found.hints.instance, first.hints.instance} - {""}
+    if side == "destination" and len(lives) > 1:
+        raise ConnectionLost(found.peer, "connecting", "the server was started again meanwhile")
 
 
 def _grows(assign: Assign, side: Side) -> bool:

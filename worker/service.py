@@ -411,7 +411,7 @@ class Worker:
                 source, destination = crew.first_pair() or _bug("no connection is up")
                 like = source if side == "source" else destination
                 check_likeness(assign, side, connection.description, like.description)
-            except UserError as error:
+            except (UserError, ConnectionLost) as error:
                 self._open_failed(error, side)
                 return
             self._join(self._copier, side, connection)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.coordinator.journal import Journal
 from support import images
 from support.command import copy, nbdshard
-from support.doubles import OPT_LIST_META_CONTEXT, Double, Request, Talk
+from support.doubles import CMD_WRITE, OPT_LIST_META_CONTEXT, Double, Request, Talk
 from support.servers import Server, nbd_server, nbdkit, qemu_nbd
 
 SIZE = 4 * images.MIB
@@ -118,3 +119,69 @@ def test_a_server_is_waited_for_as_long_as_it_hints_unless_the_user_says_somethi
     with double.running() as listening:
         outcome = copy(*options, listening.uri, "null:")
     outcome.failed(75, saying=["source", f"it was waited for {'2' if options else '1'} s"])
+
+
+class Restless(Double):
+    """Hangs up in the middle of the sixth write, once. `restarts`: another life of it begins then."""
+
+    restarts = False
+
+    def write(self, talk: Talk, request: Request, data: bytes) -> None:
+        if self.count(CMD_WRITE) == 6 and talk.number == 1:
+            if self.restarts:
+                self.hints = HINTS.replace("6f1c", "7777")
+            talk.hang_up()
+        super().write(talk, request, data)
+
+    def writes_at(self, offset: int) -> int:
+        with self.lock:
+            return sum(each.command == CMD_WRITE and each.offset == offset for each in self.requests)
+
+
+class Restarting(Restless):
+    """What it acknowledged and had not flushed is lost."""
+
+    restarts = True
+
+    def write(self, talk: Talk, request: Request, data: bytes) -> None:
+        try:
+            super().write(talk, request, data)
+        except EOFError:
+            self.content[:] = bytes(len(self.content))
+            raise
+
+
+@pytest.mark.parametrize(
+    ("double", "hints", "times"),
+    [(Restless, HINTS, 1), (Restless, "", 2), (Restarting, HINTS, 2)],
+    ids=["same life", "no life named", "another life"],
+)
+def test_what_a_server_acknowledged_in_the_same_life_is_not_written_again(
+    tmp_path: Path, ring: str, double: type[Restless], hints: str, times: int
+) -> None:
+    image = images.random_image(tmp_path / "source", 12 * images.MIB)
+    journal = tmp_path / "journal"
+    destination = double(bytearray(12 * images.MIB), hints=hints)
+    words = ("-C", "1", "-T", "1", "--range-size", "1M", "--checkpoint", "10m", "--ring", ring)
+    with destination.running() as listening:
+        copy(*words, "--journal", journal, "--keep-journal", image, listening.uri).succeeded()
+    assert bytes(destination.content) == image.read_bytes()
+    assert destination.writes_at(0) == times
+    with Journal.open(str(journal)) as kept:
+        assert kept.facts.destinations[0].description.hints.instance == (UUID if hints else "")
+
+
+def test_a_destination_that_is_another_one_on_the_second_connection_was_started_again(tmp_path: Path) -> None:
+    class Restarted(Double):
+        """Its first connection was to an earlier life."""
+
+        def negotiate(self, talk: Talk) -> bool:
+            self.hints = HINTS if talk.number == 1 else HINTS.replace("6f1c", "7777")
+            return super().negotiate(talk)
+
+    image = images.random_image(tmp_path / "source", 16 * images.MIB)
+    destination = Restarted(bytearray(16 * images.MIB))
+    with destination.running() as listening:
+        outcome = copy("-v", "-C", "2", "-T", "1", image, listening.uri).succeeded()
+    assert bytes(destination.content) == image.read_bytes()
+    assert "the server was started again meanwhile" in outcome.err

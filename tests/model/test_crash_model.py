@@ -6,6 +6,8 @@ coordinators with one wrong order each: the same world finds every one of them o
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from msgspec.structs import replace
 
@@ -34,6 +36,9 @@ EVERYTHING = Faults(
     flush_fails=0.1,
     coordinator_crash=0.01,
 )
+
+
+LIVES = dataclasses.replace(EVERYTHING, tells_lives=True, restart_server=0.2, drop_connection=0.1)
 
 
 def resumed_until_complete(seed: int, faults: Faults, **changes: object) -> World:
@@ -72,6 +77,11 @@ def test_flushes_that_fail_and_flushes_that_are_lost_cost_no_byte(seed: int) -> 
 def test_a_coordinator_that_crashes_again_and_again_comes_forward(seed: int) -> None:
     world = resumed_until_complete(seed, Faults(until=1000.0, coordinator_crash=0.02))
     assert world.coordinator_crashes <= 200
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_server_that_names_its_lives_is_believed_as_far_as_that_proves_something(seed: int) -> None:
+    resumed_until_complete(seed, LIVES, loss_seconds=30.0, local_workers=seed % 2 == 0)
 
 
 # -- mutants -----------------------------------------------------------------------------------------------------------
@@ -153,6 +163,20 @@ class ForgetsWhatTheJournalHas(Copying):
         super().__init__(replace(job, durable=()), plan, crew, outbox)
 
 
+class TakesAnyLifeForTheSame(Copying):
+    """A server that was started again has lost what it had not flushed."""
+
+    def connected(self, worker: Worker, instance: str, now: float) -> Trouble | None:
+        return super().connected(worker, instance[8:], now)
+
+
+class TakesSilenceForProof(Copying):
+    """Who comes back is taken to have found what it left."""
+
+    def connected(self, worker: Worker, instance: str, now: float) -> Trouble | None:
+        return super().connected(worker, "the same", now)
+
+
 MUTANTS = [
     JournalsWhatIsWritten,
     CreditsTheFlushOfAnotherWorker,
@@ -167,10 +191,23 @@ MUTANTS = [
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_coordinator_with_a_wrong_order_is_found_out(mutant: type[Copying], monkeypatch: pytest.MonkeyPatch) -> None:
+    found_out(mutant, EVERYTHING, monkeypatch)
+
+
+@pytest.mark.parametrize("mutant", [CreditsTheFlushOfAnotherWorker, JournalsWhatIsWritten, TakesAnyLifeForTheSame])
+def test_so_is_one_with_a_server_that_names_its_lives(mutant: type[Copying], monkeypatch: pytest.MonkeyPatch) -> None:
+    found_out(mutant, LIVES, monkeypatch, loss_seconds=30.0)
+
+
+def test_without_lives_nothing_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    found_out(TakesSilenceForProof, dataclasses.replace(LIVES, tells_lives=False), monkeypatch, loss_seconds=30.0)
+
+
+def found_out(mutant: type[Copying], faults: Faults, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
     monkeypatch.setattr(scheduler, "Copying", mutant)
     for seed in range(400):
         try:
-            resumed_until_complete(seed, EVERYTHING)
+            resumed_until_complete(seed, faults, **changes)
         except BrokenPromise:
             return
     pytest.fail(f"{mutant.__name__} passed for a coordinator that keeps its promises")

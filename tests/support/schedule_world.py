@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from nbdshard.common import messages
 from nbdshard.common.limits import MIB
 from nbdshard.common.messages import Counters, EndpointDescription, FromCoordinator, FromWorker
+from nbdshard.common.nbd.hints import Hints
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Journal, Kill, Prepare, Send, Start
 from nbdshard.coordinator.job import Job, Outcome
@@ -53,6 +54,7 @@ class Faults:
     ignores_stop: float = 0.0
     flush_fails: float = 0.0
     coordinator_crash: float = 0.0  # for each instruction
+    tells_lives: bool = False  # the destination's server names its life, which is another one after each restart
 
 
 @dataclass(eq=False, slots=True)
@@ -101,6 +103,7 @@ class World:
         self.coordinator_crashes = 0
         self.given_up: set[str] = set()
         self.lease_ranges: dict[int, messages.Lease] = {}
+        self.life = 0
         self._names = (f"w{number}" for number in count())
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
@@ -303,8 +306,10 @@ class World:
         self.later(1.0, self._maybe_restart_server)
         if self.chance(self.faults.restart_server):
             self.cached.clear()
+            self.life += 1
             for process in list(self.processes.values()):
-                self.lose_connections(process, reopens=True)
+                notices = not self.faults.tells_lives or self.random.random() < 0.5
+                self.lose_connections(process, reopens=notices)
 
     # -- what a worker does --------------------------------------------------------------------------------------------
 
@@ -346,8 +351,14 @@ class World:
         process.is_open = True
         sources = self.random.randint(1, process.share[0]) if self.source.can_multi_conn else 1
         targets = self.random.randint(1, process.share[1]) if self.destination.can_multi_conn else 1
-        self.say(process, schedules.opened(self.source, self.destination, (sources, targets)))
+        self.say(process, schedules.opened(self.source, self._described(), (sources, targets)))
         self.want(process)
+
+    def _described(self) -> EndpointDescription:
+        """The destination as it is now."""
+        if not self.faults.tells_lives:
+            return self.destination
+        return replace(self.destination, hints=Hints(instance=f"{self.life:08x}-0000-4000-8000-000000000000"))
 
     def want(self, process: Process) -> None:
         room = 2 - len(process.leases)
@@ -394,6 +405,9 @@ class World:
                 for unit in units_of(self.lease_ranges[lease].range):
                     if self.cached.get(unit) == (process.name, generation):
                         self.durable.add(unit)
+            if self.faults.tells_lives and self.destination.can_multi_conn and generation == process.generation:
+                # A flush on any connection is one for all; here for the same worker's, whose connections are gone.
+                self.durable.update(unit for unit, (name, _) in self.cached.items() if name == process.name)
             process.covered.difference_update(covered)
         answer = messages.Flushed(schedules.UUID, schedules.EPOCH, asked.flush, covered, True, failure)
         self.later(self.random.uniform(0.0, 1.0), lambda: self.answer(process, answer, generation))
