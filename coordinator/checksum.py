@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from nbdshard.common.blkhash import Root, leaves_in
 from nbdshard.common.errors import BugError
-from nbdshard.common.limits import EARLIER_STEP_BYTES, LEAF_BYTES
+from nbdshard.common.limits import DIGEST_RUN_BYTES, EARLIER_STEP_BYTES, LEAF_BYTES
 from nbdshard.common.messages import LeafRun
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.job import EarlierLeaves
@@ -49,7 +49,7 @@ class ImageChecksum:
     def add(self, where: Range, runs: Sequence[LeafRun]) -> None:
         """`where` is settled; `runs`, in order, are the digests of its leaves."""
         self._waiting[where.start] = where, runs
-        self.held_bytes += sum(run.memory_bytes for run in runs)
+        self.held_bytes += _memory_of(runs)
         self._take_waiting()
 
     def step(self) -> None:
@@ -78,7 +78,7 @@ class ImageChecksum:
     def _take_waiting(self) -> None:
         while (found := self._waiting.pop(self._end, None)) is not None:
             where, runs = found
-            self.held_bytes -= sum(run.memory_bytes for run in runs)
+            self.held_bytes -= _memory_of(runs)
             self._take(where, runs)
 
     def _take(self, where: Range, runs: Sequence[LeafRun]) -> None:
@@ -92,3 +92,8 @@ class ImageChecksum:
             at = run.end
         self._root.zeroes(max(0, where.end - at) // LEAF_BYTES)
         self._end = where.end
+
+
+def _memory_of(runs: Sequence[LeafRun]) -> int:
+    """About what a range takes that waits; one without data, too, as there may be millions of them."""
+    return DIGEST_RUN_BYTES + sum(run.memory_bytes for run in runs)

@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from support import images
+from support.blkhash import blkhash_of
 from support.command import Run, nbdshard, started
 from support.doubles import CMD_WRITE, Double, Request, Talk, double
 from support.servers import nbdkit
@@ -64,6 +65,18 @@ class TakesNothingFromOneAlone(Double):
     def write(self, talk: Talk, request: Request, data: bytes) -> None:
         wait_for("a write on another connection", lambda: len(writers(self)) >= 2)
         super().write(talk, request, data)
+
+
+def test_workers_over_tcp_make_a_checksum_together(source_image: Path, destination_image: Path, ring: str) -> None:
+    with (
+        nbdkit("file", str(source_image), flags=["-r"]) as source,
+        nbdkit("file", str(destination_image)) as destination,
+        coordinator(source.uri, destination.uri, "--checksum", "--range-size", "4M") as job,
+        workers(address_of(job), ring),
+    ):
+        outcome = job.wait().succeeded()
+    assert outcome.out == f"{blkhash_of(source_image)}  {source.uri}\n"
+    assert blkhash_of(destination_image) == blkhash_of(source_image)
 
 
 def test_two_workers_over_tcp_copy_and_end_with_the_job(source_image: Path, ring: str) -> None:
