@@ -22,6 +22,7 @@ from typing import Final
 from chaos.faults import FAULTS_PER_COPY, SERVER_KINDS, Fault, Kind, Shape, fault, shape
 from chaos.servers import Place
 from support import cutting, images, processes
+from support.blkhash import blkhash_of
 from support.command import Outcome, Run, started
 from support.servers import private_folder
 from support.waiting import wait_for
@@ -121,6 +122,7 @@ class Copy:
                 self._next_fault(run)
                 outcome = self._watch(run)
             if outcome is not None and outcome.code == 0:
+                self._check_sum(outcome)
                 return
         raise AssertionError(f"it was not complete after {RESUMPTIONS_MAX} runs")
 
@@ -129,6 +131,7 @@ class Copy:
         shape = self._shape
         words = ["copy", *OPTIONS, "--ring", shape.ring, "--data-path", shape.data_path]
         words += ["-T", str(shape.workers), "-C", str(shape.connections), "--range-size", f"{shape.range_mib}M"]
+        words += ["--checksum"] if shape.checksum else []
         words += ["--journal", str(self._journal), *(["--resume"] if resumes else [])]
         self._tell("resume" if resumes else "begin")
         with started(*words, *(place.uri for place in self._places.values())) as run:
@@ -177,6 +180,12 @@ class Copy:
         )
         assert ended.returncode == 0, f"the copy differs: {ended.stdout}{ended.stderr}"
         self._tell("identical")
+
+    def _check_sum(self, outcome: Outcome) -> None:
+        """Through all resumptions it is that of the whole image."""
+        if self._shape.checksum:
+            expected = blkhash_of(self._image)
+            assert outcome.out.split()[:1] == [expected], f"{expected} is the image's checksum\n{outcome}"
 
     def _remove_journal(self) -> None:
         for suffix in ("", "-wal", "-shm"):

@@ -73,6 +73,7 @@ class Shape:
     workers: int
     connections: int
     range_mib: int
+    checksum: bool
 
 
 # Kinds of servers, source and destination. nbdkit is the one that can be slow, so one side is always nbdkit's. Its
@@ -113,4 +114,5 @@ def shape(seed: int, number: int) -> Shape:
         workers=chance.randint(2, 4),
         connections=chance.choice((1, 4, 4, 8)),
         range_mib=chance.choice((1, 2, 4, 8)),
+        checksum=chance.random() < 0.4,
     )
