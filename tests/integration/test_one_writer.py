@@ -98,3 +98,30 @@ def test_the_role_of_a_writer_that_is_stopped_moves_when_it_has_let_go(tmp_path:
     assert given_up
     images.assert_identical(image, copied)
     assert connections_most(log) == 1
+
+
+def test_a_local_writer_that_is_stopped_for_too_long_is_killed_and_replaced(tmp_path: Path) -> None:
+    """It may be silent for ten seconds; its role, and its ranges, move when it is reaped."""
+    image, log = images.random_image(tmp_path / "image", SIZE), tmp_path / "log"
+    copied = images.empty_image(tmp_path / "copy", SIZE)
+    with (
+        nbdkit("file", str(image), "rate=96M", "burstiness=0.2", filters=["rate"], threads=1) as source,
+        nbdkit(
+            "file",
+            str(copied),
+            "multi-conn-mode=disable",
+            f"logfile={log}",
+            filters=["log", "multi-conn"],
+            tcp=True,
+            threads=1,
+        ) as destination,
+        started("copy", "-T", "2", "--range-size", "4M", source.uri, destination.uri) as run,
+    ):
+        port = int(destination.uri.rpartition(":")[2].strip("/"))
+        wait_for("a beginning", lambda: images.allocated_bytes(copied) > 4 * MIB or run.process.poll() is not None)
+        (writer,) = [pid for pid in run.workers() if is_connected(pid, port)]
+        os.kill(writer, signal.SIGSTOP)
+        run.wait(60).succeeded()
+        assert not processes.alive(writer)
+    images.assert_identical(image, copied)
+    assert connections_most(log) == 1
