@@ -61,6 +61,10 @@ LEAF_BYTES: Final = 64 * KIB  # of a checksum: nbdcopy's blkhash; ranges are cut
 CHECKSUM_RANGE_BYTES_MAX: Final = GIB  # with a checksum: its worker holds 32 bytes for each leaf of a range, 512 KiB
 ZERO_RUNS_MAX: Final = 256  # runs of zeroes a lease holds back to coalesce them
 ZERO_BYTES_MAX: Final = GIB  # one WRITE_ZEROES (the length field has 32 bits)
+DIFFERENCE_BYTES: Final = 512  # two sides differ by whole blocks of this: a sector, so what a disk damages
+DIFFERENCE_SEARCH_BYTES: Final = 32 * KIB  # compared at once in a payload that differs, before its blocks are
+DIFFERENCES_MAX: Final = 64  # ranges that differ, of one lease and of a job: to look at, and few in a message
+DIFFERENCES_SHOWN_MAX: Final = 10  # of them on a terminal
 
 # -- the ring ---------------------------------------------------------------------------------------------------------
 RING_OPERATIONS_MAX: Final = 8192  # in flight; io_uring's completion queue has as many entries, so it cannot overflow

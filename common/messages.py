@@ -18,6 +18,7 @@ import msgspec
 from nbdshard.common.errors import ProtocolError
 from nbdshard.common.limits import (
     CONNECT_SECONDS,
+    DIFFERENCES_MAX,
     DIGEST_RUN_BYTES,
     HANDSHAKE_SECONDS,
     LEAF_BYTES,
@@ -41,6 +42,8 @@ Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=86_400.0)]
 Moment: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]  # seconds on the clock of one worker, and of no one else
 Side: TypeAlias = Literal["source", "destination"]
 DataPath: TypeAlias = Literal["auto", "splice", "buffer"]  # how payload gets from one side to the other
+# What is done with a lease: its bytes are copied; or those of two ends compared; or those that were copied read back.
+Mode: TypeAlias = Literal["copy", "compare", "read-back"]
 # A job has a list of destinations; this version takes exactly one.
 JustOne = msgspec.Meta(min_length=1, max_length=1)
 
@@ -54,7 +57,7 @@ class EndpointAddress(Record, frozen=True):
 
     `kind` "nbd": `address` is an NBD URI. "file": an absolute path of a file or block device, which must still be the
     inode `identity` names. "stream": standard input or output, inherited as descriptor number `address`. "null":
-    nothing. `read_only` endpoints are opened so.
+    nothing.
     """
 
     kind: Literal["nbd", "file", "stream", "null"]
@@ -110,6 +113,7 @@ class JobOptions(Record, frozen=True):
     attempts: Annotated[int, msgspec.Meta(ge=1, le=RETRIES_MAX + 1)] = RETRIES + 1  # of one read or write
     salvage: bool = False  # what the source cannot read is written as zeroes
     checksum: bool = False  # digests of what is read go with every lease
+    mode: Mode = "copy"
 
 
 class ErrorReport(Record, frozen=True):
@@ -127,17 +131,19 @@ class ErrorReport(Record, frozen=True):
 class Counters(Record, frozen=True):
     """Bytes of one lease that are complete, by what became of them. Absolute, never a difference.
 
-    `spliced` are those of the copied ones that never entered user space.
+    `spliced` are those of the copied ones that never entered user space. In a comparison there are `compared` ones,
+    which were read from one side at least, and `skipped` ones, which both sides said are zeroes.
     """
 
     copied: Count = 0
     zeroed: Count = 0
     skipped: Count = 0
     spliced: Count = 0
+    compared: Count = 0
 
     @property
     def total(self) -> int:
-        return self.copied + self.zeroed + self.skipped
+        return self.copied + self.zeroed + self.skipped + self.compared
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
@@ -239,6 +245,19 @@ class Written(JobMessage, frozen=True):
     leaves: Count = 0
 
 
+class Compared(JobMessage, frozen=True):
+    """Every byte of the lease was compared. Sent again until `Noted`.
+
+    `differing`: bytes in the blocks of DIFFERENCE_BYTES that differ. `differences`: the first of those, in order,
+    neighbours as one range.
+    """
+
+    lease: Count
+    done: Counters
+    differing: Count = 0
+    differences: Annotated[tuple[Range, ...], msgspec.Meta(max_length=DIFFERENCES_MAX)] = ()
+
+
 class Failed(JobMessage, frozen=True):
     """The lease could not be completed; nothing of it counts. The worker has stopped writing to it."""
 
@@ -274,7 +293,10 @@ class Goodbye(JobMessage, frozen=True):
 
 
 class Assign(JobMessage, frozen=True):
-    """The job, and this worker's share of its connections. 0 connections: stand by until the next `Assign`."""
+    """The job, and this worker's share of its connections. 0 connections: stand by until the next `Assign`.
+
+    A mode of "read-back" in the place of "copy": nothing is left to copy, and the connections stay as they are.
+    """
 
     source: EndpointAddress
     destinations: Annotated[list[EndpointAddress], JustOne]
@@ -295,7 +317,7 @@ class Refused(Message, frozen=True):
 
 
 class Lease(JobMessage, frozen=True):
-    """Copy `range` of the export.
+    """Copy `range` of the export, or compare it, as the `mode` of the latest `Assign` says.
 
     The lease is over `seconds` after the worker said the latest thing it knows that the coordinator has heard: its
     first `Opened`, since nobody else is given a lease, or what this or an `AliveToo` answers.
@@ -315,7 +337,7 @@ class Revoke(JobMessage, frozen=True):
 
 
 class Noted(JobMessage, frozen=True):
-    """The coordinator has recorded `Written` of this lease."""
+    """The coordinator has recorded `Written` or `Compared` of this lease."""
 
     lease: Count
 
@@ -344,7 +366,7 @@ class Stop(JobMessage, frozen=True):
 
 
 FromWorker: TypeAlias = (
-    Hello | Opened | OpenFailed | Wanted | Progress | Leaves | Written | Failed | Flushed | Alive | Goodbye
+    Hello | Opened | OpenFailed | Wanted | Progress | Leaves | Written | Compared | Failed | Flushed | Alive | Goodbye
 )
 FromCoordinator: TypeAlias = Assign | Refused | Lease | Revoke | Noted | Flush | AliveToo | Stop
 

@@ -52,6 +52,8 @@ class Trouble(msgspec.Struct, frozen=True):
 class Copying:
     """The ranges of one job on their way, from the plan to the last flush."""
 
+    writes = True  # who was granted a lease may have written
+
     def __init__(self, job: Job, plan: Plan, crew: Crew, outbox: Outbox) -> None:
         self._job = job
         self._plan = plan
@@ -122,7 +124,7 @@ class Copying:
         if granted is None:
             return None
         if message.done.total > granted.range.length:
-            return _blame(f"it reported {message.done.total} bytes of the {granted.range.length} of a lease")
+            return blame(f"it reported {message.done.total} bytes of the {granted.range.length} of a lease")
         self.moved |= self.ledger.progress(granted, message.done)
         return None
 
@@ -131,36 +133,36 @@ class Copying:
         if granted is None:
             return None
         if self._checksum is None:
-            return _blame("it sent digests that nobody has asked for")
+            return blame("it sent digests that nobody has asked for")
         self.ledger.hold(granted, message.runs)
         if sum(run.count for run in granted.runs) > granted.range.length // LEAF_BYTES + 1:
-            return _blame(f"it sent more digests than the {granted.range.length} bytes of a lease have")
+            return blame(f"it sent more digests than the {granted.range.length} bytes of a lease have")
         return None
 
     def written(self, worker: Worker, message: Written, now: float) -> Trouble | None:
         if message.lease >= self.ledger.next_number:
-            return _blame(f"it reported lease {message.lease}, which was never granted")
+            return blame(f"it reported lease {message.lease}, which was never granted")
         granted, trouble = self._leased(worker, message.lease), None
         if granted is not None:
             whole = granted.range.length
             if granted.until_end:
                 if message.end is None or message.end > granted.range.end:
-                    return _blame("it did not tell where the stream ended")
+                    return blame("it did not tell where the stream ended")
                 whole = message.end - granted.range.start
             if message.done.total != whole:
-                return _blame(f"it reported {message.done.total} of {whole} bytes of a lease as all of it")
+                return blame(f"it reported {message.done.total} of {whole} bytes of a lease as all of it")
             places = message.unreadable
             if places and not (self._job.options.salvage and are_apart(places, granted.range)):
-                return _blame("it told of unreadable places that are none of its lease's")
+                return blame("it told of unreadable places that are none of its lease's")
             if self._checksum is not None:
                 runs = granted.runs
                 count = sum(run.count for run in runs)
                 if count < message.leaves:
                     return None  # some were lost on the way: as this is not noted, all of them are sent again
                 if count > message.leaves:
-                    return _blame(f"it sent {count} digests of a lease that has {message.leaves}")
+                    return blame(f"it sent {count} digests of a lease that has {message.leaves}")
                 if fault := self._checksum.fault_of(runs, granted.range):
-                    return _blame(fault)
+                    return blame(fault)
             trouble = self._written(worker, granted, message, now)
         # Also for one that came late: it is sent again until it is noted, and does no harm.
         self._outbox.send(worker, Noted(self._job.uuid, self._job.epoch, message.lease))
@@ -488,7 +490,8 @@ def _merged(ranges: Iterable[Range]) -> tuple[Range, ...]:
     return tuple(RangeSet(sorted(ranges)))
 
 
-def _blame(text: str) -> Trouble:
+def blame(text: str) -> Trouble:
+    """The worker broke the protocol."""
     return Trouble(text, is_fatal=False)
 
 

@@ -53,6 +53,7 @@ class Crew:
 
     def __init__(self, job: Job, outbox: Outbox) -> None:
         self._job = job
+        self._options = job.options
         self._outbox = outbox
         self._alarms: list[tuple[float, int, str]] = []
         self._alarms_set = 0
@@ -247,6 +248,15 @@ class Crew:
                 self.arm(worker)
             self._assign(worker, expect=True)
 
+    def read_back(self) -> None:
+        """Everything is copied: from now on leases are about what was written, over the same connections."""
+        self._options = replace(self._options, mode="read-back")
+        for worker in self.workers.values():
+            worker.wanted = 0
+            worker.holding = None
+            if worker.assigned and worker.state in LIVE:
+                self._assign(worker, expect=False)
+
     def assign(self, worker: Worker) -> None:
         """Answer a Hello with the job and the share the worker has, which may be none."""
         self._assign(worker, expect=True)
@@ -274,7 +284,7 @@ class Crew:
             job.epoch,
             source=job.source,
             destinations=list(job.destinations),
-            options=job.options,
+            options=self._options,
             source_connections=worker.source_share,
             destination_connections=worker.destination_share,
             heartbeat_seconds=job.heartbeat_seconds,

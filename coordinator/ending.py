@@ -10,7 +10,7 @@ import msgspec
 from nbdshard.common.messages import Counters, EndpointDescription, ErrorReport
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.crew import Crew
-from nbdshard.coordinator.job import Job, Outcome, Verdict
+from nbdshard.coordinator.job import Comparison, Job, Outcome, Verdict
 
 _NAMED_MAX: Final = 5  # workers named in one line; `Outcome.unfenced` has them all
 
@@ -67,11 +67,13 @@ def make_outcome(
     unreadable: tuple[Range, ...],
     is_undurable: bool,
     checksum: str,
+    comparison: Comparison | None = None,
 ) -> Outcome:
     """The outcome of a job that nobody works on any more.
 
     `resumed`: bytes that an earlier run had made durable. `unreadable`: what the source could not read.
     `is_undurable`: a server without FLUSH took part of it.
+    `comparison`: what was found where something was compared.
     """
     unfenced = tuple(sorted(crew.unfenced.values()))
     return Outcome(
@@ -79,7 +81,7 @@ def make_outcome(
         error=unfenced_line(ending.error, unfenced) if unfenced else ending.error,
         counters=ending.reached,
         size=size,
-        durable=ending.verdict is Verdict.COMPLETE and job.options.flush and not is_undurable,
+        durable=ending.verdict in (Verdict.COMPLETE, Verdict.DIFFERENT) and job.options.flush and not is_undurable,
         flush_asked=job.options.flush,
         workers=crew.took_part_count,
         source_connections=crew.source_connections_most,
@@ -91,4 +93,5 @@ def make_outcome(
         resumed=resumed,
         unreadable=unreadable,
         checksum=checksum,
+        comparison=comparison,
     )

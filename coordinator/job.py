@@ -53,6 +53,7 @@ class Job(msgspec.Struct, frozen=True):
     durable: tuple[Range, ...] = ()  # what the journal of an earlier run has: not copied again
     unreadable: tuple[Range, ...] = ()  # where that run wrote zeroes for what it could not read
     earlier: EarlierLeaves | None = None  # ... and the digests of it, for a checksum
+    verify: bool = False  # what was written is read back at the end, and compared with the source
     checkpoint_seconds: float = CHECKPOINT_SECONDS  # what was written is flushed after so long ...
     checkpoint_bytes: int = CHECKPOINT_BYTES  # ... or when it is so much, whichever comes first
 
@@ -67,10 +68,25 @@ class Verdict(Enum):
     """How a job ended."""
 
     COMPLETE = auto()  # every byte is at the destination (and durable as far as `Outcome.durable` says)
+    DIFFERENT = auto()  # everything was compared, and `Outcome.comparison` says where the two sides differ
     FAILED = auto()  # `Outcome.error` says why
     STOPPED = auto()  # the user asked for it
     PAUSED = auto()  # a server was lost, and did not come back in time; `Outcome.error` names it
     UNFENCED = auto()  # a worker was not heard to close its connections: it may still write to the destination
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """What a comparison has found, of all bytes or, if the job ended before, of those that `counters` counts.
+
+    `differing` are the bytes of the blocks of DIFFERENCE_BYTES that differ, `differences` the first of those in order,
+    neighbours as one; `is_cut`: there are more. `sizes`: of both ends in bytes; None of what was copied and read back.
+    """
+
+    counters: Counters
+    differing: int
+    differences: tuple[Range, ...]
+    is_cut: bool
+    sizes: tuple[int, int] | None
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -92,6 +108,7 @@ class Outcome(msgspec.Struct, frozen=True):
     resumed: int = 0  # bytes that an earlier run had made durable; not in `counters`
     unreadable: tuple[Range, ...] = ()  # zeroes are there for what the source could not read, in whichever run
     checksum: str = ""  # of a job that is complete and was to have one, in hexadecimal (common/blkhash.py)
+    comparison: Comparison | None = None  # None: nothing was to be compared, or the job did not come to that
 
     @property
     def done(self) -> int:
@@ -104,7 +121,8 @@ class Status(msgspec.Struct, frozen=True):
 
     `counters` holds completed bytes, those of leases under way too; it falls back when a range has to be copied
     again, which the display hides. `resumed` are those that an earlier run had made durable, and not among them.
-    `phase` is "opening", "copying", "flushing", "stopping" or "done".
+    `phase` is "opening", "copying", "flushing", "verifying", "stopping" or "done". `verified` are the bytes of a copy
+    that were read back; None before that begins, and where it is not asked for, which `verifies` tells.
     """
 
     size: int | None
@@ -118,11 +136,18 @@ class Status(msgspec.Struct, frozen=True):
     waiting_seconds_max: float = 0.0  # ... of so many
     resumed: int = 0
     unreadable_bytes: int = 0  # zeroes are at the destination for them
+    verifies: bool = False
+    verified: int | None = None
 
     @property
     def done(self) -> int:
         """Bytes that are at the destination, by whichever run."""
         return self.counters.total + self.resumed
+
+    @property
+    def moved(self) -> int:
+        """Bytes that this phase has done in this run: what its rate is made of."""
+        return self.counters.total if self.verified is None else self.verified
 
     @property
     def connections(self) -> int:

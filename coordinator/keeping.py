@@ -156,6 +156,7 @@ class Keeper:
             Verdict.COMPLETE: JournalState.COMPLETE,
             Verdict.PAUSED: JournalState.PAUSED,
             Verdict.STOPPED: JournalState.PAUSED,
+            Verdict.DIFFERENT: JournalState.FAILED,
             Verdict.FAILED: JournalState.FAILED,
             Verdict.UNFENCED: JournalState.FAILED,
         }

@@ -126,7 +126,7 @@ class Ledger:
             self._settled.add(piece.start, piece.end)
         self.unreadable = RangeSet(unreadable).clip(self._taken_over)  # of what is written
         self._covered: deque[Granted] = deque()  # `covered_after` never falls from left to right
-        self._done = [0, 0, 0, 0]  # copied, zeroed, skipped, spliced
+        self._done = [0, 0, 0, 0, 0]  # copied, zeroed, skipped, spliced, compared
         self.next_number = 1
         self.leased_count = 0
         self.written_count = 0
@@ -230,7 +230,7 @@ class Ledger:
             self.size = granted.end
         holding = self._holdings[granted.worker]
         holding.written[granted.number] = holding.leased.pop(granted.number)
-        holding.dataless = min(holding.dataless + 1, RANGE_UNITS_MAX) if not done.copied else 0
+        holding.dataless = min(holding.dataless + 1, RANGE_UNITS_MAX) if not done.copied + done.compared else 0
         self.leased_count -= 1
         self.written_count += 1
         self.unsettled_bytes += granted.end - granted.range.start
@@ -340,6 +340,7 @@ class Ledger:
         self._done[1] += sign * done.zeroed
         self._done[2] += sign * done.skipped
         self._done[3] += sign * done.spliced
+        self._done[4] += sign * done.compared
 
     # -- the invariants ------------------------------------------------------------------------------------------------
 

@@ -89,10 +89,13 @@ class LocalEnd(msgspec.Struct):
         self.descriptor = -1
 
 
-def open_source(path: str) -> LocalEnd:
-    """The file or block device at `path` as a source. Raises UserError: missing, unreadable, a directory, a pipe."""
+def open_source(path: str, side: Side = "source") -> LocalEnd:
+    """The file or block device at `path`, to read from it. Raises UserError: missing, unreadable, a directory, a pipe.
+
+    `side`: how messages call it; a destination is read where it is only compared.
+    """
     path = os.path.abspath(path)
-    descriptor = _open(path, os.O_RDONLY, "source")
+    descriptor = _open(path, os.O_RDONLY, side)
     try:
         return _describe(path, descriptor, "source")
     except BaseException:

@@ -25,11 +25,12 @@ from nbdshard.common.messages import (
     Refused,
 )
 from nbdshard.coordinator.admission import refusal
+from nbdshard.coordinator.comparing import Comparing
 from nbdshard.coordinator.copying import Copying, Trouble
 from nbdshard.coordinator.crew import Crew, Outbox
 from nbdshard.coordinator.ending import Ending, make_outcome, one_line
 from nbdshard.coordinator.instructions import Finish, Forget, Send, Start
-from nbdshard.coordinator.job import Job, Outcome, Verdict
+from nbdshard.coordinator.job import Comparison, Job, Outcome, Verdict
 from nbdshard.coordinator.states import JOBS, JobEvent, Phase, WorkerState
 from nbdshard.coordinator.workers import Worker
 
@@ -43,7 +44,8 @@ class Membership:
         self._out = Outbox()
         self._crew = Crew(job, self._out)
         self._phase = Phase.OPENING
-        self._copying: Copying | None = None
+        self._copying: Copying | None = None  # what is done with ranges now
+        self._copied: Copying | None = None  # what was done before, when what was written is read back
         self._ends: tuple[EndpointDescription, EndpointDescription] | None = None
         self._ending: Ending | None = None
         self._outcome: Outcome | None = None
@@ -195,7 +197,7 @@ class Membership:
                 self._crew.kill(worker, now + KILL_SECONDS)  # its ranges are given away once it is reaped
             else:
                 self._crew.dismiss(worker, reason, now, at_once=True)
-                self._gone(worker, reason, attempt=True, fenced=not worker.ever_leased)
+                self._gone(worker, reason, attempt=True, fenced=self._is_fenced(worker))
 
     def _did_not_leave(self, worker: Worker) -> None:
         if self._job.local_workers and not worker.killed:
@@ -203,7 +205,12 @@ class Membership:
             return
         if worker.killed:
             self._fail(f"worker {worker.name} did not end within {KILL_SECONDS:g} s of being killed")
-        self._gone(worker, worker.why, attempt=False, fenced=not worker.ever_leased)
+        self._gone(worker, worker.why, attempt=False, fenced=self._is_fenced(worker))
+
+    def _is_fenced(self, worker: Worker) -> bool:
+        """Whether `worker`, of which nothing is known any more, cannot write: what is compared is only read, and
+        before what was written is read back every write was answered."""
+        return not worker.ever_leased or (self._copying is not None and not self._copying.writes)
 
     def _stranger(self, identity: str, message: FromWorker) -> None:
         """Somebody we do not count on: of interest only if it may still write."""
@@ -217,8 +224,35 @@ class Membership:
 
     # -- the way out ---------------------------------------------------------------------------------------------------
 
+    def _done(self, copying: Copying) -> None:
+        """Nothing is left to `copying`: what was copied may be to be read back, or the job ends well."""
+        copying.note_unreadable()
+        found = self._comparison()
+        if self._job.verify and found is None:
+            self._read_back(copying)
+        elif found is not None and found.differing:
+            self._end(Verdict.DIFFERENT, "source and destination differ", "everything is compared")
+        elif self._copied is None and found is not None:
+            self._end(Verdict.COMPLETE, "", "everything is compared")
+        else:
+            self._end(Verdict.COMPLETE, "", "the copy is complete")
+
+    def _read_back(self, copied: Copying) -> None:
+        """Everything is written, and flushed as asked: whether it really is there is seen on the same connections."""
+        assert self._crew.plan is not None
+        self._phase = JOBS.step(self._phase, JobEvent.VERIFY)
+        self._copied = copied
+        number = copied.ledger.next_number
+        self._copying = Comparing(self._job, self._crew.plan, self._crew, self._out, first_number=number)
+        self._crew.read_back()
+        self._carry_on(replace=True)
+        if self._ending is None and not self._copying.ledger.unwritten:
+            self._done(self._copying)  # of nothing
+
     def _fail(self, error: str) -> None:
         line = one_line(error)
+        if self._copied is not None:
+            line = f"everything is copied, but could not be verified: {line}"
         self._end(Verdict.FAILED, line, f"the job failed: {line}")
 
     def _end(self, verdict: Verdict, error: str, reason: str) -> None:
@@ -251,9 +285,9 @@ class Membership:
         if self._crew.workers or (self._crew.unfenced and self._now < ending.deadline):
             return
         self._phase = JOBS.step(self._phase, JobEvent.FINISH)
-        is_undurable = self._copying is not None and self._copying.undurable
-        is_complete = ending.verdict is Verdict.COMPLETE and self._copying is not None
-        checksum = self._copying.finish_checksum() if is_complete and self._copying is not None else ""
+        is_undurable = self._copy is not None and self._copy.undurable
+        is_complete = ending.verdict is Verdict.COMPLETE and self._copy is not None
+        checksum = self._copy.finish_checksum() if is_complete and self._copy is not None else ""
         self._outcome = make_outcome(
             self._job,
             ending,
@@ -261,11 +295,22 @@ class Membership:
             self._ends,
             size=self._size(),
             resumed=self._resumed(),
-            unreadable=tuple(self._copying.ledger.unreadable) if self._copying is not None else (),
+            unreadable=tuple(self._copy.ledger.unreadable) if self._copy is not None else (),
             is_undurable=is_undurable,
             checksum=checksum,
+            comparison=self._comparison(),
         )
         self._out.add(Finish(self._outcome))
+
+    @property
+    def _copy(self) -> Copying | None:
+        """The copy of the job, also when it is over and verified; the comparison of one that copies nothing."""
+        return self._copied or self._copying
+
+    def _comparison(self) -> Comparison | None:
+        if not isinstance(self._copying, Comparing) or self._ends is None:
+            return None
+        return self._copying.found(self._ends)
 
     def _size(self) -> int | None:
         if self._copying is not None:
@@ -273,10 +318,10 @@ class Membership:
         return self._ends[0].size if self._ends is not None else None
 
     def _resumed(self) -> int:
-        return self._copying.ledger.resumed_bytes if self._copying is not None else 0
+        return self._copy.ledger.resumed_bytes if self._copy is not None else 0
 
     def _counters(self) -> Counters:
-        return self._copying.ledger.counters if self._copying is not None else Counters()
+        return self._copy.ledger.counters if self._copy is not None else Counters()
 
     def _note(self, line: str) -> None:
         if len(self._notes) < NOTES_MAX:

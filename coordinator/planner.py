@@ -86,6 +86,8 @@ def check_job(job: Job, source: EndpointDescription, destination: EndpointDescri
     """How to do `job` between these two ends. Raises UserError with one line when it cannot be done."""
     _check_block_minimum(source)
     _check_block_minimum(destination)
+    if job.options.mode == "compare":
+        return _plan(job, _longer(source, destination), destination)
     if destination.read_only:
         raise UserError("the destination is read-only", destination.peer)
     if source.size is None:
@@ -98,6 +100,15 @@ def check_job(job: Job, source: EndpointDescription, destination: EndpointDescri
     if job.durable:
         _check_durable(job, source, destination)
     return _plan(job, source, destination)
+
+
+def _longer(source: EndpointDescription, destination: EndpointDescription) -> EndpointDescription:
+    """The source, with the size of what there is to compare. Raises UserError where a side cannot be read at places."""
+    for side in (source, destination):
+        if side.size is None or side.is_stream:
+            raise UserError("only what can be read at any place can be compared", side.peer)
+        _check_reachable(side, side.size)
+    return msgspec.structs.replace(source, size=max(source.size or 0, destination.size or 0))
 
 
 def _check_block_minimum(side: EndpointDescription) -> None:
@@ -120,13 +131,7 @@ def _check_stream(job: Job, destination: EndpointDescription) -> None:
 
 
 def _check_sizes(job: Job, source: EndpointDescription, size: int, destination: EndpointDescription) -> None:
-    tail = size % source.block_minimum
-    if tail:
-        raise UserError(
-            f"the tail of {tail} bytes is unreachable: the size of {size} bytes is not a multiple of the minimum "
-            f"block size {source.block_minimum}",
-            source.peer,
-        )
+    _check_reachable(source, size)
     if destination.size is None or job.destination_grows:
         return
     if destination.size < size:
@@ -140,6 +145,16 @@ def _check_sizes(job: Job, source: EndpointDescription, size: int, destination: 
             f"the tail of {tail} bytes cannot be written: the minimum block size is {destination.block_minimum} "
             f"and the size of {destination.size} bytes leaves no room for a whole block",
             destination.peer,
+        )
+
+
+def _check_reachable(side: EndpointDescription, size: int) -> None:
+    tail = size % side.block_minimum
+    if tail:
+        raise UserError(
+            f"the tail of {tail} bytes is unreachable: the size of {size} bytes is not a multiple of the minimum "
+            f"block size {side.block_minimum}",
+            side.peer,
         )
 
 

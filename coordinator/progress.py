@@ -28,25 +28,37 @@ STDERR = 2
 _NEVER = float("inf")
 _END_PHASES = {
     Verdict.COMPLETE: "done",
+    Verdict.DIFFERENT: "different",
     Verdict.FAILED: "failed",
     Verdict.STOPPED: "stopped",
     Verdict.PAUSED: "paused",
     Verdict.UNFENCED: "unfenced",
 }
 
+_ANSWERS = {Verdict.COMPLETE: True, Verdict.DIFFERENT: False}  # whether all that was written is what was read
+
 
 class Meter:
-    """Turns statuses into bytes done, rate and time left."""
+    """Turns statuses into bytes done, rate and time left. Begins anew when what was copied is read back."""
 
     def __init__(self, now: float) -> None:
         self._start = now
         self._samples: deque[tuple[float, int]] = deque([(now, 0)], maxlen=RATE_SAMPLES_MAX)
+        self._reads_back = False
         self.done = 0
 
     def take(self, status: Status, now: float) -> None:
         """Take in `status` at `now`."""
-        self.done = max(self.done, status.done)
-        self._samples.append((now, max(self._samples[-1][1], status.counters.total)))
+        done = status.done
+        if status.verified is not None:
+            done = status.verified
+            if not self._reads_back:
+                self._reads_back = True
+                self.done = 0
+                self._samples.clear()
+                self._samples.append((now, 0))
+        self.done = max(self.done, done)
+        self._samples.append((now, max(self._samples[-1][1], status.moved)))
         while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_WINDOW_SECONDS:
             self._samples.popleft()
 
@@ -144,6 +156,8 @@ class PercentDisplay:
             return
         self._meter.take(status, now)
         percent = self._meter.done * 100 // status.size if status.size else 0
+        if status.verifies:  # the second half of the way
+            percent = percent // 2 + (50 if status.verified is not None else 0)
         self._say(min(percent, 99), 0.0)
 
     def end(self, status: Status, outcome: Outcome, now: float) -> None:
@@ -207,6 +221,9 @@ class JsonDisplay:
             "bytes_spliced": status.counters.spliced,
             "bytes_resumed": status.resumed,
             "bytes_unreadable": status.unreadable_bytes,
+            "bytes_compared": status.counters.compared,
+            "bytes_verified": status.verified,
+            "verified": None if outcome is None or not status.verifies else _ANSWERS.get(outcome.verdict),
             "rate_bytes_per_second": round(self._meter.rate),
             "eta_seconds": None if left is None else round(left, 1),
             "elapsed_seconds": round(self._meter.elapsed(now), 3),
@@ -229,6 +246,7 @@ def summary(outcome: Outcome, seconds: float) -> str:
     rate = counters.total / seconds if seconds > 0 else 0.0
     head = {
         Verdict.COMPLETE: "",
+        Verdict.DIFFERENT: "different: ",
         Verdict.FAILED: "failed: ",
         Verdict.STOPPED: f"stopped at {_share(outcome)}: ",
         Verdict.PAUSED: f"paused at {_share(outcome)}: ",
@@ -247,8 +265,12 @@ def summary(outcome: Outcome, seconds: float) -> str:
         parts.append(_unreadable(outcome.unreadable))
     if outcome.rings:
         parts.append(", ".join(sorted(outcome.rings)))
-    if outcome.verdict is Verdict.COMPLETE:
+    if outcome.verdict in (Verdict.COMPLETE, Verdict.DIFFERENT):
         parts.append(_durability(outcome))
+    if outcome.comparison is not None:
+        from nbdshard.coordinator.verdict_lines import verdict_of_copy
+
+        parts.append(verdict_of_copy(outcome))
     return head + "; ".join(parts)
 
 

@@ -29,6 +29,7 @@ from nbdshard.common.limits import (
 from nbdshard.common.messages import (
     Alive,
     AliveToo,
+    Compared,
     EndpointDescription,
     ErrorReport,
     Failed,
@@ -45,7 +46,8 @@ from nbdshard.common.messages import (
     Written,
 )
 from nbdshard.coordinator.admission import disagreement
-from nbdshard.coordinator.copying import Copying, Trouble
+from nbdshard.coordinator.comparing import Comparing
+from nbdshard.coordinator.copying import Copying, Trouble, blame
 from nbdshard.coordinator.ending import error_line, one_line, stopped_line
 from nbdshard.coordinator.instructions import Instruction, Prepare
 from nbdshard.coordinator.job import Job, Outcome, Status, Verdict
@@ -97,7 +99,7 @@ class Scheduler(Membership):
     @property
     def dropped(self) -> int:
         """Messages that came too late to count."""
-        return self._dropped + (self._copying.dropped if self._copying is not None else 0)
+        return self._dropped + sum(each.dropped for each in (self._copied, self._copying) if each is not None)
 
     def take_notes(self) -> list[str]:
         """Lines for the log about what went wrong without ending the job; each is given once."""
@@ -118,7 +120,9 @@ class Scheduler(Membership):
             waiting_seconds=self._now - self._lost_since if self._lost_since is not None else 0.0,
             waiting_seconds_max=self._patience.loss(self._lost_side),
             resumed=self._resumed(),
-            unreadable_bytes=self._copying.ledger.unreadable.total if self._copying is not None else 0,
+            unreadable_bytes=self._copy.ledger.unreadable.total if self._copy is not None else 0,
+            verifies=self._job.verify,
+            verified=self._copying.ledger.counters.total if self._copied is not None and self._copying else None,
         )
 
     def deadline(self) -> float:
@@ -281,7 +285,7 @@ class Scheduler(Membership):
                 worker.alive_at = max(worker.alive_at, message.at)
             case Hello():
                 pass
-            case Progress() | Leaves() | Written() | Failed() | Flushed() if copying is None:
+            case Progress() | Leaves() | Written() | Compared() | Failed() | Flushed() if copying is None:
                 self._dropped += 1
             case Progress():
                 trouble = copying.progress(worker, message)
@@ -290,6 +294,12 @@ class Scheduler(Membership):
             case Written():
                 worker.losses = 0
                 trouble = copying.written(worker, message, self._now)
+            case Compared():
+                worker.losses = 0
+                if isinstance(copying, Comparing):
+                    trouble = copying.compared(worker, message)
+                else:
+                    trouble = blame("it compared what it was to copy")
             case Failed():
                 trouble = copying.failed(worker, message)
             case Flushed():
@@ -344,7 +354,8 @@ class Scheduler(Membership):
             self._fail(str(error))
             return
         self._crew.adopt(plan, scout, source, destination)
-        self._copying = Copying(self._job, plan, self._crew, self._out)
+        make = Copying if self._job.options.mode == "copy" else Comparing
+        self._copying = make(self._job, plan, self._crew, self._out)
         self._copying.connected(scout, destination.hints.instance, self._now)
         self._moved_at = self._now
         if self._job.destination_grows:
@@ -355,7 +366,8 @@ class Scheduler(Membership):
             self._begin_copying()
 
     def _begin_copying(self) -> None:
-        self._phase = JOBS.step(self._phase, JobEvent.COPY)
+        is_copy = self._copying is None or self._copying.writes
+        self._phase = JOBS.step(self._phase, JobEvent.COPY if is_copy else JobEvent.VERIFY)
         crew = self._crew
         crew.is_open = True
         crew.raise_shares()
@@ -416,7 +428,7 @@ class Scheduler(Membership):
             self._copying.moved = False
             self._moved_at = self._now
             self._lost_since = None  # not sooner: a server may take connections, and lose them, for ever
-        if self._copying is not None and self._phase in (Phase.COPYING, Phase.FLUSHING):
+        if self._copying is not None and self._phase in (Phase.COPYING, Phase.FLUSHING, Phase.VERIFYING):
             self._press_on(self._copying)
         if self._ending is not None and self._phase is Phase.STOPPING:
             self._finish_if_quiet(self._ending)
@@ -445,8 +457,7 @@ class Scheduler(Membership):
                 self._phase = JOBS.step(self._phase, JobEvent.FLUSH)
             copying.flush(self._now)
             return
-        copying.note_unreadable()
-        self._end(Verdict.COMPLETE, "", "the copy is complete")
+        self._done(copying)
 
     def _beat(self) -> None:
         """Our heartbeat, to so many that everybody has it in time and a large crew does not hold up the others.

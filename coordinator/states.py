@@ -5,7 +5,7 @@
     range    PENDING -> LEASED -> WRITTEN -> DURABLE        back to PENDING when what was done does not count any more
                           \\-> FAILED
     worker   JOINING -> READY -> DRAINING -> GONE           READY -> WAITING -> READY when its connections were lost
-    job      OPENING -> PREPARING -> COPYING <-> FLUSHING -> STOPPING -> DONE
+    job      OPENING -> PREPARING -> COPYING <-> FLUSHING -> VERIFYING -> STOPPING -> DONE
 
 A step that is not in its table raises IllegalEvent and changes nothing.
 """
@@ -148,6 +148,7 @@ RECEPTION: Final[Mapping[WorkerState, Mapping[type[messages.Message], Reception]
         messages.Progress: Reception.WRONG,
         messages.Leaves: Reception.WRONG,
         messages.Written: Reception.WRONG,
+        messages.Compared: Reception.WRONG,
         messages.Failed: Reception.WRONG,
         messages.Flushed: Reception.WRONG,
         messages.Alive: Reception.TAKEN,
@@ -160,6 +161,7 @@ RECEPTION: Final[Mapping[WorkerState, Mapping[type[messages.Message], Reception]
         messages.Progress: Reception.TAKEN,
         messages.Leaves: Reception.TAKEN,
         messages.Written: Reception.TAKEN,
+        messages.Compared: Reception.TAKEN,
         messages.Failed: Reception.TAKEN,
         messages.Flushed: Reception.TAKEN,
         messages.Alive: Reception.TAKEN,
@@ -172,6 +174,7 @@ RECEPTION: Final[Mapping[WorkerState, Mapping[type[messages.Message], Reception]
         messages.Progress: Reception.LATE,
         messages.Leaves: Reception.LATE,
         messages.Written: Reception.LATE,
+        messages.Compared: Reception.LATE,
         messages.Failed: Reception.LATE,
         messages.Flushed: Reception.LATE,
         messages.Alive: Reception.TAKEN,
@@ -184,6 +187,7 @@ RECEPTION: Final[Mapping[WorkerState, Mapping[type[messages.Message], Reception]
         messages.Progress: Reception.TAKEN,
         messages.Leaves: Reception.TAKEN,
         messages.Written: Reception.TAKEN,
+        messages.Compared: Reception.TAKEN,
         messages.Failed: Reception.TAKEN,
         messages.Flushed: Reception.LATE,
         messages.Alive: Reception.TAKEN,
@@ -200,6 +204,7 @@ class Phase(Enum):
     PREPARING = "preparing"
     COPYING = "copying"
     FLUSHING = "flushing"
+    VERIFYING = "verifying"
     STOPPING = "stopping"
     DONE = "done"
 
@@ -208,6 +213,7 @@ class JobEvent(Enum):
     PREPARE = auto()
     COPY = auto()
     FLUSH = auto()
+    VERIFY = auto()
     END = auto()
     FINISH = auto()
 
@@ -219,6 +225,7 @@ JOBS: Final = Table(
         Phase.PREPARING: "Both sides were checked; the shell gives the destination its size.",
         Phase.COPYING: "Ranges are leased and copied.",
         Phase.FLUSHING: "Every range is written; those who wrote flush.",
+        Phase.VERIFYING: "Ranges are leased and compared: those of two ends, or all that was copied.",
         Phase.STOPPING: "The verdict is known; the workers finish what is on the wire and leave.",
         Phase.DONE: "Finish was given; nothing happens any more.",
     },
@@ -228,10 +235,14 @@ JOBS: Final = Table(
         (Phase.PREPARING, JobEvent.COPY): Phase.COPYING,
         (Phase.COPYING, JobEvent.FLUSH): Phase.FLUSHING,
         (Phase.FLUSHING, JobEvent.COPY): Phase.COPYING,
+        (Phase.OPENING, JobEvent.VERIFY): Phase.VERIFYING,
+        (Phase.COPYING, JobEvent.VERIFY): Phase.VERIFYING,
+        (Phase.FLUSHING, JobEvent.VERIFY): Phase.VERIFYING,
         (Phase.OPENING, JobEvent.END): Phase.STOPPING,
         (Phase.PREPARING, JobEvent.END): Phase.STOPPING,
         (Phase.COPYING, JobEvent.END): Phase.STOPPING,
         (Phase.FLUSHING, JobEvent.END): Phase.STOPPING,
+        (Phase.VERIFYING, JobEvent.END): Phase.STOPPING,
         (Phase.STOPPING, JobEvent.FINISH): Phase.DONE,
     },
 )

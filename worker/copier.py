@@ -14,16 +14,12 @@ batch of events; the copier queues requests on its connections and messages in `
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
-from itertools import count
 from math import inf
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.limits import (
     LEASES_PER_WORKER,
-    RETRY_DELAY_SECONDS,
-    RETRY_DELAY_SECONDS_MAX,
     SPLICED_BYTES_PER_SECOND,
     SPLICED_PER_CONNECTION,
     ZERO_BYTES_MAX,
@@ -38,6 +34,7 @@ from nbdshard.worker.operation import Operation, Part
 from nbdshard.worker.payloads import Payloads
 from nbdshard.worker.piped import PipePool
 from nbdshard.worker.ports import Connection, Extents
+from nbdshard.worker.retries import Retries
 from nbdshard.worker.salvage import Salvage, give_up, places
 from nbdshard.worker.shape import CopyShape
 from nbdshard.worker.sides import Source, Target
@@ -76,8 +73,7 @@ class Copier:
         self._writer = Writer(shape, self)
         self.lanes = Lanes(shape, make_lane, self)
         self._salvage = Salvage(shape)
-        self._delayed: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = count()
+        self._retries = Retries()
         self._wish = 0  # leases the coordinator knows we want
         self._operations = 0  # not EMPTY
         self._next_source = 0
@@ -180,6 +176,23 @@ class Copier:
         """Nothing is under way on any connection."""
         return self._operations == 0 and not self.flushes.busy and self.lanes.idle
 
+    def flush(self, flush: int) -> None:
+        """Flush every connection to the destination, and answer with `Flushed`."""
+        self.flushes.ask(flush)
+
+    def collect(self) -> None:
+        """See what the lanes have done; also where nothing is begun any more."""
+        self.lanes.collect()
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines for the log; who has told them clears the list."""
+        return self.lanes.remarks
+
+    def close(self) -> None:
+        """Every connection is closed: end the lanes."""
+        self.lanes.close()
+
     def report_progress(self) -> None:
         """Queue a Progress message for every lease that got further since the last."""
         self.lanes.collect()
@@ -191,15 +204,14 @@ class Copier:
 
     def deadline(self) -> float | None:
         """When `pump` has something to do even if nothing happens: the next retry."""
-        return self._delayed[0][0] if self._delayed else None
+        return self._retries.deadline
 
     def pump(self, now: float) -> None:
         """Queue all requests that have become possible. Call after every batch of events, and at `deadline`."""
         self.now = now
         self.has_work = False
         self.lanes.collect()
-        while self._delayed and self._delayed[0][0] <= now:
-            heapq.heappop(self._delayed)[2]()
+        self._retries.run(now)
         self._writer.pump()
         if not self.draining and self.sources and self.targets:
             self._ask_extents()
@@ -469,9 +481,7 @@ class Copier:
 
     def later(self, attempts: int, action: Callable[[], None]) -> None:
         """Try again after a pause that doubles with each attempt."""
-        pause = min(RETRY_DELAY_SECONDS * 2.0 ** min(attempts - 1, 16), RETRY_DELAY_SECONDS_MAX)
-        when = self.now + pause
-        heapq.heappush(self._delayed, (when, next(self._order), action))
+        self._retries.add(self.now, attempts, action)
 
     def part_done(self, target: Target, part: Part, error: RequestError | None) -> None:
         """Passed on to the writer."""

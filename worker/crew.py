@@ -83,7 +83,7 @@ class Crew:
         connection = make_connection(
             self._ring,
             address,
-            side,
+            "source" if assign.options.mode == "compare" else side,  # nothing is written: both ends are read
             assign.options,
             self._on_ready,
             self._on_lost,

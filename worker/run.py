@@ -19,8 +19,9 @@ from nbdshard.common.messages import PROTOCOL_VERSION, Hello
 from nbdshard.common.ring import Kind, Operation, Ring
 from nbdshard.common.ring.choose import open_ring
 from nbdshard.worker.lane import Lane
+from nbdshard.worker.life import WorkerState
 from nbdshard.worker.plumbing import SystemPlumbing
-from nbdshard.worker.service import Worker, WorkerState
+from nbdshard.worker.service import Worker
 from nbdshard.worker.shape import CopyShape, ZeroPolicy
 
 if TYPE_CHECKING:

@@ -1,19 +1,18 @@
-"""The worker's shell: one ring, one control channel, some connections and a copier between them. It decides nothing.
+"""The worker's shell: one ring, one control channel, some connections and its work between them. It decides nothing.
 
-The order of a turn: let the copier queue, let connections and channel send, wait on the ring, hand out completions.
+The work is a copier's, or a comparer's (work.py). The order of a turn: let it queue, let connections and channel send,
+wait on the ring, hand out completions.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from enum import Enum, auto
 from itertools import chain
 from math import inf
-from typing import Protocol
 
 from nbdshard.common import logs
-from nbdshard.common.errors import BugError, ConnectionLost, NbdshardError, ProtocolError, RequestError, UserError
+from nbdshard.common.errors import BugError, ConnectionLost, NbdshardError, UserError
 from nbdshard.common.limits import (
     CHANNEL_LINGER_SECONDS,
     COORDINATOR_SILENCE_SECONDS,
@@ -28,6 +27,7 @@ from nbdshard.common.messages import (
     Alive,
     AliveToo,
     Assign,
+    Compared,
     ErrorReport,
     Flush,
     FromCoordinator,
@@ -36,6 +36,7 @@ from nbdshard.common.messages import (
     Hello,
     Lease,
     Leaves,
+    Mode,
     Noted,
     Opened,
     OpenFailed,
@@ -51,35 +52,16 @@ from nbdshard.worker.clock import WorkerClock
 from nbdshard.worker.copier import Copier
 from nbdshard.worker.crew import SIDES, Crew
 from nbdshard.worker.lanes import MakeLane
+from nbdshard.worker.life import LEAVING_STATES, Channel, WorkerState
 from nbdshard.worker.opening import OpenConnection
 from nbdshard.worker.piped import PipePool
 from nbdshard.worker.pipes import Plumbing
+from nbdshard.worker.reports import report_error
 from nbdshard.worker.shape import CopyShape
 from nbdshard.worker.sockets import SYSTEM_SOCKETS, Connector
+from nbdshard.worker.work import Work
 
-
-class Channel(Protocol):
-    """The worker's end of the control channel, as the service needs it (common.channel.WorkerChannel)."""
-
-    @property
-    def answered(self) -> bool: ...
-    def receive(self) -> list[FromCoordinator]: ...
-    def send(self, message: FromWorker) -> bool: ...
-    def check(self, now: float) -> None: ...
-
-
-class WorkerState(Enum):
-    """Where a worker is in its life."""
-
-    GREETING = auto()  # said Hello, not yet assigned
-    STANDING_BY = auto()  # assigned without connections, or lost those it had
-    OPENING = auto()  # connecting to both sides
-    WORKING = auto()  # a connection to each side is up
-    LOSING = auto()  # a connection was lost: closing the others before anyone is told
-    DRAINING = auto()  # finishing what is on the wire
-    LEAVING = auto()  # disconnecting
-    PARTING = auto()  # every connection is closed; the last messages are being sent
-    GONE = auto()
+_CONNECTING_STATES = (WorkerState.OPENING, WorkerState.WORKING, WorkerState.TURNING)  # connections may come up
 
 
 class Worker:
@@ -107,15 +89,17 @@ class Worker:
         self._connector = connector
         self._plumbing = plumbing
         self._make_lane = make_lane
+        self._mode: Mode = "copy"  # of the latest work
         self._pipes: PipePool | None = None
         self._has_told_of_pipes = False
         self._has_mail = False
         self._assign: Assign | None = None
         self._crew: Crew | None = None
-        self._copier: Copier | None = None
+        self._work: Work | None = None
+        self._next_work: Work | None = None  # while TURNING: it may have leases already, and has no connections yet
         self._failure: ErrorReport | None = None  # why all connections are being closed
         self._outbox: deque[FromWorker] = deque([hello])
-        self._unnoted: dict[int, list[FromWorker]] = {}  # by lease: Written, and what comes before it
+        self._unnoted: dict[int, list[FromWorker]] = {}  # by lease: Written or Compared, and what comes before it
         self._goodbye = "stopped by the coordinator"
         now = self._clock.steady
         self._heard_at = now
@@ -131,12 +115,12 @@ class Worker:
         now = self._look()
         self._read_channel(now)
         self._look_at_clock(now)
-        if self._copier is not None:
-            self._copier.lanes.collect()
+        if self._work is not None:
+            self._work.collect()
             if self.state is not WorkerState.LOSING:
-                self._copier.pump(self._clock.true)
-            self._collect(self._copier)
-            self._tell_of_pipes(self._copier)
+                self._work.pump(self._clock.true)
+            self._collect(self._work)
+            self._tell_of_pipes(self._work)
         has_work = self._crew is not None and self._crew.pump(now)
         self._advance(now)
         self._send()
@@ -148,13 +132,13 @@ class Worker:
         self._rest(now if self._read_channel(now) else self._next_deadline(), has_work=has_work)
 
     def _rest(self, until: float, *, has_work: bool) -> None:
-        """Wait, and let data move, until somebody else than the copier has something to do, or `until`.
+        """Wait, and let data move, until somebody else than the work has something to do, or `until`.
 
         `has_work`: a connection has, before anything happens.
         """
-        copier, crew, clock = self._copier, self._crew, self._clock
+        work, crew, clock = self._work, self._crew, self._clock
         while True:
-            has_work = has_work or (copier is not None and copier.has_work and self.state is not WorkerState.LOSING)
+            has_work = has_work or (work is not None and work.has_work and self.state is not WorkerState.LOSING)
             timeout = 0.0 if has_work else max(0.0, until - clock.steady)
             clock.waiting(timeout)
             completions = self._ring.wait(timeout)
@@ -163,13 +147,13 @@ class Worker:
             for operation in completions:
                 if operation.owner is None or operation.owner(operation) is not False:
                     has_work = True
-            if is_over or self._has_mail or copier is None or crew is None or self.state is not WorkerState.WORKING:
+            if is_over or self._has_mail or work is None or crew is None or self.state is not WorkerState.WORKING:
                 return
             if has_work:
-                if copier.has_work:
-                    copier.pump(clock.true)
+                if work.has_work:
+                    work.pump(clock.true)
                 has_work = crew.pump(now)
-                if copier.outbox or self._outbox or copier.deadline() is not None:
+                if work.outbox or self._outbox or work.deadline() is not None:
                     return
 
     def _look(self) -> float:
@@ -179,19 +163,19 @@ class Worker:
         """
         clock = self._clock
         now = clock.look()
-        copier = self._copier
-        if copier is not None:
-            copier.now = true = clock.true
-            if true >= copier.earliest_expiry:
-                self._expire(copier)
+        work = self._work
+        if work is not None:
+            work.now = true = clock.true
+            if true >= work.earliest_expiry:
+                self._expire(work)
         return now
 
-    def _expire(self, copier: Copier) -> None:
+    def _expire(self, work: Work) -> None:
         """A lease has ended. What is queued under it would be written too, perhaps long after the job's end."""
         clock = self._clock
-        lease_seconds = self._assign.lease_seconds if self._assign is not None and copier.leases else inf
+        lease_seconds = self._assign.lease_seconds if self._assign is not None and work.leases else inf
         slept = clock.last_stop if clock.last_stop >= lease_seconds else 0.0
-        if not copier.expire(clock.true) and not slept:
+        if not work.expire(clock.true) and not slept:
             return
         if self._crew is not None:
             self._crew.disconnect(at_once=True)
@@ -209,21 +193,21 @@ class Worker:
 
     def leave(self, reason: str) -> None:
         """Leave the job: finish what is on the wire, disconnect, say Goodbye. A second call closes at once."""
-        if self.state in _LEAVING_STATES:
+        if self.state in LEAVING_STATES:
             self._leave_by = self._clock.steady
             return
         self._goodbye = reason
         # What was on a lost connection will never be finished: there is nothing to wait for.
         self._leave_by = self._clock.steady + (0.0 if self.state is WorkerState.LOSING else DRAIN_SECONDS)
-        if self._copier is not None:
-            self._copier.drain()
+        if self._work is not None:
+            self._work.drain()
         self.state = WorkerState.DRAINING
 
     def _next_deadline(self) -> float:
         deadline = min(self._next_tick, self._next_heartbeat)
-        if self._copier is None:
+        if self._work is None:
             return deadline
-        due, retry = self._copier.earliest_expiry, self._copier.deadline()
+        due, retry = self._work.earliest_expiry, self._work.deadline()
         if retry is not None and self.state is not WorkerState.LOSING:  # then nothing is tried again
             due = min(due, retry)
         return min(deadline, due - self._clock.stopped_seconds)
@@ -234,15 +218,15 @@ class Worker:
             self._channel.check(now)
             if self._crew is not None:
                 self._crew.tick(now)
-        if now >= self._next_progress and self._copier is not None:
+        if now >= self._next_progress and self._work is not None:
             self._next_progress = now + PROGRESS_SECONDS
-            self._copier.report_progress()
+            self._work.report_progress()
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + (self._assign.heartbeat_seconds if self._assign else HEARTBEAT_SECONDS)
             if self._assign is not None:
                 self._outbox.append(Alive(self._assign.job, self._assign.epoch, self._clock.true))
                 self._outbox.extend(chain.from_iterable(self._unnoted.values()))
-        if now >= self._heard_at + COORDINATOR_SILENCE_SECONDS and self.state not in _LEAVING_STATES:
+        if now >= self._heard_at + COORDINATOR_SILENCE_SECONDS and self.state not in LEAVING_STATES:
             self.error = UserError(f"nothing was heard of the coordinator for {COORDINATOR_SILENCE_SECONDS:g} s")
             self.leave("the coordinator fell silent")
 
@@ -254,6 +238,8 @@ class Worker:
             if self._crew is not None:
                 self._crew.disconnect(at_once=now >= self._leave_by)
             self.state = WorkerState.LEAVING
+        if self.state is WorkerState.TURNING and self._idle():
+            self._turned()
         if self.state is WorkerState.LEAVING:
             if self._crew is not None and not self._crew.closed:
                 if now >= self._leave_by:
@@ -267,32 +253,32 @@ class Worker:
             self.state = WorkerState.PARTING
 
     def _idle(self) -> bool:
-        return self._copier is None or self._copier.idle
+        return self._work is None or self._work.idle
 
-    def _tell_of_pipes(self, copier: Copier) -> None:
-        for remark in copier.lanes.remarks:
+    def _tell_of_pipes(self, work: Work) -> None:
+        for remark in work.remarks:
             logs.info(remark)
-        copier.lanes.remarks.clear()
+        work.remarks.clear()
         if self._pipes is not None and self._pipes.limited and not self._has_told_of_pipes:
             self._has_told_of_pipes = True
             logs.info(f"{self._pipes.limited}: the payload of other requests goes through buffers")
 
     def _close_pipes(self) -> None:
-        """Every connection is closed: nothing uses them any more."""
-        if self._copier is not None:
-            self._copier.lanes.close()
+        """Every connection is closed, or the copier's work is over: nothing uses them any more."""
+        if self._work is not None:
+            self._work.close()
         if self._pipes is not None:
             self._pipes.close()
             self._pipes = None
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
-    def _collect(self, copier: Copier) -> None:
-        for message in copier.outbox:
-            if isinstance(message, Leaves | Written):
+    def _collect(self, work: Work) -> None:
+        for message in work.outbox:
+            if isinstance(message, Leaves | Written | Compared):
                 self._unnoted.setdefault(message.lease, []).append(message)
             self._outbox.append(message)
-        copier.outbox.clear()
+        work.outbox.clear()
 
     def _send(self) -> None:
         while self._outbox and self._channel.send(self._outbox[0]):
@@ -323,18 +309,18 @@ class Worker:
             self._unnoted.pop(message.lease, None)
         elif isinstance(message, AliveToo):
             self._was_heard(message.answers)
-        elif self._copier is not None and self.state is WorkerState.WORKING:
-            self._to_copier(self._copier, message)  # who leaves takes on nothing more
+        elif self._work is not None and self.state in (WorkerState.WORKING, WorkerState.TURNING):
+            self._to_work(self._next_work or self._work, message)  # who leaves takes on nothing more
 
-    def _to_copier(self, copier: Copier, message: FromCoordinator) -> None:
+    def _to_work(self, work: Work, message: FromCoordinator) -> None:
         match message:
             case Lease():
                 self._was_heard(max(self._opened_at, message.answers))  # without an Opened nothing is granted
-                copier.grant(message, self._expiry(message.seconds))
+                work.grant(message, self._expiry(message.seconds))
             case Revoke():
-                copier.revoke(message.lease)
+                work.revoke(message.lease)
             case Flush():
-                copier.flushes.ask(message.flush)
+                work.flush(message.flush)
             case _:
                 pass
 
@@ -344,15 +330,15 @@ class Worker:
         It does not wait longer for one that leaves than it told it: nothing is renewed then.
         """
         self._heard_of_at = max(self._heard_of_at, min(said_at, self._clock.true))
-        if self._copier is not None and self._assign is not None and self.state is WorkerState.WORKING:
-            self._copier.renew(self._clock.true, self._expiry(self._assign.lease_seconds))
+        if self._work is not None and self._assign is not None and self.state is WorkerState.WORKING:
+            self._work.renew(self._clock.true, self._expiry(self._assign.lease_seconds))
 
     def _expiry(self, seconds: float) -> float:
         """When a lease of so many seconds is over, if the coordinator hears nothing more of us."""
         return self._heard_of_at + seconds * (1.0 - LEASE_EARLY_SHARE)
 
     def _stop(self, message: Stop) -> None:
-        if self.state not in _LEAVING_STATES:
+        if self.state not in LEAVING_STATES:
             self.leave(message.reason)
         if message.now:
             self._leave_by = self._clock.steady
@@ -362,7 +348,7 @@ class Worker:
     def _assigned(self, message: Assign, now: float) -> None:
         if self._assign is not None and (message.job, message.epoch) != (self._assign.job, self._assign.epoch):
             return
-        if self.state in _LEAVING_STATES:
+        if self.state in LEAVING_STATES:
             return
         if self._crew is None and self._opened_at and message.expected_source is None:
             return  # more of what we have lost meanwhile: who is to connect anew is told what to find
@@ -379,15 +365,17 @@ class Worker:
                 plumbing = self._plumbing if is_direct else None
                 self._crew = Crew(self._ring, message, self._opened, self._lost, self._connector, plumbing, self._look)
             self._crew.want(message, now)
+            if self._mode != message.options.mode and self.state is WorkerState.WORKING:
+                self._turn_to(message)
         except NbdshardError as error:
             self._open_failed(error, None)
 
     def _opened(self, side: Side, connection: OpenConnection) -> None:
-        """A connection is up. With the first on either side the copier begins; more join it as they come."""
+        """A connection is up. With the first on either side the work begins; more join it as they come."""
         crew, assign = self._crew, self._assign
-        if crew is None or assign is None or self.state not in (WorkerState.OPENING, WorkerState.WORKING):
+        if crew is None or assign is None or self.state not in _CONNECTING_STATES:
             return
-        if self._copier is None:
+        if self._work is None:
             first = crew.first_pair()
             if first is None:
                 return
@@ -396,16 +384,13 @@ class Worker:
                 for looked_at, each in zip(SIDES, first, strict=True):
                     check_agreement(assign, looked_at, each.description)
                 looked_at = None  # what does not fit together is the fault of neither
-                splice = may_splice(first, assign.options.data_path)
-                shape = CopyShape.of(first[0].description, first[1].description, assign.options, splice=splice)
+                self._work = self._make_work(assign, first)
             except UserError as error:
                 self._open_failed(error, looked_at)
                 return
-            self._pipes = PipePool(self._plumbing, shape.request_size) if shape.splice and self._plumbing else None
-            self._copier = Copier(shape, assign.job, assign.epoch, self._clock.true, self._pipes, self._make_lane)
             self.state = WorkerState.WORKING
             for each_side, each in crew.ready():
-                self._join(self._copier, each_side, each)
+                self._join(self._work, each_side, each)
         else:
             try:
                 source, destination = crew.first_pair() or _bug("no connection is up")
@@ -414,16 +399,44 @@ class Worker:
             except (UserError, ConnectionLost) as error:
                 self._open_failed(error, side)
                 return
-            self._join(self._copier, side, connection)
+            self._join(self._work, side, connection)
         self._opened_at = self._opened_at or self._clock.true
         self._outbox.append(self._report_opened(assign, crew))
 
-    def _join(self, copier: Copier, side: Side, connection: OpenConnection) -> None:
+    def _make_work(self, assign: Assign, ends: tuple[OpenConnection, OpenConnection]) -> Work:
+        """What is to be done between `ends`, as they are known now. Raises UserError where it cannot be."""
+        options, (source, destination) = assign.options, (end.description for end in ends)
+        self._mode = options.mode
+        if options.mode == "copy":
+            shape = CopyShape.of(source, destination, options, splice=may_splice(ends, options.data_path))
+            self._pipes = PipePool(self._plumbing, shape.request_size) if shape.splice and self._plumbing else None
+            return Copier(shape, assign.job, assign.epoch, self._clock.true, self._pipes, self._make_lane)
+        from nbdshard.worker.comparer import Comparer  # a copy does not load it
+
+        shape = CopyShape.of(source, destination, options)
+        return Comparer(shape, options, (source, destination), assign.job, assign.epoch)
+
+    def _turn_to(self, assign: Assign) -> None:
+        """All is copied: what was written is to be read back, over the same connections."""
+        assert self._work is not None and self._crew is not None
+        self._next_work = self._make_work(assign, self._crew.first_pair() or _bug("no connection is up"))
+        self._work.drain()  # no lease is left to it, but a lane may still have connections
+        self.state = WorkerState.TURNING
+
+    def _turned(self) -> None:
+        assert self._next_work is not None and self._crew is not None
+        self._close_pipes()
+        self._work, self._next_work = self._next_work, None
+        self.state = WorkerState.WORKING
+        for side, each in self._crew.ready():
+            self._join(self._work, side, each)
+
+    def _join(self, work: Work, side: Side, connection: OpenConnection) -> None:
         if side == "source":
-            connection.listener = copier.add_source(connection)
+            connection.listener = work.add_source(connection)
         else:
             assert self._assign is not None
-            connection.listener = copier.add_target(connection, self._assign.options.requests)
+            connection.listener = work.add_target(connection, self._assign.options.requests)
 
     def _report_opened(self, assign: Assign, crew: Crew) -> Opened:
         source, destination = crew.first_pair() or _bug("no connection is up")
@@ -441,7 +454,7 @@ class Worker:
         crew = self._crew
         if self.state is WorkerState.DRAINING:
             self._leave_by = self._clock.steady  # what was under way on it will never be finished
-        if crew is None or self.state in _LEAVING_STATES or self.state is WorkerState.LOSING:
+        if crew is None or self.state in LEAVING_STATES or self.state is WorkerState.LOSING:
             return
         if crew.can_do_without(connection):
             logs.info(f"one connection less to the {side}: {error}")
@@ -455,40 +468,21 @@ class Worker:
         after the loss of one server the other is still needed.
         """
         self._failure = report_error(error, side)
-        if self._copier is not None:
-            self._copier.drain()
+        if self._work is not None:
+            self._work.drain()
         if self._crew is not None:
             self._crew.disconnect(at_once=False)
         self.state = WorkerState.LOSING
 
     def _connections_gone(self) -> None:
         assert self._assign is not None and self._failure is not None
-        if self._copier is not None:
-            self._copier.abort(self._failure)
-            self._collect(self._copier)
+        if self._work is not None:
+            self._work.abort(self._failure)
+            self._collect(self._work)
         self._outbox.append(OpenFailed(self._assign.job, self._assign.epoch, self._failure))
         self._close_pipes()
-        self._crew = self._copier = self._failure = None
+        self._crew = self._work = self._next_work = self._failure = None
         self.state = WorkerState.STANDING_BY
-
-
-_LEAVING_STATES = frozenset({WorkerState.DRAINING, WorkerState.LEAVING, WorkerState.PARTING, WorkerState.GONE})
-
-
-def report_error(error: NbdshardError, side: Side | None) -> ErrorReport:
-    """`error` as the coordinator is told of it."""
-    text = f"{side} {error}" if side else str(error)
-    match error:
-        case RequestError():
-            return ErrorReport("request", text, side, errno_name=error.errno_name)
-        case ConnectionLost():
-            return ErrorReport("connection", text, side, error.peer)
-        case ProtocolError():
-            return ErrorReport("protocol", text, side, error.peer)
-        case UserError():
-            return ErrorReport("user", text, side)
-        case _:
-            return ErrorReport("bug", text, side)
 
 
 def _bug(promise: str) -> tuple[OpenConnection, OpenConnection]:

@@ -8,7 +8,9 @@ from math import inf
 
 from nbdshard.common.errors import BugError, NbdshardError
 from nbdshard.common.messages import PROTOCOL_VERSION, FromWorker, Hello
-from nbdshard.worker.service import Worker, WorkerState
+from nbdshard.worker.copier import Copier
+from nbdshard.worker.life import WorkerState
+from nbdshard.worker.service import Worker
 from simulation.channel import SimChannel
 from simulation.clock import Pace, SimClock
 from simulation.network import SimNetwork
@@ -72,8 +74,12 @@ class SimProcess:
     def writable(self) -> list[int]:
         """The leases under which it may write something now."""
         worker = self.worker
-        copier = worker._copier
-        if self.ended or copier is None or worker.state in (WorkerState.LOSING, WorkerState.PARTING, WorkerState.GONE):
+        copier = worker._work
+        if (
+            self.ended
+            or not isinstance(copier, Copier)
+            or worker.state in (WorkerState.LOSING, WorkerState.PARTING, WorkerState.GONE)
+        ):
             return []
         now = self._clock.now + self._offset
         return [number for number, lease in copier.leases.items() if now < lease.expires]

@@ -32,9 +32,10 @@ from nbdshard.common.messages import (
 )
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Operation, Ring, open_ring
+from nbdshard.worker.life import WorkerState
 from nbdshard.worker.pipes import Pipe, Plumbing
 from nbdshard.worker.plumbing import SystemPlumbing
-from nbdshard.worker.service import Worker, WorkerState
+from nbdshard.worker.service import Worker
 from support.doubles import CMD_READ, CMD_WRITE, Double, Request, Talk, double
 from support.images import MIB
 from support.waiting import wait_for

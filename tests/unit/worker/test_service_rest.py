@@ -29,8 +29,10 @@ from nbdshard.common.messages import (
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Operation, Ring, open_ring
 from nbdshard.worker import run
+from nbdshard.worker.copier import Copier
+from nbdshard.worker.life import WorkerState
 from nbdshard.worker.plumbing import SystemPlumbing
-from nbdshard.worker.service import Worker, WorkerState
+from nbdshard.worker.service import Worker
 from support.doubles import EIO, REPLY_OFFSET_DATA, Double, Request, Talk, double
 from support.images import MIB
 from support.waiting import wait_for
@@ -193,8 +195,8 @@ def many_small_writes(ring: Ring, channel: Channel) -> Iterator[Scene]:
 def test_a_worker_that_drains_does_not_wait_while_its_copier_can_give_up_more(ring: Ring, channel: Channel) -> None:
     with many_small_writes(ring, channel) as scene:
         scene.waited = scene.worker.hear  # so that each turn is over when its first wait is
-        copier = scene.worker._copier
-        assert copier is not None
+        copier = scene.worker._work
+        assert isinstance(copier, Copier)
         scene.until("writes that wait for others", lambda: any(target.waiting for target in copier.targets))
         scene.worker.leave("asked to")
         scene.until("the end", lambda: scene.worker.state is WorkerState.GONE)
