@@ -21,6 +21,7 @@ from nbdshard.cli.standard_streams import tell
 from nbdshard.common.logs import printable
 
 if TYPE_CHECKING:
+    from nbdshard.cli.jobs import Ended
     from nbdshard.coordinator.job import Outcome
 
 USAGE: Final = "nbdshard checksum [OPTIONS] SOURCE"
@@ -57,7 +58,12 @@ def run(args: argparse.Namespace) -> int:
     def report(outcome: Outcome, seconds: float) -> None:
         tell(json.dumps(describe(outcome, name, seconds)) if args.json else line(outcome, name))
 
-    return run_copy(args, Crew(count=worker_count(args), ring=args.ring), report)
+    def conclude(ended: Ended, interrupted_code: int) -> int:
+        from nbdshard.cli.jobs import conclude
+
+        return conclude(ended, interrupted_code, report)
+
+    return run_copy(args, Crew(count=worker_count(args), ring=args.ring), conclude)
 
 
 def line(outcome: Outcome, name: str) -> str:

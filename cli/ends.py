@@ -30,9 +30,18 @@ if TYPE_CHECKING:
 class Ends:
     """Both ends of the copy, opened as far as the coordinator opens them. `stack` closes what is opened."""
 
-    def __init__(self, source: Endpoint, destination: Endpoint, stack: ExitStack, *, resumes: bool = False) -> None:
-        """`resumes`: the destination holds what an earlier copy wrote."""
+    def __init__(
+        self,
+        source: Endpoint,
+        destination: Endpoint,
+        stack: ExitStack,
+        *,
+        resumes: bool = False,
+        writes: bool = True,
+    ) -> None:
+        """`resumes`: the destination holds what an earlier copy wrote. Not `writes`: it is opened as a source is."""
         self._stack = stack
+        self._writes = writes
         self._resumes = resumes
         self._directory: PrivateDirectory | None = None
         self._keep_destination: bool | None = None  # not known before the job has ended
@@ -50,7 +59,7 @@ class Ends:
 
     @property
     def destination_grows(self) -> bool:
-        return self._local_destination is not None and self._local_destination.grows
+        return self._writes and self._local_destination is not None and self._local_destination.grows
 
     def found(self, side: Side) -> os.stat_result | None:
         """What a local file or device was when it was opened, before anything of the copy; None for the others."""
@@ -102,6 +111,8 @@ class Ends:
 
     def _open_destination(self, endpoint: Endpoint) -> local.LocalEnd | None:
         match endpoint:
+            case FileEndpoint(path) if not self._writes:
+                end = local.open_source(path, "destination")
             case FileEndpoint(path):
                 end = local.open_destination(path, self._local_source, resumes=self._resumes)
             case StreamEndpoint():

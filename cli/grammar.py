@@ -18,9 +18,11 @@ COUNT: Final = re.compile(r"[0-9]{1,18}")
 
 EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1
+EXIT_DIFFERENT: Final = 1  # as cmp, diff and qemu-img compare have it; so a comparison fails with another one
 EXIT_USAGE: Final = 2
 EXIT_UNREADABLE: Final = 3
 EXIT_UNFENCED: Final = 4
+EXIT_UNCOMPARED: Final = 5  # whether two ends are the same could not be found out
 EXIT_PAUSED: Final = 75  # EX_TEMPFAIL of sysexits.h: it can be tried again
 EXIT_SIGNAL: Final = 128  # plus the number of the signal, as shells say it: 130 after Ctrl-C
 

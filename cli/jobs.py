@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import msgspec
 
-from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, EXIT_PAUSED, EXIT_UNFENCED, EXIT_UNREADABLE
+from nbdshard.cli.grammar import EXIT_DIFFERENT, EXIT_FAILURE, EXIT_OK, EXIT_PAUSED, EXIT_UNFENCED, EXIT_UNREADABLE
 from nbdshard.cli.journaling import Start, export_command, resume_command
 from nbdshard.cli.journaling import start as begin
 from nbdshard.cli.options import ProgressChoice, ProgressKind, words_of
@@ -91,6 +91,7 @@ def _job(setting: Setting, begun: Start) -> Job:
         durable=begun.durable,
         unreadable=begun.unreadable,
         earlier=begun.earlier,
+        verify=args.verify,
         checkpoint_seconds=args.checkpoint,
     )
 
@@ -137,11 +138,17 @@ def _tell(ended: Ended, interrupted_code: int, report: Report | None) -> int:
     if outcome.verdict is Verdict.COMPLETE and report is not None:
         report(outcome, ended.seconds)
         return EXIT_OK
+    if outcome.comparison is not None:
+        from nbdshard.coordinator.verdict_lines import difference_lines
+
+        for line in difference_lines(outcome.comparison):
+            logs.say(line)
     logs.say(summary(outcome, ended.seconds))
     if outcome.verdict is Verdict.COMPLETE and outcome.checksum:
         _tell_checksum(ended)
     return {
         Verdict.COMPLETE: EXIT_UNREADABLE if outcome.unreadable else EXIT_OK,
+        Verdict.DIFFERENT: EXIT_DIFFERENT,
         Verdict.STOPPED: interrupted_code,
         Verdict.PAUSED: EXIT_PAUSED,
         Verdict.UNFENCED: EXIT_UNFENCED,

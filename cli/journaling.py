@@ -48,7 +48,11 @@ def start(setting: Setting, stack: ExitStack) -> Start:
     args = setting.args
     if args.salvage and setting.ends.source.kind == "stream":
         raise UserError("what a stream cannot deliver cannot be left out: --salvage needs a source with offsets", "-")
+    is_copy = setting.options.mode == "copy"
     keeps_nothing = setting.ends.has_stream or setting.ends.destination.kind == "null"
+    if keeps_nothing and args.verify:
+        advice = "leave --verify out"
+        raise UserError("what goes through a stream, or to null:, cannot be read back", args.operands[1], advice)
     if keeps_nothing and args.journal is not None:
         raise UserError("a copy from or to a stream, or to null:, cannot be resumed: it has no journal", args.journal)
     if args.resume or args.force_resume:
@@ -58,7 +62,7 @@ def start(setting: Setting, stack: ExitStack) -> Start:
 
         return resumed(setting, stack)
     uuid = _new_uuid()
-    if keeps_nothing:
+    if keeps_nothing or not is_copy:
         return Start(uuid, None)
     if args.journal is not None:
         _check_new(args.journal)

@@ -6,12 +6,13 @@ A subcommand is a module with `build_parser(prog)` and `run(args) -> int`. What 
 raised                                  printed on standard error                              code
 ======================================  =====================================================  =====
 UsageError                              nbdshard: the line                                     2
-any other NbdshardError but a BugError  nbdshard: the line                                     1
+any other NbdshardError but a BugError  nbdshard: the line                                     1 +
 KeyboardInterrupt                       nbdshard: interrupted                                  130 *
 BrokenPipeError (standard output)       nothing: who read it has gone                          141
-BugError, and anything else             nbdshard: internal error: ... and how to see more      1
+BugError, and anything else             nbdshard: internal error: ... and how to see more      1 +
 ======================================  =====================================================  =====
 
+(+) 5 of `nbdshard verify`, whose 1 means that two ends differ
 (*) or 128 plus the number of another signal that asked for an end.
 """
 
@@ -31,6 +32,7 @@ from nbdshard.cli.grammar import (
     EXIT_FAILURE,
     EXIT_OK,
     EXIT_SIGNAL,
+    EXIT_UNCOMPARED,
     EXIT_USAGE,
     Parser,
     UsageError,
@@ -48,6 +50,7 @@ SUBCOMMANDS: Final = {
     "copy": ("nbdshard.cli.copy", "copy an export, file, device or stream to another"),
     "coordinator": ("nbdshard.cli.coordinator", "run a copy whose workers may be on several machines"),
     "worker": ("nbdshard.cli.worker", "work for a coordinator"),
+    "verify": ("nbdshard.cli.verify", "compare two exports or files, and say where they differ"),
     "info": ("nbdshard.cli.info", "show what a server says about an export"),
     "map": ("nbdshard.cli.map", "show which parts of an export are data, holes and zeroes"),
     "checksum": ("nbdshard.cli.checksum", "print the checksum of an export or a file"),
@@ -82,15 +85,17 @@ class Subcommand(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name) and return the exit code."""
     prepare()
+    words = list(sys.argv[1:] if argv is None else argv)
+    failure = EXIT_UNCOMPARED if words[:1] == ["verify"] else EXIT_FAILURE
     try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(words)
         flush_output()
     except UsageError as error:
         return _say(str(error), EXIT_USAGE)
     except BugError as error:
-        return _internal_error(error)
+        return _internal_error(error, failure)
     except NbdshardError as error:
-        return _say(str(error), EXIT_FAILURE)
+        return _say(str(error), failure)
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "number", signal.SIGINT)  # of coordinator.signals.Interrupted
         return _say("interrupted", EXIT_SIGNAL + number)
@@ -98,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         silence_output()
         return EXIT_BROKEN_PIPE
     except Exception as error:
-        return _internal_error(error)
+        return _internal_error(error, failure)
     return code
 
 
@@ -139,14 +144,14 @@ def _say(line: str, code: int) -> int:
     return code
 
 
-def _internal_error(error: Exception) -> int:
+def _internal_error(error: Exception, code: int) -> int:
     if os.environ.get(DEBUG_VARIABLE):
         import traceback
 
         traceback.print_exception(error)
     what = str(error) or "no text"
     hint = f"run with {DEBUG_VARIABLE}=1 for the traceback"
-    return _say(f"internal error: {type(error).__name__}: {what} ({hint})", EXIT_FAILURE)
+    return _say(f"internal error: {type(error).__name__}: {what} ({hint})", code)
 
 
 def command() -> NoReturn:

@@ -287,6 +287,8 @@ def add_copy_options(parser: argparse.ArgumentParser, only: Container[str] | Non
         help="unit of zeroes to find in data (default 4k, or what the destination prefers); 0: do not look",
     )
     add("--synchronous", action="store_true", help="copy in order, one worker, one request at a time")
+    add("--verify", action="store_true", help="read back what was written, after the flush, and compare it")
+    parser.set_defaults(mode="copy")
 
 
 def add_progress_options(parser: Parser) -> None:
@@ -363,6 +365,10 @@ def job_options(args: argparse.Namespace) -> JobOptions:
     if args.checksum and (args.range_size or 0) > CHECKSUM_RANGE_BYTES_MAX:
         most = size_text(CHECKSUM_RANGE_BYTES_MAX)
         raise UsageError(f"--range-size is {size_text(args.range_size)}: with --checksum it is at most {most}")
+    if args.verify and args.no_flush:
+        raise UsageError("--verify and --no-flush contradict each other: what is read back may never reach the disk")
+    if args.verify and args.salvage:
+        raise UsageError("--verify and --salvage contradict each other: what cannot be read cannot be compared")
     request_size = args.request_size or REQUEST_BYTES_DEFAULT
     return JobOptions(
         request_size=request_size,
@@ -383,6 +389,7 @@ def job_options(args: argparse.Namespace) -> JobOptions:
         attempts=args.retries + 1,
         salvage=args.salvage,
         checksum=args.checksum,
+        mode=args.mode,
     )
 
 

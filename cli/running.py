@@ -8,9 +8,9 @@ that turns out to be large: what both sides need is loaded once, what only one o
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
@@ -25,17 +25,19 @@ from nbdshard.coordinator.launcher import Launcher, WorkerCommand
 from nbdshard.coordinator.signals import SignalWatch
 
 if TYPE_CHECKING:
-    from nbdshard.cli.jobs import Report
+    from nbdshard.cli.jobs import Ended
+
+Conclude: TypeAlias = "Callable[[Ended, int], int]"
 
 __all__ = ["Crew", "run_copy"]
 
 _CONTROL_SOCKET = "control.sock"
 
 
-def run_copy(args: Namespace, crew: Crew, report: Report | None = None) -> int:
+def run_copy(args: Namespace, crew: Crew, conclude: Conclude | None = None) -> int:
     """Run the copy that `args` describes; say how it ended; return the exit code.
 
-    `report` is called with the outcome and the seconds of one that is complete, in place of a copy's summary.
+    `conclude`: says how it ended, in the place of a copy's lines, and has the exit code of an interrupted one given.
     Raises UserError or UsageError for what is wrong before it starts, BugError for faults of ours.
     """
     # The log of a coordinator of remote workers tells who comes and goes; a local copy says one line.
@@ -45,7 +47,7 @@ def run_copy(args: Namespace, crew: Crew, report: Report | None = None) -> int:
     endpoints = parse_operands(args)
     check_descriptors()
     with SignalWatch() as signals, ExitStack() as stack:
-        ends = Ends(*endpoints, stack, resumes=args.resume or args.force_resume)
+        ends = Ends(*endpoints, stack, resumes=args.resume or args.force_resume, writes=args.mode == "copy")
         if ends.has_stream:  # it has one reader or writer
             crew = msgspec.structs.replace(crew, count=1)
         launcher: Launcher | None = None
@@ -55,11 +57,12 @@ def run_copy(args: Namespace, crew: Crew, report: Report | None = None) -> int:
             launcher = _launcher(args, crew.ring, url, ends)
             stack.callback(launcher.close, 0)
             launcher.start_ahead(_be_worker, spares=crew.count - 1)
-        from nbdshard.cli.jobs import conclude, run
+        from nbdshard.cli.jobs import conclude as conclude_copy
+        from nbdshard.cli.jobs import run
 
         ended = run(Setting(args, options, crew, ends, url, launcher, signals), stack)
         ends.settle(ended.outcome)
-    return conclude(ended, signals.exit_code, report)
+    return (conclude or conclude_copy)(ended, signals.exit_code)
 
 
 def _be_worker(words: Sequence[str]) -> int:

@@ -37,7 +37,10 @@ def fails_saying(*argv: str | Path, code: int = 1, words: Sequence[str]) -> None
     ("argv", "line"),
     [
         ([], "no subcommand; try 'nbdshard --help'"),
-        (["cp"], "unknown subcommand 'cp'; known are copy, coordinator, worker, info, map, checksum, jobs, keygen"),
+        (
+            ["cp"],
+            "unknown subcommand 'cp'; known are copy, coordinator, worker, verify, info, map, checksum, jobs, keygen",
+        ),
         (["copy"], "source and destination are missing; see --help for what can stand there"),
         (["copy", "a"], "the destination is missing; see --help for what can stand there"),
         (["copy", "a", "b", "c"], "one word too many: 'c'; a copy has one source and one destination"),

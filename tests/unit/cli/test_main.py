@@ -123,8 +123,14 @@ def test_version_is_one_line(word: str, capfd: pytest.CaptureFixture[str]) -> No
     ("argv", "line"),
     [
         ([], "no subcommand; try 'nbdshard --help'"),
-        (["cp"], "unknown subcommand 'cp'; known are copy, coordinator, worker, info, map, checksum, jobs, keygen"),
-        (["--cp"], "unknown option '--cp'; known are copy, coordinator, worker, info, map, checksum, jobs, keygen"),
+        (
+            ["cp"],
+            "unknown subcommand 'cp'; known are copy, coordinator, worker, verify, info, map, checksum, jobs, keygen",
+        ),
+        (
+            ["--cp"],
+            "unknown option '--cp'; known are copy, coordinator, worker, verify, info, map, checksum, jobs, keygen",
+        ),
         (["copy", "--nosuch", "a", "b"], "unrecognized arguments: --nosuch; try 'nbdshard copy --help'"),
     ],
 )
