@@ -37,10 +37,17 @@ def test_a_copy_imports_no_more_than_it_uses() -> None:
     with nbdkit("memory", "1M") as source, nbdkit("memory", "1M") as destination:
         loaded = imports_of_a_copy(source.uri, destination.uri)
     slow = {"asyncio", "logging", "multiprocessing", "rich", "shutil", "subprocess", "tempfile", "traceback"}
-    other_subcommands = {"nbdshard.cli.coordinator", "nbdshard.cli.info", "nbdshard.cli.keygen", "nbdshard.cli.map"}
+    other_subcommands = {
+        "nbdshard.cli.checksum",
+        "nbdshard.cli.coordinator",
+        "nbdshard.cli.info",
+        "nbdshard.cli.keygen",
+        "nbdshard.cli.map",
+    }
     for_networks = {"nbdshard.common.keys", "nbdshard.common.zap"}
     for_local_ends = {"nbdshard.worker.files", "nbdshard.worker.streams", "nbdshard.worker.null"}
-    assert set(loaded) & (slow | other_subcommands | for_networks | for_local_ends) == set()
+    for_checksums = {"hashlib", "nbdshard.common.blkhash", "nbdshard.coordinator.checksum", "nbdshard.worker.leaves"}
+    assert set(loaded) & (slow | other_subcommands | for_networks | for_local_ends | for_checksums) == set()
     assert {"nbdshard.coordinator.service", "nbdshard.worker.service"} < set(loaded)
 
 
