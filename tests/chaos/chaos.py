@@ -13,14 +13,14 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Final
 
 from chaos.faults import FAULTS_PER_COPY, SERVER_KINDS, Fault, Kind, Shape, fault, shape
-from chaos.servers import Place
+from chaos.servers import Place, lasting_port
 from support import cutting, images, processes
 from support.blkhash import blkhash_of
 from support.command import Outcome, Run, started
@@ -28,7 +28,7 @@ from support.servers import private_folder
 from support.waiting import wait_for
 
 SIZE: Final = 96 * images.MIB
-COPY_SECONDS: Final = 150.0  # for one copy, its faults and resumptions included; it takes 15 as a rule
+COPY_SECONDS: Final = 200.0  # for one copy, its faults and resumptions included; it takes 15 as a rule
 END_SECONDS: Final = 20.0  # for the processes of a killed coordinator to be gone
 COMPARE_SECONDS: Final = 60.0
 BEGUN_BYTES: Final = images.MIB  # that the destination's server has written
@@ -65,7 +65,8 @@ def run(seed: int, faults: int, folder: Path, say: Callable[[str], None]) -> Tal
     struck = 0
     while struck < faults:
         with private_folder() as sockets:
-            copy = Copy(shape(seed, tally.copies), image, folder, sockets, tally, say)
+            kind = CopyElsewhere if shape(seed, tally.copies).elsewhere else Copy
+            copy = kind(shape(seed, tally.copies), image, folder, sockets, tally, say)
             wanted = [fault(seed, struck + number) for number in range(min(FAULTS_PER_COPY, faults - struck))]
             struck += copy.under(wanted)
         tally.copies += 1
@@ -74,6 +75,8 @@ def run(seed: int, faults: int, folder: Path, say: Callable[[str], None]) -> Tal
 
 class Copy:
     """One copy, with everything around it."""
+
+    _codes: tuple[int, ...] = (0, 75)  # that it may end with, besides 1
 
     def __init__(
         self, shape: Shape, image: Path, folder: Path, sockets: Path, tally: Tally, say: Callable[[str], None]
@@ -118,24 +121,31 @@ class Copy:
     def _to_the_end(self) -> None:
         for attempt in range(RESUMPTIONS_MAX):
             self._mend_all()
+            before = cutting.inodes(self._places["destination"].pid)
             with self._command(resumes=attempt > 0 and self._journal.exists()) as run:
-                self._next_fault(run)
+                self._next_fault(run, before)
                 outcome = self._watch(run)
-            if outcome is not None and outcome.code == 0:
+            if outcome is not None and self._is_complete(outcome):
                 self._check_sum(outcome)
                 return
         raise AssertionError(f"it was not complete after {RESUMPTIONS_MAX} runs")
 
     @contextmanager
     def _command(self, *, resumes: bool) -> Iterator[Run]:
-        shape = self._shape
-        words = ["copy", *OPTIONS, "--ring", shape.ring, "--data-path", shape.data_path]
-        words += ["-T", str(shape.workers), "-C", str(shape.connections), "--range-size", f"{shape.range_mib}M"]
-        words += ["--checksum"] if shape.checksum else []
-        words += ["--journal", str(self._journal), *(["--resume"] if resumes else [])]
-        self._tell("resume" if resumes else "begin")
-        with started(*words, *(place.uri for place in self._places.values())) as run:
+        with started("copy", "--ring", self._shape.ring, *self._words(resumes=resumes)) as run:
             yield run
+
+    def _words(self, *, resumes: bool) -> list[str]:
+        """What `copy` and `coordinator` have in common."""
+        self._tell("resume" if resumes else "begin")
+        shape = self._shape
+        words = [*OPTIONS, "--data-path", shape.data_path, "-T", str(shape.workers), "-C", str(shape.connections)]
+        words += ["--range-size", f"{shape.range_mib}M", *(["--checksum"] if shape.checksum else [])]
+        words += ["--journal", str(self._journal), *(["--resume"] if resumes else [])]
+        return [*words, *(place.uri for place in self._places.values())]
+
+    def _is_complete(self, outcome: Outcome) -> bool:
+        return outcome.code == 0
 
     def _watch(self, run: Run) -> Outcome | None:
         """Do what is due until the command ends; how it ended, or None if we killed it."""
@@ -170,7 +180,7 @@ class Copy:
         if outcome.code == 1:
             assert any(excuse in outcome.last_line for excuse in EXCUSES), str(outcome)
         else:
-            assert outcome.code in (0, 75), str(outcome)
+            assert outcome.code in self._codes, str(outcome)
         return outcome
 
     def _compare(self) -> None:
@@ -196,17 +206,23 @@ class Copy:
     def _later(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._agenda, (time.monotonic() + seconds, next(self._order), action))
 
-    def _next_fault(self, run: Run) -> None:
+    def _next_fault(self, run: Run, before: set[str]) -> None:
         """The next one is due after its pause; that counts from when data moves: a server that is lost before a copy
         has begun is not waited for, so that a mistyped name is told at once."""
         following = next(self._left, None)
         if following is not None:
             pid = self._places["destination"].pid
+            self._await(run, "a connection", lambda: self._is_ours(cutting.inodes(pid), before))
             begun = processes.bytes_written(pid) + BEGUN_BYTES
-            wait_for(
-                "data", lambda: run.process.poll() is not None or processes.bytes_written(pid) > begun, COPY_SECONDS
-            )
+            self._await(run, "data", lambda: not processes.alive(pid) or processes.bytes_written(pid) > begun)
             self._later(following.pause, lambda: self._strike(following, run))
+
+    def _is_ours(self, now: set[str], before: set[str]) -> bool:
+        """What a run that was killed had sent is carried out, and its connections are gone."""
+        return bool(now) and not now & before
+
+    def _await(self, run: Run, what: str, condition: Callable[[], bool]) -> None:
+        wait_for(what, lambda: run.process.poll() is not None or self._look() or condition(), COPY_SECONDS)
 
     def _strike(self, it: Fault, run: Run) -> None:
         self._struck += 1
@@ -219,7 +235,7 @@ class Copy:
         elif it.kind is Kind.STOP_COORDINATOR:
             os.kill(run.pid, signal.SIGSTOP)
             self._later(it.seconds, lambda: _send(run.pid, signal.SIGCONT))
-        elif workers := sorted(run.workers()):
+        elif workers := self._workers(run):
             victim = workers[int(it.pick * len(workers))]
             if it.kind is Kind.KILL_WORKER:
                 _send(victim, signal.SIGKILL)
@@ -229,6 +245,9 @@ class Copy:
         following = next(self._left, None)
         if following is not None:
             self._later(following.pause, lambda: self._strike(following, run))
+
+    def _workers(self, run: Run) -> list[int]:
+        return sorted(run.workers())
 
     def _strike_server(self, it: Fault, place: Place) -> None:
         if it.kind is Kind.KILL_SERVER:
@@ -267,6 +286,47 @@ class Copy:
     def _tell_output(self, run: Run) -> None:
         for line in run.err().splitlines():
             self._tell(f"    {line}")
+
+
+class CopyElsewhere(Copy):
+    """The same with workers that nobody's child processes are, as on other machines. A supervisor starts them again.
+
+    Those of a coordinator that was killed run on, and say what they have to say to the next one, at the same address.
+    """
+
+    _codes = (0, 4, 75)  # 4: a worker was not heard to close its connections, for it was killed
+
+    @contextmanager
+    def _command(self, *, resumes: bool) -> Iterator[Run]:
+        self._crew: list[Run] = []
+        url = f"tcp://127.0.0.1:{self._port}"
+        with started("coordinator", "--listen", url, *self._words(resumes=resumes)) as run:
+            self._coordinator = run
+            yield run
+
+    def _start_worker(self) -> Run:
+        url = f"tcp://127.0.0.1:{self._port}"
+        return self._all.enter_context(started("worker", "--connect", url, "--ring", self._shape.ring))
+
+    def under(self, faults: list[Fault]) -> int:
+        self._port = lasting_port()
+        with ExitStack() as self._all:
+            return super().under(faults)
+
+    def _look(self) -> bool:
+        self._crew = [worker for worker in self._crew if worker.process.poll() is None]
+        if self._coordinator.process.poll() is None and len(self._crew) < self._shape.workers:
+            self._crew.append(self._start_worker())
+        return super()._look()
+
+    def _workers(self, run: Run) -> list[int]:
+        return [worker.pid for worker in self._crew]
+
+    def _is_ours(self, now: set[str], before: set[str]) -> bool:
+        return bool(now - before)
+
+    def _is_complete(self, outcome: Outcome) -> bool:
+        return outcome.code == 0 or "every byte was copied" in outcome.last_line
 
 
 def _send(pid: int, number: signal.Signals) -> None:

@@ -74,6 +74,7 @@ class Shape:
     connections: int
     range_mib: int
     checksum: bool
+    elsewhere: bool  # workers that a coordinator does not start: they connect to it over TCP
 
 
 # Kinds of servers, source and destination. nbdkit is the one that can be slow, so one side is always nbdkit's. Its
@@ -106,8 +107,9 @@ def fault(seed: int, number: int) -> Fault:
 def shape(seed: int, number: int) -> Shape:
     """The copy `number` of the run of `seed`: always the same."""
     chance = random.Random(f"shape {seed} {number}")
+    ends = chance.choice(ENDS)
     return Shape(
-        *chance.choice(ENDS),
+        *ends,
         transport=chance.choice(("unix", "tcp")),
         ring=chance.choice(RINGS),
         data_path=chance.choice(("auto", "auto", "splice", "buffer")),
@@ -115,4 +117,6 @@ def shape(seed: int, number: int) -> Shape:
         connections=chance.choice((1, 4, 4, 8)),
         range_mib=chance.choice((1, 2, 4, 8)),
         checksum=chance.random() < 0.4,
+        # Where the only writer may have been killed unheard, its role would never move.
+        elsewhere=chance.random() < 0.2 and ends[1] != "nbdkit-one-writer",
     )

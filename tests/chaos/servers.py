@@ -20,7 +20,7 @@ THREADS = "--threads=1"  # nbdkit 1.32.5 aborts when a client vanishes with seve
 PORTS = range(20_000, 30_000)
 
 
-def _lasting_port() -> int:
+def lasting_port() -> int:
     """A TCP port of 127.0.0.1 that is free, and will be again when its server is gone."""
     while True:
         port = random.choice(PORTS)
@@ -38,7 +38,7 @@ class Place:
     def __init__(self, kind: str, image: Path, folder: Path, transport: str, *, is_slow: bool) -> None:
         self._folder = folder
         self._path = folder / f"{image.name}.sock"
-        self._port = _lasting_port() if transport == "tcp" else 0
+        self._port = lasting_port() if transport == "tcp" else 0
         self._command = self._words(kind, str(image), is_slow=is_slow)
         self._stack = ExitStack()
         self._server: Server | None = None
@@ -99,7 +99,7 @@ class Place:
     def _words(self, kind: str, image: str, *, is_slow: bool) -> list[str]:
         if kind == "qemu-nbd":
             where = ["-b", "127.0.0.1", "-p", str(self._port)] if self._port else ["-k", str(self._path)]
-            return ["qemu-nbd", "-t", "-f", "raw", "-e", "8", *where, image]
+            return ["qemu-nbd", "-t", "-f", "raw", "-e", "64", *where, image]
         where = ["-i", "127.0.0.1", "-p", str(self._port)] if self._port else ["-U", str(self._path)]
         filters, more = [], []
         if is_slow:

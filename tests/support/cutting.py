@@ -22,6 +22,12 @@ def connections(pid: int) -> list[int]:
     return [number for number in sorted(sockets) if _has_peer(pid, number)]
 
 
+def inodes(pid: int) -> set[str]:
+    """Those sockets by their names in proc(5): others than before are other connections."""
+    targets = processes.descriptors(pid)
+    return {targets[number] for number in connections(pid) if number in targets}
+
+
 def cut(pid: int, number: int) -> bool:
     """Reset the connection `number` of `pid`: both ends hear of it. False when it is gone already."""
     end = _take(pid, number)
