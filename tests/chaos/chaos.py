@@ -141,6 +141,7 @@ class Copy:
         shape = self._shape
         words = [*OPTIONS, "--data-path", shape.data_path, "-T", str(shape.workers), "-C", str(shape.connections)]
         words += ["--range-size", f"{shape.range_mib}M", *(["--checksum"] if shape.checksum else [])]
+        words += ["--verify"] if shape.verify else []
         words += ["--journal", str(self._journal), *(["--resume"] if resumes else [])]
         return [*words, *(place.uri for place in self._places.values())]
 

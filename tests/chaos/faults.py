@@ -74,6 +74,7 @@ class Shape:
     connections: int
     range_mib: int
     checksum: bool
+    verify: bool
     elsewhere: bool  # workers that a coordinator does not start: they connect to it over TCP
 
 
@@ -118,6 +119,7 @@ def shape(seed: int, number: int) -> Shape:
         connections=chance.choice((1, 4, 4, 8)),
         range_mib=chance.choice((1, 2, 4, 8)),
         checksum=chance.random() < 0.4 and data_path != "splice",  # it has to look at all data
+        verify=chance.random() < 0.3,
         # Where the only writer may have been killed unheard, its role would never move.
         elsewhere=chance.random() < 0.2 and ends[1] != "nbdkit-one-writer",
     )
