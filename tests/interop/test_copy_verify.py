@@ -225,3 +225,19 @@ def test_what_is_lost_while_it_is_read_back_is_made_up_for(tmp_path: Path, ring:
     outcome.succeeded()
     assert outcome.last_line.endswith("; verified"), str(outcome)
     images.assert_identical(large, copied)
+
+
+def test_workers_of_a_coordinator_read_back_what_they_wrote(dense: Path, tmp_path: Path, ring: str) -> None:
+    copied = images.filled_image(tmp_path / "copy", dense.stat().st_size)
+    with (
+        serve("nbdkit-file", dense, transport="tcp") as one,
+        nbdkit("eval", *lying(copied), tcp=True) as two,
+        started("coordinator", "--listen", "tcp://127.0.0.1:0", "--verify", *SMALL, one, two.uri) as coordinator,
+    ):
+        address = wait_for(
+            "the address", lambda: (re.findall(r"listening on (\S+)", coordinator.err()) or [""])[0], 10.0
+        )
+        with started("worker", "--ring", ring, "--connect", address) as worker:
+            worker.wait().succeeded()
+            outcome = coordinator.wait()
+    outcome.failed(1, saying=[f"differ: offset {DROPPED}, 262144 bytes"])

@@ -191,6 +191,36 @@ def test_json_objects_tell_what_is_waited_for(pipe: tuple[int, int]) -> None:
     assert (record["waiting_for"], record["waiting_seconds"]) == ("source nbd://a: lost", 2.0)
 
 
+def test_what_is_read_back_is_counted_anew_and_the_answer_comes_last(pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    display = JsonDisplay(100.0, write_end)
+    copied = replace(STATUS, counters=Counters(copied=1000), verifies=True)
+    reading = replace(copied, phase="verifying", verified=0)
+    display.show(copied, 100.0)
+    display.show(reading, 101.0)
+    display.show(replace(reading, verified=300), 102.0)
+    display.show(replace(reading, verified=200), 103.0)  # a range is compared again: not told
+    for verdict in (Verdict.COMPLETE, Verdict.DIFFERENT, Verdict.STOPPED):
+        display.end(replace(reading, verified=1000), replace(OUTCOME, verdict=verdict), 104.0)
+    records = list(map(json.loads, lines(read_end)))
+    assert [record["bytes_done"] for record in records] == [1000, 0, 300, 300, 1000, 1000, 1000]
+    assert [record["bytes_verified"] for record in records] == [None, 0, 300, 200, 1000, 1000, 1000]
+    assert [record["verified"] for record in records[3:]] == [None, True, False, None]
+    assert records[2]["rate_bytes_per_second"] == 300
+    assert all(record["bytes_copied"] == 1000 for record in records)
+
+
+def test_what_is_read_back_is_the_second_half_of_the_percents(pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    display = PercentDisplay(write_end)
+    for copied in (0, 500, 1000):
+        display.show(replace(done(copied), verifies=True), 0.0)
+    for verified in (0, 500, 1000):
+        display.show(replace(done(1000), verifies=True, phase="verifying", verified=verified), 0.0)
+    display.end(replace(done(1000), verifies=True, verified=1000), OUTCOME, 0.0)
+    assert lines(read_end) == ["0/100", "25/100", "50/100", "75/100", "99/100", "100/100"]
+
+
 @pytest.mark.parametrize(
     ("verdict", "phase"),
     [
