@@ -12,7 +12,7 @@ import pytest
 from support import images
 from support.command import EXECUTABLE, copy, nbdshard, started
 from support.journals import durable_bytes, fill, small_disk
-from support.servers import Server, nbdkit, qemu_nbd
+from support.servers import Server, at_socket, nbdkit, private_folder, qemu_nbd
 from support.waiting import wait_for
 
 SIZE = 48 * images.MIB
@@ -154,6 +154,25 @@ def test_with_few_descriptors_connections_are_done_without(tmp_path: Path, ring:
         words = ("--ring", ring, "-T", "1", "-C", "64", "--range-size", "1M", one.uri, two.uri)
         copy(*words, executable=limited(files), timeout=SECONDS).succeeded()
     images.assert_identical(image, copied)
+
+
+def test_a_lost_server_for_which_there_is_no_descriptor_any_more_pauses_the_copy(
+    tmp_path: Path, image: Path, ring: str
+) -> None:
+    copied = images.empty_image(tmp_path / "copy", SIZE)
+    slow = ("--threads=1", "--filter=rate", "file", str(image), "rate=96M", "burstiness=0.2")
+    with private_folder() as folder, nbdkit("file", str(copied), threads=1) as destination:
+        socket = folder / "s"
+        command = ("nbdkit", "-f", "-U", str(socket), *slow)
+        with at_socket(socket, *command) as source:
+            words = ("copy", "--ring", ring, "-T", "1", "--loss-timeout", "2", source.uri, destination.uri)
+            with started(*words) as run:
+                wait_for("a beginning", lambda: images.allocated_bytes(copied) > images.MIB or run.process.poll())
+                for pid in run.workers():
+                    subprocess.run(["prlimit", "--nofile=3:3", "--pid", str(pid)], check=True, timeout=SECONDS)
+                source.kill()
+                with at_socket(socket, *command):
+                    run.wait(SECONDS).failed(75, saying=["too many open files", "it was waited for 2 s"])
 
 
 def test_a_server_without_descriptors_takes_fewer_connections(tmp_path: Path, image: Path) -> None:
