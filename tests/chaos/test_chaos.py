@@ -8,11 +8,13 @@ import pytest
 
 from chaos.chaos import run
 from chaos.faults import Kind, fault, shape
+from support import cutting
 
 FAULTS = 10
 CHOICES = 2000
 
 
+@pytest.mark.skipif(not cutting.is_allowed(), reason="descriptors of other processes cannot be taken here")
 @pytest.mark.timeout(300)
 def test_copies_under_ten_faults_are_identical_and_leave_nothing(tmp_path: Path, seed: int) -> None:
     tally = run(seed, FAULTS, tmp_path, print)

@@ -6,6 +6,7 @@ The descriptor is taken out of the process (pidfd_getfd(2)), so nothing has to s
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import struct
@@ -14,6 +15,19 @@ from support import processes
 
 SYS_PIDFD_GETFD = 438  # the same on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def is_allowed() -> bool:
+    """Whether descriptors can be taken at all: a container may forbid it."""
+    one, other = socket.socketpair()
+    with one, other:
+        try:
+            taken = _take(os.getpid(), one.fileno())
+        except PermissionError:
+            return False
+        if taken is not None:
+            taken.close()
+        return taken is not None
 
 
 def connections(pid: int) -> list[int]:
@@ -73,7 +87,7 @@ def _take(pid: int, number: int) -> socket.socket | None:
         os.close(process)
     if own < 0:
         error = ctypes.get_errno()
-        if error == 1:
+        if error == errno.EPERM:
             raise PermissionError(error, "descriptors of other processes cannot be taken here")
         return None
     return socket.socket(fileno=own)
