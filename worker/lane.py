@@ -28,7 +28,7 @@ from errno import EAGAIN
 from math import inf
 from typing import Final
 
-from nbdshard.common.limits import LANE_DEPTH, LANE_GATHER_MAX, LANE_LOOK_SECONDS, LANE_ROWS_MAX
+from nbdshard.common.limits import LANE_DEPTH, LANE_GATHER_SHARE, LANE_LOOK_SECONDS, LANE_ROWS_MAX
 from nbdshard.common.messages import Side
 from nbdshard.common.nbd.quick import ODD
 from nbdshard.common.ranges import Range
@@ -53,6 +53,7 @@ class Lane:
         request_bytes: int,
         sparse_unit: int,
         rows: int,
+        queue_bytes: int,
         clock: Callable[[], float],
         wake: Callable[[], None],
         plumbing: Looks,
@@ -60,9 +61,8 @@ class Lane:
         varies: bool = False,
         zeroes: bool = False,
     ) -> None:
-        """`rows`: cookies of both sides together, 2 at least, of which LANE_ROWS_MAX are used.
-
-        `sparse_unit`: of the search for zeroes, 0 for none.
+        """`sparse_unit`: of the search for zeroes, 0 for none. `rows`: cookies of both sides together, 2 at least, of
+        which LANE_ROWS_MAX are used. `queue_bytes`: payload in flight on each side, but for one request.
 
         `varies`: `request_bytes` may also be half as much. `zeroes`: zeroes in a payload may be sent as WRITE_ZEROES.
         """
@@ -83,9 +83,11 @@ class Lane:
         self._has_woken = False
         self._payload = LanePayload(request_bytes, plumbing)
         rows = min(rows, LANE_ROWS_MAX)
-        self._reads = Rows(rows // 2, request_bytes)
-        self._writes = Rows(rows - rows // 2, request_bytes, extra=rows // 2 + 1)
-        self._gather_max = min(LANE_GATHER_MAX, self._writes.count)
+        self._queue_bytes = queue_bytes
+        self._reads = Rows(rows // 2, request_bytes, queue_bytes)
+        self._writes = Rows(rows - rows // 2, request_bytes, queue_bytes, extra=rows // 2 + 1)
+        # Not all of them at once, or each call would wait until the one before is answered.
+        self._gather_max = max(1, self._writes.count // LANE_GATHER_SHARE)
         self.flush_cookie = rows  # behind all others
         self._orders: queue.SimpleQueue[tuple[LaneSource, LaneTarget] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -321,8 +323,7 @@ class Lane:
     ) -> None:
         """One WRITE: what is in the pipe, if any, and then `rest`."""
         writes, pipe = self._writes, self._payload.pipe
-        while not writes.free:
-            self._take_acks(target, wait=True)
+        self._make_room(target, 1, length)
         # First the row, then the clock: whoever ends the lease in between sees that something may be written.
         cookie = writes.take(stretch, start, length, inf)
         writes.sent[cookie] = self._clock()
@@ -363,8 +364,7 @@ class Lane:
     def _write_gathered(self, target: LaneTarget, stretch: Stretch, start: int, runs: Sequence[Run]) -> None:
         """WRITEs and WRITE_ZEROES of one payload, which begins at `start`, in as few calls as they take."""
         writes, view = self._writes, memoryview(self._payload.buffer)
-        while len(writes.free) < len(runs):
-            self._take_acks(target, wait=True)
+        self._make_room(target, len(runs), sum(end - at for at, end, is_zero in runs if not is_zero))
         cookies: list[int] = []
         pieces: list[bytes | memoryview] = []
         for at, end, is_zero in runs:
@@ -388,6 +388,12 @@ class Lane:
                 pieces = rest_of(pieces, count)
             else:
                 self._await_room(target, count, cookies[0])
+
+    def _make_room(self, target: LaneTarget, rows: int, payload: int) -> None:
+        """Wait for answers until there are so many free rows, and room for so many bytes."""
+        writes = self._writes
+        while len(writes.free) < rows or (writes.bytes and writes.bytes + payload > self._queue_bytes):
+            self._take_acks(target, wait=True)
 
     def _still_good(self, stretch: Stretch, expires: float, cookie: int) -> float:
         """The lease's end, which is to come: we may have been stopped for long since the last piece went."""

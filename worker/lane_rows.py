@@ -15,11 +15,14 @@ from nbdshard.worker.stretch import Stretch, Unanswered
 class Rows:
     """Row number = cookie. `length` is 0 where nothing is asked; it may have rows of the lane's own behind the `count`.
 
-    `depth`: how many to keep in use: as many as SPLICED_BYTES_PER_SECOND takes, by the fastest answer so far.
+    `depth`: how many to keep in use: as many as SPLICED_BYTES_PER_SECOND takes, by the fastest answer so far. `bytes`:
+    payload of those in use, which may be `queue_bytes` if that is more than one request.
     """
 
     __slots__ = (
         "_unit",
+        "_depth_max",
+        "bytes",
         "count",
         "depth",
         "fastest",
@@ -33,18 +36,19 @@ class Rows:
         "used",
     )
 
-    def __init__(self, count: int, unit: int, *, extra: int = 0) -> None:
+    def __init__(self, count: int, unit: int, queue_bytes: int, *, extra: int = 0) -> None:
         self.count = count
         self._unit = unit
         self.fastest = inf
-        self.depth = min(count, LANE_DEPTH)
+        self._depth_max = max(1, min(count, queue_bytes // unit))
+        self.depth = min(self._depth_max, LANE_DEPTH)
         self.length = [0] * (count + extra)
         self.clear()
 
     def clear(self) -> None:
         """Nothing is asked; what was learnt of the other side stays."""
         count = self.count
-        self.used = 0
+        self.used = self.bytes = 0
         self.free = list(range(count - 1, -1, -1))  # the lowest on top: few rows are hot
         self.of: list[Stretch | None] = [None] * count
         self.start = [0] * len(self.length)
@@ -60,12 +64,17 @@ class Rows:
         self.start[cookie] = start
         self.length[cookie] = length
         self.is_zero[cookie] = is_zero
+        self.spliced[cookie] = 0
         self.sent[cookie] = now
         self.used += 1
+        if not is_zero:
+            self.bytes += length
         return cookie
 
     def give(self, cookie: int) -> None:
         """It was answered, or never sent."""
+        if not self.is_zero[cookie]:
+            self.bytes -= self.length[cookie]
         self.length[cookie] = 0
         self.of[cookie] = None
         self.sent[cookie] = inf
@@ -78,7 +87,7 @@ class Rows:
         if seconds < self.fastest:
             self.fastest = seconds
             needed = int(seconds * SPLICED_BYTES_PER_SECOND / self._unit)
-            self.depth = min(self.count, max(LANE_DEPTH, needed))
+            self.depth = min(self._depth_max, max(LANE_DEPTH, needed))
 
     def unanswered(self) -> list[Unanswered]:
         return [

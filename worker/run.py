@@ -57,6 +57,7 @@ def _work(ring: Ring, channel: WorkerChannel) -> None:
             shape.request_size,
             shape.sparse_unit,
             shape.requests,
+            shape.queue_size,
             _seconds,
             wake,
             SystemPlumbing(),

@@ -40,7 +40,7 @@ from support.doubles import (
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
 )
-from support.images import KIB
+from support.images import KIB, MIB
 from support.listening import receive_exactly
 from support.nbd_feeding import an_export
 from support.pipes import Ends, prepared, unix_ends, waiting_in
@@ -103,12 +103,6 @@ class Peer:
         assert asked.command == CMD_WRITE
         return asked
 
-    def zeroing(self) -> Asked:
-        """The next request, a WRITE_ZEROES."""
-        asked = self.take()
-        assert asked.command == CMD_WRITE_ZEROES
-        return asked
-
     def flush(self) -> Asked:
         """The next request, a FLUSH."""
         asked = self.take()
@@ -155,6 +149,7 @@ class LaneBench:
         rows: int,
         ends: tuple[Ends, Ends],
         plumbing: Looks,
+        queue_bytes: int,
         *,
         zeroes: bool,
     ) -> None:
@@ -162,7 +157,7 @@ class LaneBench:
         self.wakes = 0
         self.unit = unit
         self.looks: list[int] = []  # how many WRITEs could be seen at each look at the clock
-        self.lane = Lane(unit, sparse_unit, rows, self._clock, self._woken, plumbing, zeroes=zeroes)
+        self.lane = Lane(unit, sparse_unit, rows, queue_bytes, self._clock, self._woken, plumbing, zeroes=zeroes)
         assert self.lane.prepare() == ""
         self.ours, self.theirs = (ends[0][0], ends[1][0]), (ends[0][1], ends[1][1])
         self.source, self.target = (Peer(end, mode) for end in self.theirs)
@@ -236,6 +231,7 @@ class LaneBench:
             for start, end in stretch.zeroes:
                 count(stretch, Range(start, end))
             assert stretch.left == back[stretch], str(stretch)
+            assert stretch.spliced <= stretch.copied
             assert (stretch in self.lane.finished) == (stretch.left == 0)
         assert counted + sum(stretch.copied + stretch.zeroed for stretch in self.stretches) == sum(
             stretch.end - stretch.start for stretch in self.stretches
@@ -337,10 +333,11 @@ def lane_bench(
     rows: int = 16,
     ends: Callable[[], Ends] = unix_ends,
     zeroes: bool = False,
+    queue_bytes: int = 16 * MIB,
 ) -> Iterator[LaneBench]:
     """A lane that is lent when `begin` is called, and closed with its sockets when the block ends."""
     with prepared(ends()) as one, prepared(ends()) as two:
-        bench = LaneBench(mode, unit, sparse_unit, rows, (one, two), SystemPlumbing(), zeroes=zeroes)
+        bench = LaneBench(mode, unit, sparse_unit, rows, (one, two), SystemPlumbing(), queue_bytes, zeroes=zeroes)
         try:
             yield bench
         finally:

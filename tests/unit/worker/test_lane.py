@@ -17,6 +17,7 @@ from support.doubles import EIO, ENOSPC, REPLY_OFFSET_HOLE
 from support.images import KIB, MIB, random_bytes
 from support.lane_bench import MODES, UNIT, lane_bench, ranges
 from support.pipes import Ends, reset, tcp_ends, unix_ends
+from support.waiting import wait_for
 
 SECTOR = 4 * KIB  # the unit of zero detection
 ENDS = pytest.mark.parametrize("ends", [unix_ends, tcp_ends], ids=["unix", "tcp"])
@@ -208,6 +209,41 @@ def test_what_is_unanswered_shows_while_it_is() -> None:
         assert bench.lane.oldest_read() == (100.0, 3 * UNIT)
         assert bench.lane.oldest_write() == (101.0, UNIT)
         assert bench.lane.stretches_written() == bench.stretches
+
+
+def test_no_more_is_asked_for_than_the_queue_holds() -> None:
+    with lane_bench(queue_bytes=2 * UNIT) as bench:
+        bench.begin((0, 8 * UNIT))
+        asked = bench.source.reads(2)
+        assert bench.lane.oldest_read()[1] == 2 * UNIT
+        bench.source.send(bench.source.data(asked[0], bytes(UNIT)))
+        bench.source.reads(1)
+        assert bench.lane.oldest_read()[1] == 2 * UNIT
+
+
+def test_no_more_is_written_without_an_answer_than_the_queue_holds() -> None:
+    content = random_bytes(8 * UNIT)
+    with lane_bench(queue_bytes=2 * UNIT) as bench:
+        bench.serve_reads(content)
+        bench.begin((0, 8 * UNIT))
+        asked = [bench.target.write(), bench.target.write()]
+        for _ in range(6):
+            wait_for("the next payload", lambda: bench.lane.oldest_write()[1] == 2 * UNIT)
+            assert bench.untaken() == 0
+            bench.target.send(bench.target.ack(asked.pop(0)))
+            asked.append(bench.target.write())
+        bench.target.send(*map(bench.target.ack, asked))
+        assert bench.end() == Outcome()
+
+
+def test_one_request_is_under_way_however_small_the_queue() -> None:
+    content = random_bytes(4 * UNIT)
+    with lane_bench(queue_bytes=1) as bench:
+        bench.serve_reads(content)
+        bench.serve_writes()
+        bench.begin((0, 4 * UNIT))
+        assert bench.end() == Outcome()
+        assert bench.store(4 * UNIT) == content
 
 
 # -- a reply that is not plain -----------------------------------------------------------------------------------------
@@ -411,7 +447,7 @@ class FewPipes(SystemPlumbing):
 )
 def test_without_a_pipe_that_holds_a_request_there_is_no_lane(capacity: int, why: str) -> None:
     plumbing = FewPipes(capacity)
-    lane = Lane(UNIT, 0, 8, lambda: 0.0, lambda: None, plumbing)
+    lane = Lane(UNIT, 0, 8, MIB, lambda: 0.0, lambda: None, plumbing)
     assert lane.prepare() == why
     lane.close()
     lane.close()

@@ -7,7 +7,7 @@ from errno import ENOSPC, EPIPE
 
 import pytest
 
-from nbdshard.common.limits import LANE_GATHER_MAX
+from nbdshard.common.limits import LANE_GATHER_SHARE
 from nbdshard.worker.lane_payload import rest_of
 from nbdshard.worker.stretch import Outcome
 from support.doubles import CMD_WRITE, CMD_WRITE_ZEROES, EIO
@@ -58,7 +58,7 @@ def test_data_and_zeroes_in_turn_arrive_as_they_are(mode: str, ends: Callable[[]
 
 def test_more_runs_than_go_into_one_call_arrive() -> None:
     content = in_turn(MIB)
-    assert MIB // SECTOR > 2 * LANE_GATHER_MAX
+    assert MIB // SECTOR > 2 * (128 // 2 // LANE_GATHER_SHARE)
     with lane_bench(unit=MIB, sparse_unit=SECTOR, rows=128, zeroes=True) as bench:
         bench.serve_reads(content)
         bench.serve_writes()
@@ -97,6 +97,27 @@ def test_a_destination_that_takes_little_at_a_time_gets_it_all() -> None:
         bench.serve_writes()
         assert bench.end() == Outcome()
         assert bench.store(4 * MIB) == content
+
+
+def test_what_went_through_memory_does_not_count_as_spliced() -> None:
+    content = random_bytes(4 * UNIT) + in_turn(4 * UNIT)
+    with lane_bench(sparse_unit=SECTOR, zeroes=True) as bench:
+        bench.serve_reads(content)
+        bench.serve_writes()
+        bench.begin((0, 4 * UNIT), (4 * UNIT, 8 * UNIT))  # the same rows, one after the other
+        assert bench.end() == Outcome()
+        dense, fragments = bench.stretches
+        assert (dense.spliced, fragments.spliced) == (4 * UNIT, 0)
+        assert (fragments.copied, fragments.zeroed) == (2 * UNIT, 2 * UNIT)
+
+
+def test_a_call_leaves_rows_for_the_next_before_it_is_answered() -> None:
+    with lane_bench(sparse_unit=SECTOR, rows=64, zeroes=True) as bench:  # 32 of them for writes, 16 runs a payload
+        bench.serve_reads(in_turn(2 * UNIT))
+        bench.begin((0, 2 * UNIT))
+        asked = [bench.target.take() for _ in range(32)]  # nothing is answered yet
+        bench.target.send(*map(bench.target.ack, asked))
+        assert bench.end() == Outcome()
 
 
 @pytest.mark.parametrize("count", range(8))
