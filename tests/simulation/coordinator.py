@@ -98,7 +98,7 @@ class SimCoordinator:
 
     def start_worker(self) -> None:
         """One more worker process; it may be killed, but not by us, if the job's workers come from elsewhere."""
-        if self.crashed:
+        if self.crashed or self._heir is not None:
             return
         self.started += 1
         name = f"{self._chance.getrandbits(128):032x}"

@@ -191,6 +191,9 @@ class ResumedSimulation(Simulation):
         if chance.random() < 0.2:
             jump = self.scenario.job.lease_seconds * chance.choice((0.5, 2.0, 1000.0))
             clock.after(self._moment(), lambda: self._to_somebody("sees its clock jump", lambda it: it.jump(jump)))
+        if self.scenario.destination.names_lives:
+            for _ in range(chance.choice((1, 3, 6))):
+                clock.after(self._moment(), self._cut)
         if self.scenario.job.local_workers and chance.random() < 0.2:  # elsewhere, clocks are to go at the same rate
             coordinator, leap = self.coordinator, self.scenario.job.lease_seconds * chance.choice((0.5, 2.0, 100.0))
             clock.after(self._moment(), lambda: coordinator.jump(leap))

@@ -394,6 +394,9 @@ class _Maker:
     def _crashes(self, source: ServerRules, destination: ServerRules, job: Job) -> tuple[ServerRules, ServerRules]:
         """Workers elsewhere may be connected for a while when the coordinator has crashed, beside those of the next."""
         destination = replace(destination, can_flush=True, flush_failures=self.chance.choice((0, 0, 1, 2)))
+        names_lives = random.Random(f"lives {self.seed}").random() < 0.5  # drawn apart: a seed stays what it was
+        if names_lives and destination.structured:
+            destination = replace(destination, names_lives=True, multi_conn=True)
         if not job.local_workers:
             source = replace(source, is_contested=True)
             destination = replace(destination, is_contested=True, multi_conn=True)

@@ -9,7 +9,7 @@ from simulation.clock import Pace, SimClock
 from simulation.disk import Disk
 from simulation.network import Socket
 from simulation.server_rules import CMD_WRITE, CMD_WRITE_ZEROES, Errors, Full, ServerRules
-from simulation.session import Request, Session
+from simulation.session import Request, Session, Write
 
 
 class SimServer:
@@ -26,6 +26,8 @@ class SimServer:
         self.deserted = 0  # connections that ended without a word
         self.expected: bytes | None = None  # what every write must bring
         self.reads = self.writes = self.flushes = 0
+        self.life = 0
+        self.unflushed: list[Write] = []  # of all connections of this life, where that matters
         self._unserved: list[Socket] = []
         self._clock = clock
         self._chance = chance
@@ -79,6 +81,8 @@ class SimServer:
     def crash(self, back_after: float) -> None:
         """It is gone with everything it had not flushed, and is back after so many seconds."""
         self.is_down = True
+        self.life += 1
+        self.unflushed = []
         for session in list(self.sessions):
             session.die()
         for socket in self._unserved:

@@ -53,6 +53,7 @@ class ServerRules:
     bad_byte: int | None = None  # reading or writing it always fails
     flush_fails: bool = False
     flush_failures: int = 0  # so many flushes fail, and lose some of what anybody wrote; nobody else is told
+    names_lives: bool = False  # by hints; then a flush covers what was acknowledged on any connection of the same life
     silent_after: int | None = None  # requests; then nothing is answered any more
     is_contested: bool = False  # a worker that was given up may still be connected, and write what others write too
     # Of the client: what it may have under way on one connection.

@@ -29,7 +29,7 @@ from simulation.server_rules import (
 if TYPE_CHECKING:
     from simulation.server import SimServer
 
-OPT_EXPORT_NAME, OPT_ABORT, OPT_GO, OPT_STRUCTURED, OPT_SET_META, OPT_EXTENDED = 1, 2, 7, 8, 10, 11
+OPT_EXPORT_NAME, OPT_ABORT, OPT_GO, OPT_STRUCTURED, OPT_LIST_META, OPT_SET_META, OPT_EXTENDED = 1, 2, 7, 8, 9, 10, 11
 REP_ACK, REP_INFO, REP_META = 1, 3, 4
 REP_ERR_UNSUP, REP_ERR_INVALID = (1 << 31) + 1, (1 << 31) + 3
 HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_ZEROES, SEND_DF, MULTI_CONN = 1, 2, 4, 64, 128, 256
@@ -86,7 +86,7 @@ class Session:
         self._buffer = bytearray()
         self._out = bytearray()
         self._replies: list[Reply] = []
-        self._unflushed: list[Write] = []
+        self._unflushed: list[Write] = server.unflushed if server.rules.names_lives else []
         self._answered = 0
         self._leaving = False
         self._incomplete: Request | None = None  # a write whose payload is arriving
@@ -232,6 +232,11 @@ class Session:
         elif option == OPT_EXTENDED and rules.extended:
             self.structured = self.extended = True
             self._answer(option, REP_ACK)
+        elif option == OPT_LIST_META and self.structured and rules.names_lives:
+            instance = f"{self.server.life:08x}-0000-4000-8000-000000000000"
+            if data.endswith(b"x-nbdshard:hints"):
+                self._answer(option, REP_META, bytes(4) + f"x-nbdshard:hints;v=1;instance={instance}".encode())
+            self._answer(option, REP_ACK)
         elif option == OPT_SET_META and self.structured:
             if b"base:allocation" in data and rules.extents is not Extents.NONE:
                 self.has_context = True
@@ -341,7 +346,7 @@ class Session:
             for covered in request.covers if not error else ():
                 if not covered.is_lost:
                     server.disk.settle(covered.start, covered.end)
-            self._unflushed = [write for write in self._unflushed if write not in request.covers or error]
+            self._unflushed[:] = [write for write in self._unflushed if write not in request.covers or error]
         if not self.closed:
             units = make_reply(self, request, error, self._chance)
             if request.command == CMD_READ:

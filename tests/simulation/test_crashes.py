@@ -5,12 +5,15 @@ First the mutants: copiers and coordinators with one wrong belief each about flu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from nbdshard.common.errors import RequestError
-from nbdshard.common.messages import Written
+from nbdshard.common.limits import KIB
+from nbdshard.common.messages import Flushed, Written
 from nbdshard.coordinator import scheduler
 from nbdshard.coordinator.copying import Copying, Trouble
 from nbdshard.coordinator.instructions import Journal
@@ -30,6 +33,15 @@ SEEDS_MAX = 400  # until a mutant must have been found out
 
 def worlds(seeds: range) -> Iterator[ResumedSimulation]:
     return (ResumedSimulation(*make_scenario(seed, scenario.Trouble.CRASHES)) for seed in seeds)
+
+
+def worlds_of_lives(seeds: range) -> Iterator[ResumedSimulation]:
+    """Those whose destination names its lives, with small ranges and hardly a flush: something is to be kept."""
+    for seed in seeds:
+        found, disks = make_scenario(seed, scenario.Trouble.CRASHES)
+        if found.destination.names_lives:
+            job = replace(found.job, range_size=64 * KIB, checkpoint_seconds=10.0)
+            yield ResumedSimulation(dataclasses.replace(found, job=job), disks)
 
 
 class JournalsBeforeTheFlush(Flushes):
@@ -84,7 +96,7 @@ COPIERS = [
 ]
 
 
-def assert_found_out(name: str) -> None:
+def assert_found_out(name: str, worlds: Callable[[range], Iterator[ResumedSimulation]] = worlds) -> None:
     for world in worlds(range(1, SEEDS_MAX + 1)):
         try:
             world.run()
@@ -118,11 +130,41 @@ def test_a_coordinator_that_journals_what_no_flush_covers_is_found_out(monkeypat
     assert_found_out("JournalsWhatIsWritten")
 
 
+class TakesAnyLifeForTheSame(Copying):
+    """A server that was started again still has what it acknowledged."""
+
+    def connected(self, worker: Worker, instance: str, now: float) -> Trouble | None:
+        return super().connected(worker, instance[8:], now)
+
+
+def test_a_coordinator_that_takes_any_life_of_a_server_for_the_same_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler, "Copying", TakesAnyLifeForTheSame)
+    assert_found_out("TakesAnyLifeForTheSame", worlds_of_lives)
+
+
 @pytest.mark.parametrize("first", range(SEEDS.start, SEEDS.stop, 20))
 def test_what_the_journal_has_is_on_the_disk_through_every_crash(first: int) -> None:
     for world in worlds(range(first, first + 20)):
         print(f"seed {world.scenario.seed}, as a whole: {replay(world.scenario.seed)}")
         world.run()
+
+
+def test_what_was_acknowledged_in_the_same_life_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is on the disk, like all the rest, when the journal has it."""
+    kept = []
+
+    class Counting(Copying):
+        def flushed(self, worker: Worker, message: Flushed, now: float) -> Trouble | None:
+            kept.extend(granted for granted in worker.written if granted.is_kept and message.durable)
+            return super().flushed(worker, message, now)
+
+    monkeypatch.setattr(scheduler, "Copying", Counting)
+    for world in worlds_of_lives(range(1, 121)):
+        print(f"seed {world.scenario.seed}")
+        world.run()
+    assert len(kept) > 5
 
 
 def test_crashes_cost_lives_and_resumed_copies_begin_with_what_is_durable() -> None:
