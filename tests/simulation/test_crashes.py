@@ -153,7 +153,7 @@ def test_what_the_journal_has_is_on_the_disk_through_every_crash(first: int) -> 
 
 def test_what_was_acknowledged_in_the_same_life_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """And is on the disk, like all the rest, when the journal has it."""
-    kept = []
+    kept: list[Granted] = []
 
     class Counting(Copying):
         def flushed(self, worker: Worker, message: Flushed, now: float) -> Trouble | None:
