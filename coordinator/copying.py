@@ -88,7 +88,7 @@ class Copying:
 
     def grant(self) -> None:
         """Lease pending ranges to the workers that can take some, the longest waiting first."""
-        while self._wishing and self.ledger.pending and not self._must_wait:
+        while self._wishing and self.ledger.pending and not self.must_wait:
             _, worker = self._wishing.popitem(last=False)
             if not self._can_take(worker):
                 continue
@@ -108,7 +108,7 @@ class Copying:
             self.consider(worker)
 
     @property
-    def _must_wait(self) -> bool:
+    def must_wait(self) -> bool:
         """Whether so many digests are held that no new range is begun: of one that is late, all others wait."""
         return self._holds_much and not self.ledger.returned
 
@@ -425,7 +425,7 @@ class Copying:
         if self._checksum is None:
             return
         self._checksum.step()
-        if not self._must_wait:
+        if not self.must_wait:
             return
         if self._job.options.flush:
             self.flush(now)

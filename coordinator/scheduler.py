@@ -443,7 +443,8 @@ class Scheduler(Membership):
 
     def _press_on(self, copying: Copying) -> None:
         copying.work_on_checksum(self._now)
-        if self._crew.ready_count and not copying.ledger.unwritten and (trouble := copying.give_up_waiting()):
+        is_idle = copying.must_wait or not copying.ledger.unwritten
+        if self._crew.ready_count and is_idle and (trouble := copying.give_up_waiting()):
             self._fail(trouble.text)
             return
         if self._now >= self._grant_from:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 from msgspec.structs import replace
 
 from nbdshard.common import messages
-from nbdshard.common.limits import MIB
+from nbdshard.common.limits import LEAF_BYTES, MIB
 from nbdshard.common.messages import EndpointDescription
 from nbdshard.common.nbd.hints import Hints
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Instruction, Journal
 from nbdshard.coordinator.job import Verdict
 from support.schedules import (
+    EPOCH,
+    UUID,
     Stage,
     ended,
     flushed,
@@ -175,3 +178,23 @@ def test_nobody_waits_for_one_that_does_not_come_back_when_nothing_else_is_left_
     rest = ranges_granted(stage, "b")
     assert sorted(rest) == [Range(n * MIB, (n + 4) * MIB) for n in (0, 4, 8, 12)]
     assert rest[-1] == first.range
+
+
+def test_nobody_waits_for_the_digests_of_one_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While many are held, of ranges that come before its own in the checksum, nothing new is begun."""
+    stage = copying("a", "b", checksum=True)
+    (first,) = leases_in(stage.say("a", wanted(1)))
+    of_one = sum(run.memory_bytes for run in with_digests(first)[0].runs)
+    monkeypatch.setattr("nbdshard.coordinator.copying.DIGEST_BYTES_MAX", of_one * 3 // 2)
+    stage.say("a", *with_digests(first), open_failed(LOST, side="destination"))
+    (second,) = leases_in(stage.say("b", wanted(1)))
+    followed = stage.say("b", *with_digests(second), wanted(2))
+    for flush in flushes_in(followed):
+        followed += stage.say("b", flushed(flush, second))
+    assert first.range in [lease.range for lease in leases_in(followed)]
+
+
+def with_digests(lease: messages.Lease) -> tuple[messages.Leaves, messages.Written]:
+    count = lease.range.length // LEAF_BYTES
+    run = messages.LeafRun(lease.range.start, (bytes(31) + b"1") * count)
+    return messages.Leaves(UUID, EPOCH, lease.lease, [run]), replace(written(lease), leaves=count)
