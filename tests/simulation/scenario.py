@@ -280,6 +280,7 @@ class _Maker:
             heartbeat_seconds=heartbeat,
             loss_seconds=loss,
             checkpoint_seconds=checkpoint,
+            verify=options.flush and random.Random(f"verify {self.seed}").random() < 0.3,
         )
 
     def _address(self, side: str) -> EndpointAddress:

@@ -288,6 +288,10 @@ class Simulation:
         assert outcome.durable == (job.options.flush and (rules.can_flush or size == 0)), (
             f"durable is {outcome.durable}"
         )
+        found = outcome.comparison
+        assert (found is not None) == job.verify
+        if found is not None:
+            assert (found.differing, found.counters.total) == (0, size), f"it was verified that {found}"
         if outcome.durable:
             disk.lose_unflushed()
             _assert_same(disk.data, self._content, "what is left of the destination after a power cut")
