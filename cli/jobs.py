@@ -62,7 +62,12 @@ def run(setting: Setting, stack: ExitStack) -> Ended:
         resume = resume_command(setting.args.command_line, keeper.path)
     elif keeper is not None and keeper.path and outcome.unreadable:
         export = export_command(keeper.path)
-    outcome = msgspec.structs.replace(outcome, error=ends.in_users_words(outcome.error))
+    outcome = msgspec.structs.replace(
+        outcome,
+        error=ends.in_users_words(outcome.error),
+        source_peer=ends.in_users_words(outcome.source_peer),
+        destination_peer=ends.in_users_words(outcome.destination_peer),
+    )
     source, destination = setting.args.operands
     named, is_output = words_of(source, setting.args), destination == "-"
     return Ended(outcome, time.monotonic() - start, resume, export, named, is_output)
