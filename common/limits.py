@@ -190,6 +190,7 @@ PIPE_BYTES: Final = MIB  # asked for a pipe that is our standard input or output
 FILE_OPERATIONS_MAX: Final = RING_OPERATIONS_MAX // 2  # on a ring, before requests to files wait for room
 FILE_EXTENTS_MAX: Final = 16 * KIB  # in one answer: two system calls each, on a thread that others wait for
 CACHE_WINDOW_BYTES: Final = 8 * MIB  # looked at, written back and dropped from the page cache at a time
+PAGES_TOGETHER_BYTES: Final = 2 * MIB  # the largest unit of the kernel's page cache
 CACHE_LOOK_AHEAD_BYTES: Final = 32 * MIB  # ahead of a read: further than the kernel's readahead, which may be 16 MiB
 CACHE_WINDOWS_BEHIND: Final = 2  # written windows left to write-back before their pages are dropped
 CACHE_RUNS_MAX: Final = 64  # separate ranges in one hint to the kernel, and in what a connection remembers

@@ -155,6 +155,12 @@ def drop_pages(number: int, where: Range) -> None:
     os.posix_fadvise(number, where.start, where.length, os.POSIX_FADV_DONTNEED)
 
 
+def read_by_pages(number: int, where: Range) -> None:
+    """Forget what the cache has of `where`, and read no further ahead than is asked for."""
+    os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+    drop_pages(number, where)
+
+
 class _CacheStat(ctypes.Structure):
     """struct cachestat of linux/mman.h: pages, by what they are."""
 

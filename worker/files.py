@@ -255,6 +255,8 @@ class FileConnection(LocalConnection, Lendable):
             return
         request.moved += max(0, operation.result)
         if operation.result < 0:
+            if request.task is Task.READ:
+                self._cache.after_failure(request.where)
             self._answer(request, refusal(-operation.result))
         elif request.moved == request.where.length:
             self._remember(request)
@@ -262,7 +264,7 @@ class FileConnection(LocalConnection, Lendable):
         elif operation.result > 0:
             self._transfer(request)
         elif request.task is Task.READ:
-            self._answer(request, refusal(errno.EIO, "the file became shorter"))
+            self._answer(request, refusal(errno.ENXIO, "the file became shorter"))
         else:
             self._answer(request, refusal(errno.EIO, "nothing was written, and no error was reported"))
 

@@ -16,9 +16,10 @@ from nbdshard.common.limits import (
     CACHE_RUNS_MAX,
     CACHE_WINDOW_BYTES,
     CACHE_WINDOWS_BEHIND,
+    PAGES_TOGETHER_BYTES,
 )
 from nbdshard.common.ranges import Range, RangeSet
-from nbdshard.worker.file_calls import cached_bytes, drop_pages, start_write_back
+from nbdshard.worker.file_calls import cached_bytes, drop_pages, read_by_pages, start_write_back
 
 Batch = list[Range]
 Hint = Callable[[], None]
@@ -81,6 +82,14 @@ class PageCache:
         if self._is_batch(self._read):
             self._drop(self._read)
             self._read = RangeSet()
+
+    def after_failure(self, where: Range) -> None:
+        """The kernel fails the pages of its cache that it reads together: with one bad one up to PAGES_TOGETHER_BYTES.
+
+        So let it forget those, and from now on read no more than what is asked for.
+        """
+        unit = PAGES_TOGETHER_BYTES
+        _each(read_by_pages, self._number, [Range(where.start - where.start % unit, where.end + -where.end % unit)])
 
     # -- writing -------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from nbdshard.coordinator.journal import Journal
 from support import images
 from support.command import copy, nbdshard
+from support.devices import loop_device
 from support.servers import Server, at_socket, nbdkit, private_folder
 
 SIZE = 16 * images.MIB
@@ -150,6 +152,18 @@ def test_what_has_become_unreadable_meanwhile_is_not_compared(tmp_path: Path, im
             nbdshard(*words, "--resume", *ends).failed(1, saying=[ends[0], "cannot be read at offset", "EIO"])
             nbdshard(*words, "--resume", "--salvage", *ends).succeeded()
     images.assert_identical(image, target)
+
+
+@pytest.mark.parametrize("path", ["splice", "buffer"])
+def test_a_block_device_is_salvaged_too(tmp_path: Path, image: Path, ring: str, path: str) -> None:
+    """A loop device whose file has become shorter: what is not there any more cannot be read."""
+    lost = 64 * images.KIB
+    with loop_device(image) as device:
+        os.truncate(image, SIZE - lost)
+        outcome = copy("--salvage", "--retries", "0", "--ring", ring, "--data-path", path, device, tmp_path / "copy")
+    assert outcome.code == 3, str(outcome)
+    assert f"{lost} bytes unreadable in 1 place, zeroes instead ({lost} at offset {SIZE - lost})" in outcome.err
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes() + bytes(lost)
 
 
 def test_a_stream_cannot_be_salvaged(tmp_path: Path) -> None:

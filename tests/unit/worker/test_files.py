@@ -166,7 +166,7 @@ def test_a_source_that_became_shorter_fails_the_read_that_misses_it(tmp_path: Pa
     os.truncate(path, 5000)
     answer = source.ask("read", Range(4000, 8000), memoryview(bytearray(4000)))
     source.answered(answer)
-    assert str(answer.error) == "EIO (the file became shorter)"
+    assert str(answer.error) == "ENXIO (the file became shorter)"
     assert source.read(0, 5000) == b"x" * 5000
 
 
