@@ -61,8 +61,8 @@ class Lane:
         varies: bool = False,
         zeroes: bool = False,
     ) -> None:
-        """`sparse_unit`: of the search for zeroes, 0 for none. `rows`: cookies of both sides together, 2 at least, of
-        which LANE_ROWS_MAX are used. `queue_bytes`: payload in flight on each side, but for one request.
+        """`sparse_unit`: of the search for zeroes, 0 for none. `rows`: requests with payload, of both sides, 2 or more;
+        LANE_ROWS_MAX of them are used. And all requests of the target. `queue_bytes`: payload in flight on each side.
 
         `varies`: `request_bytes` may also be half as much. `zeroes`: zeroes in a payload may be sent as WRITE_ZEROES.
         """
@@ -85,9 +85,10 @@ class Lane:
         rows = min(rows, LANE_ROWS_MAX)
         self._queue_bytes = queue_bytes
         self._reads = Rows(rows // 2, request_bytes, queue_bytes)
-        self._writes = Rows(rows - rows // 2, request_bytes, queue_bytes, extra=rows // 2 + 1)
+        self._writes = Rows(rows, request_bytes, queue_bytes, extra=1)
+        self._payloads_max = rows - rows // 2  # each may become a read of the copier's, where it has `rows` in all
         # Not all of them at once, or each call would wait until the one before is answered.
-        self._gather_max = max(1, self._writes.count // LANE_GATHER_SHARE)
+        self._gather_max = max(1, rows // 2 // LANE_GATHER_SHARE)
         self.flush_cookie = rows  # behind all others
         self._orders: queue.SimpleQueue[tuple[LaneSource, LaneTarget] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -323,7 +324,7 @@ class Lane:
     ) -> None:
         """One WRITE: what is in the pipe, if any, and then `rest`."""
         writes, pipe = self._writes, self._payload.pipe
-        self._make_room(target, 1, length)
+        self._make_room(target, 1, 1, length)
         # First the row, then the clock: whoever ends the lease in between sees that something may be written.
         cookie = writes.take(stretch, start, length, inf)
         writes.sent[cookie] = self._clock()
@@ -364,7 +365,8 @@ class Lane:
     def _write_gathered(self, target: LaneTarget, stretch: Stretch, start: int, runs: Sequence[Run]) -> None:
         """WRITEs and WRITE_ZEROES of one payload, which begins at `start`, in as few calls as they take."""
         writes, view = self._writes, memoryview(self._payload.buffer)
-        self._make_room(target, len(runs), sum(end - at for at, end, is_zero in runs if not is_zero))
+        data = [end - at for at, end, is_zero in runs if not is_zero]
+        self._make_room(target, len(runs), len(data), sum(data))
         cookies: list[int] = []
         pieces: list[bytes | memoryview] = []
         for at, end, is_zero in runs:
@@ -389,10 +391,14 @@ class Lane:
             else:
                 self._await_room(target, count, cookies[0])
 
-    def _make_room(self, target: LaneTarget, rows: int, payload: int) -> None:
-        """Wait for answers until there are so many free rows, and room for so many bytes."""
-        writes = self._writes
-        while len(writes.free) < rows or (writes.bytes and writes.bytes + payload > self._queue_bytes):
+    def _make_room(self, target: LaneTarget, rows: int, payloads: int, length: int) -> None:
+        """Wait for answers until there are so many free rows, some with payload, and room for `length` bytes of it."""
+        writes, most = self._writes, self._payloads_max - payloads
+        while (
+            len(writes.free) < rows
+            or writes.payloads > most
+            or (writes.bytes and writes.bytes + length > self._queue_bytes)
+        ):
             self._take_acks(target, wait=True)
 
     def _still_good(self, stretch: Stretch, expires: float, cookie: int) -> float:

@@ -212,6 +212,8 @@ class SocketTarget(_Socket):
         cookies, at = [], 0
         while at + size <= filled:
             cookie = self.quick.ack(answers, at, starts, lengths)
+            if cookie in cookies:  # a second answer, before the first was counted
+                cookie = ODD
             cookies.append(cookie)
             if cookie == ODD:
                 break

@@ -15,8 +15,8 @@ from nbdshard.worker.stretch import Stretch, Unanswered
 class Rows:
     """Row number = cookie. `length` is 0 where nothing is asked; it may have rows of the lane's own behind the `count`.
 
-    `depth`: how many to keep in use: as many as SPLICED_BYTES_PER_SECOND takes, by the fastest answer so far. `bytes`:
-    payload of those in use, which may be `queue_bytes` if that is more than one request.
+    `depth`: how many to keep in use: as many as SPLICED_BYTES_PER_SECOND takes, by the fastest answer so far. Of
+    those in use `payloads` have payload, `bytes` of it, which may be `queue_bytes` if that is more than one request.
     """
 
     __slots__ = (
@@ -30,6 +30,7 @@ class Rows:
         "is_zero",
         "length",
         "of",
+        "payloads",
         "sent",
         "spliced",
         "start",
@@ -48,7 +49,7 @@ class Rows:
     def clear(self) -> None:
         """Nothing is asked; what was learnt of the other side stays."""
         count = self.count
-        self.used = self.bytes = 0
+        self.used = self.payloads = self.bytes = 0
         self.free = list(range(count - 1, -1, -1))  # the lowest on top: few rows are hot
         self.of: list[Stretch | None] = [None] * count
         self.start = [0] * len(self.length)
@@ -68,12 +69,14 @@ class Rows:
         self.sent[cookie] = now
         self.used += 1
         if not is_zero:
+            self.payloads += 1
             self.bytes += length
         return cookie
 
     def give(self, cookie: int) -> None:
         """It was answered, or never sent."""
         if not self.is_zero[cookie]:
+            self.payloads -= 1
             self.bytes -= self.length[cookie]
         self.length[cookie] = 0
         self.of[cookie] = None

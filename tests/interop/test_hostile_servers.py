@@ -27,6 +27,14 @@ from support.servers import free_port, nbdkit
 SIZE = images.MIB
 AT_ONCE = ("--loss-timeout", "0")  # a server that is lost is not waited for
 
+Way = tuple[int, tuple[str, ...]]  # bytes, and options, by which the payload goes one way
+WAYS: dict[str, Way] = {
+    "buffers": (SIZE, ("--data-path=buffer",)),
+    "pipes": (SIZE, ("--data-path=splice",)),
+    "lanes": (5 * SIZE, ("--workers", "1", "--range-size", "8M")),
+}
+EACH_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
 
 def in_one_line(outcome: Outcome, *words: str) -> None:
     outcome.failed(1, saying=words)
@@ -61,38 +69,48 @@ def test_a_copy_from_a_server_that_lies_in_its_answer_to_go_fails(tmp_path: Path
 
 
 @pytest.mark.timeout(200)
+@EACH_WAY
 @pytest.mark.parametrize("name", LYING_SOURCES)
-def test_a_source_that_breaks_the_protocol_is_blamed_and_nothing_false_is_written(name: str, ring: str) -> None:
-    source = LYING_SOURCES[name](bytearray(images.random_bytes(SIZE)))
-    target = Double(bytearray(b"\xee" * SIZE))
+def test_a_source_that_breaks_the_protocol_is_blamed_and_nothing_false_is_written(
+    name: str, ring: str, way: Way
+) -> None:
+    size, options = way
+    source = LYING_SOURCES[name](bytearray(images.random_bytes(size)))
+    target = Double(bytearray(b"\xee" * size))
     with double(source) as one, double(target) as two:
-        outcome = copy("--ring", ring, "-S", "0", one, two, timeout=150)
+        outcome = copy("--ring", ring, *options, "-S", "0", one, two, timeout=150)
     outcome.failed(1, saying=["source", "protocol"])
     pairs = zip(target.content, source.content, strict=True)
     assert all(new in (0xEE, old) for new, old in pairs)
 
 
+@EACH_WAY
 @pytest.mark.parametrize("name", VANISHING_SOURCES)
-def test_a_source_that_vanishes_at_every_read_fails_the_copy(name: str, ring: str) -> None:
-    target = Double(bytearray(b"\xee" * SIZE))
-    with double(VANISHING_SOURCES[name](bytearray(images.random_bytes(SIZE)))) as one, double(target) as two:
-        copy("--ring", ring, *AT_ONCE, one, two).failed(1, saying=["source", "connection lost"])
+def test_a_source_that_vanishes_at_every_read_fails_the_copy(name: str, ring: str, way: Way) -> None:
+    size, options = way
+    target = Double(bytearray(b"\xee" * size))
+    with double(VANISHING_SOURCES[name](bytearray(images.random_bytes(size)))) as one, double(target) as two:
+        copy("--ring", ring, *options, *AT_ONCE, one, two).failed(1, saying=["source", "connection lost"])
     assert target.count(CMD_WRITE) + target.count(CMD_WRITE_ZEROES) == 0
 
 
+@EACH_WAY
 @pytest.mark.parametrize("name", LYING_DESTINATIONS)
-def test_a_destination_that_breaks_the_protocol_is_blamed(name: str, ring: str) -> None:
-    source = Double(bytearray(images.random_bytes(SIZE)))
-    with double(source) as one, double(LYING_DESTINATIONS[name](bytearray(SIZE))) as two:
-        outcome = copy("--ring", ring, one, two)
+def test_a_destination_that_breaks_the_protocol_is_blamed(name: str, ring: str, way: Way) -> None:
+    size, options = way
+    source = Double(bytearray(images.random_bytes(size)))
+    with double(source) as one, double(LYING_DESTINATIONS[name](bytearray(size))) as two:
+        outcome = copy("--ring", ring, *options, one, two)
     outcome.failed(1, saying=["destination", "protocol"])
 
 
+@EACH_WAY
 @pytest.mark.parametrize("name", VANISHING_DESTINATIONS)
-def test_a_destination_that_vanishes_at_every_write_fails_the_copy(name: str, ring: str) -> None:
-    source = Double(bytearray(images.random_bytes(SIZE)))
-    with double(source) as one, double(VANISHING_DESTINATIONS[name](bytearray(SIZE))) as two:
-        copy("--ring", ring, *AT_ONCE, one, two).failed(1, saying=["destination", "connection lost"])
+def test_a_destination_that_vanishes_at_every_write_fails_the_copy(name: str, ring: str, way: Way) -> None:
+    size, options = way
+    source = Double(bytearray(images.random_bytes(size)))
+    with double(source) as one, double(VANISHING_DESTINATIONS[name](bytearray(size))) as two:
+        copy("--ring", ring, *options, *AT_ONCE, one, two).failed(1, saying=["destination", "connection lost"])
 
 
 # Greeting: 18 bytes; an option reply: 20 and what it carries. A cut within and between them, then within the replies.

@@ -301,6 +301,18 @@ def test_an_error_in_the_place_of_an_acknowledgement_ends_the_loan(mode: str) ->
 
 
 @EACH_MODE
+def test_a_second_acknowledgement_beside_the_first_is_handed_over(mode: str) -> None:
+    with lane_bench(mode) as bench:
+        bench.serve_reads(random_bytes(2 * UNIT))
+        bench.begin((0, 2 * UNIT))
+        one, _ = bench.target.write(), bench.target.write()
+        bench.target.send(bench.target.ack(one) * 2)
+        outcome = bench.end()
+        assert (outcome.lost, outcome.target_bytes) == (None, bench.target.ack(one))
+        assert ranges(outcome.writes) == [(UNIT, 2 * UNIT)]
+
+
+@EACH_MODE
 def test_what_was_acknowledged_in_front_of_an_error_counts(mode: str) -> None:
     with lane_bench(mode) as bench:
         bench.serve_reads(random_bytes(2 * UNIT))

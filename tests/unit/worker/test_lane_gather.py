@@ -112,7 +112,7 @@ def test_what_went_through_memory_does_not_count_as_spliced() -> None:
 
 
 def test_a_call_leaves_rows_for_the_next_before_it_is_answered() -> None:
-    with lane_bench(sparse_unit=SECTOR, rows=64, zeroes=True) as bench:  # 32 of them for writes, 16 runs a payload
+    with lane_bench(sparse_unit=SECTOR, rows=32, zeroes=True) as bench:  # as many as two payloads have runs
         bench.serve_reads(in_turn(2 * UNIT))
         bench.begin((0, 2 * UNIT))
         asked = [bench.target.take() for _ in range(32)]  # nothing is answered yet
@@ -192,17 +192,17 @@ def test_a_lease_that_ends_in_front_of_the_requests_leaves_the_payload_to_be_rea
 
 
 def test_a_lease_that_ends_between_two_calls_leaves_what_the_second_would_have_sent() -> None:
-    with lane_bench(sparse_unit=SECTOR, rows=8, zeroes=True) as bench:  # four of them for writes
+    with lane_bench(sparse_unit=SECTOR, rows=8, zeroes=True) as bench:  # four of them with payload
         bench.begin((0, UNIT))
         (asked,) = bench.source.reads(1)
         bench.source.send(bench.source.data(asked, in_turn(UNIT)))
-        first = [bench.target.take() for _ in range(4)]
+        first = [bench.target.take() for _ in range(8)]
         bench.now = EXPIRES
         bench.target.send(*map(bench.target.ack, first))
         outcome = bench.end()
         assert (outcome.is_late, outcome.writes, bench.untaken()) == (False, [], 0)
-        assert [(where.start, where.end) for _, where in outcome.unwritten] == [(4 * SECTOR, UNIT)]
-        assert (bench.stretches[0].copied, bench.stretches[0].zeroed) == (2 * SECTOR, 2 * SECTOR)
+        assert [(where.start, where.end) for _, where in outcome.unwritten] == [(8 * SECTOR, UNIT)]
+        assert (bench.stretches[0].copied, bench.stretches[0].zeroed) == (4 * SECTOR, 4 * SECTOR)
 
 
 def test_a_destination_that_closes_among_the_requests_is_lost() -> None:
