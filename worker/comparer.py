@@ -191,6 +191,11 @@ class Comparer:
         """Nothing is under way on any connection."""
         return self._pairs == 0
 
+    @property
+    def at_rest(self) -> bool:
+        """Idle, and no answer about block status is to come."""
+        return self.idle and not any(reader.vector.used for side in self.readers for reader in side)
+
     def collect(self) -> None:
         """Nobody else works for it."""
 

@@ -193,6 +193,11 @@ class Copier:
         """Every connection is closed: end the lanes."""
         self.lanes.close()
 
+    @property
+    def at_rest(self) -> bool:
+        """Idle, and not even an answer about block status is to come: somebody else may have the connections."""
+        return self.idle and not any(source.vector.used for source in self.sources)
+
     def report_progress(self) -> None:
         """Queue a Progress message for every lease that got further since the last."""
         self.lanes.collect()

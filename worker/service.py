@@ -238,7 +238,7 @@ class Worker:
             if self._crew is not None:
                 self._crew.disconnect(at_once=now >= self._leave_by)
             self.state = WorkerState.LEAVING
-        if self.state is WorkerState.TURNING and self._idle():
+        if self.state is WorkerState.TURNING and (self._work is None or self._work.at_rest):
             self._turned()
         if self.state is WorkerState.LEAVING:
             if self._crew is not None and not self._crew.closed:

@@ -15,6 +15,7 @@ from nbdshard.common.messages import (
     Compared,
     Counters,
     EndpointAddress,
+    Failed,
     FromCoordinator,
     FromWorker,
     Goodbye,
@@ -24,6 +25,7 @@ from nbdshard.common.messages import (
     Noted,
     Opened,
     OpenFailed,
+    Revoke,
     Stop,
     Wanted,
     Written,
@@ -33,7 +35,7 @@ from nbdshard.common.ring import open_ring
 from nbdshard.worker.life import WorkerState
 from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.service import Worker
-from support.doubles import CMD_READ, CMD_WRITE, Double, Request, Talk, double
+from support.doubles import CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE, Double, Request, Talk, double
 from support.images import random_bytes
 from support.sides import RINGS
 from support.waiting import wait_for
@@ -54,6 +56,16 @@ class Gated(Double):
             self.breaks = False
             talk.hang_up()
         super().read(talk, request)
+
+
+class SlowToTell(Double):
+    """Answers for block status when the test lets it."""
+
+    gate: threading.Event
+
+    def block_status(self, talk: Talk, request: Request) -> None:
+        assert self.gate.wait(20)
+        super().block_status(talk, request)
 
 
 class Channel:
@@ -167,6 +179,23 @@ def test_the_change_waits_for_what_is_on_the_wire_and_leases_wait_with_it(ring: 
         assert compared == Compared("job", 1, 2, Counters(compared=SIZE))
         assert stage.worker.state is WorkerState.WORKING
     assert target.count(CMD_WRITE) == 0  # what was being copied is given up
+
+
+@pytest.mark.parametrize("ring", RINGS)
+def test_an_answer_about_block_status_for_a_lease_that_was_given_up_is_waited_for(ring: str) -> None:
+    source, target = SlowToTell(bytearray(b"\5" * SIZE)), Double(bytearray(b"\5" * SIZE))
+    source.gate = threading.Event()
+    with staged(ring, source, target) as stage:
+        stage.tell(lease(1))
+        wait_for("block status to be asked", lambda: stage.turn() or source.count(CMD_BLOCK_STATUS))
+        stage.tell(Revoke("job", 1, 1))
+        stage.hear(Failed)
+        stage.tell(stage.read_back, lease(2))
+        stage.turn()
+        assert stage.worker.state is WorkerState.TURNING
+        source.gate.set()
+        (compared,) = stage.hear(Compared)
+        assert compared == Compared("job", 1, 2, Counters(compared=SIZE))
 
 
 @pytest.mark.parametrize("ring", RINGS)
