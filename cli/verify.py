@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
 USAGE: Final = "nbdshard verify [OPTIONS] SOURCE DESTINATION"
 EPILOG: Final = """\
-SOURCE and DESTINATION are each the URI of an NBD export, a local file or block device, or [ CMD ARGS ... ] (a server to
-start). Neither is written to. Where one is longer, the rest of it must be zeroes.
-The exit code is 0 where they are identical, 1 where they differ, 5 where that could not be found out. nbdshard(1) tells
-the rest."""
+SOURCE and DESTINATION are each the URI of an NBD export, a local file or block
+device, or [ CMD ARGS ... ] (a server to start). Neither is written to.
+Where one is longer, the rest of it must be zeroes.
+The exit code is 0 where they are identical, 1 where they differ, and 5 where
+that could not be found out. nbdshard(1) tells the rest."""
 
 
 def build_parser(prog: str) -> Parser:
