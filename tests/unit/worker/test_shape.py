@@ -59,8 +59,9 @@ def test_plain_ends_and_options_make_this_shape() -> None:
         ask_extents=True,
         synchronous=False,
         splice=False,
+        checksum=False,
     )
-    assert len(CopyShape.__struct_fields__) == 16
+    assert len(CopyShape.__struct_fields__) == 17
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
