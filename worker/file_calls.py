@@ -1,4 +1,4 @@
-"""What can be asked of an open file beyond reading and writing: holes, zeroes, and its place in the page cache.
+"""What can be asked of an open file beyond reading and writing: zeroes, and its place in the page cache.
 
 Each function takes a descriptor, may block, and raises OSError as the functions of `os` do. Those that Python has no
 name for go through ctypes, which releases the interpreter's lock and keeps errno per thread.
@@ -14,10 +14,7 @@ import os
 import struct
 from typing import Final
 
-from nbdshard.common.limits import FILE_EXTENTS_MAX
-from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO
 from nbdshard.common.ranges import Range
-from nbdshard.worker.ports import Extents
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,40 +28,6 @@ _SYS_CACHESTAT: Final = 451  # the same number on every architecture
 
 # Answers that mean "not here, ever", as against "not this time".
 NEVER: Final = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENODEV, errno.ENOSYS})
-
-
-# -- extents ----------------------------------------------------------------------------------------------------------
-
-
-def find_extents(number: int, where: Range) -> Extents:
-    """Data and holes of `where`, from its start on, FILE_EXTENTS_MAX at most.
-
-    Past the end of a file that became shorter there is no hole but data: the read that follows will say what is wrong.
-    """
-    found: Extents = []
-    at, end = where.start, min(where.end, os.fstat(number).st_size)
-    while at < end and len(found) < FILE_EXTENTS_MAX:
-        data = min(_next_data(number, at, end), end)
-        if at < data:
-            found.append((Range(at, data), STATE_HOLE | STATE_ZERO))
-        if data < end:
-            hole = os.lseek(number, data, os.SEEK_HOLE)
-            at = min(max(hole, data + 1), end)  # even if the file changes under us
-            found.append((Range(data, at), 0))
-        else:
-            at = end
-    if at == end < where.end or not found:
-        found.append((Range(max(end, where.start), where.end), 0))
-    return found
-
-
-def _next_data(number: int, at: int, end: int) -> int:
-    try:
-        return os.lseek(number, at, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # lseek(2): no data between here and the end
-            return end
-        raise
 
 
 # -- zeroes -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from nbdshard.common.limits import (
 from nbdshard.common.messages import EndpointDescription, Side
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Kind, Operation, Splice
-from nbdshard.worker.file_calls import NEVER, find_extents, zero_device, zero_file
+from nbdshard.worker.file_calls import NEVER, zero_device, zero_file
+from nbdshard.worker.file_map import FileMap
 from nbdshard.worker.lane_ends import FileSource, FileTarget
 from nbdshard.worker.lending import LaneAge, LanePort, LaneSource, LaneTarget, Lendable
 from nbdshard.worker.local import Life, LocalConnection, Request, Task, refusal
@@ -69,6 +70,7 @@ class FileConnection(LocalConnection, Lendable):
         else:
             self._opened_file = outcome
             self._page_cache = PageCache(outcome.number, self._hint)
+            self._file_map = FileMap(outcome.number)
             self._opened(outcome.description, self._ring.attach(outcome.number, is_socket=False))
 
     @property
@@ -76,6 +78,12 @@ class FileConnection(LocalConnection, Lendable):
         if self._opened_file is None:
             raise BugError(f"{self.peer} is not open")
         return self._opened_file
+
+    @property
+    def _map(self) -> FileMap:
+        if self._file_map is None:
+            raise BugError(f"{self.peer} is not open")
+        return self._file_map
 
     @property
     def _cache(self) -> PageCache:
@@ -301,7 +309,7 @@ class FileConnection(LocalConnection, Lendable):
 
     def _find_extents(self, request: Request) -> None:
         if self._knows_extents and not self._file.is_device:
-            self._call(partial(find_extents, self._file.number, request.where), partial(self._extents_found, request))
+            self._call(partial(self._map.find, request.where), partial(self._extents_found, request))
         else:
             self._answer(request, extents=[(request.where, 0)])
 

@@ -19,7 +19,7 @@ from nbdshard.common.limits import KIB, MIB
 from nbdshard.common.messages import EndpointAddress, Side
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Kind, Operation, Ring
-from nbdshard.worker import file_calls, files
+from nbdshard.worker import file_calls, file_map, files
 from support.local_driver import RINGS, Driver, driver, file_address
 
 HOLE, DATA = 3, 0
@@ -248,7 +248,7 @@ def test_an_answer_is_bounded_and_the_next_one_goes_on(
     path = sparse_file(tmp_path / "disk", 8 * MIB, {n * 65536: b"x" * 4096 for n in range(0, 128, 2)})
     whole = connect(path, "source").extents(0, 8 * MIB)
     assert len(whole) == 128
-    monkeypatch.setattr(file_calls, "FILE_EXTENTS_MAX", 10)
+    monkeypatch.setattr(file_map, "FILE_EXTENTS_MAX", 10)
     source = connect(path, "source")
     pieces = []
     at = 0
@@ -278,7 +278,7 @@ def test_a_file_system_that_knows_no_holes_has_one_extent_of_data(
     def refuse(*_: object) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(file_calls, "_next_data", refuse)
+    monkeypatch.setattr(file_map.FileMap, "_next_data", refuse)
     source = connect(sparse_file(tmp_path / "disk", MIB, {}), "source")
     assert source.extents(0, MIB) == [(Range(0, MIB), DATA)]
     assert source.extents(5, 10) == [(Range(5, 15), DATA)]
