@@ -196,6 +196,24 @@ CACHE_WINDOWS_BEHIND: Final = 2  # written windows left to write-back before the
 CACHE_RUNS_MAX: Final = 64  # separate ranges in one hint to the kernel, and in what a connection remembers
 CACHE_HINTS_MAX: Final = 2  # under way on one connection: requests must not wait behind hints
 
+# -- a rate for the whole job ------------------------------------------------------------------------------------------
+RATE_BYTES_MIN: Final = 64 * KIB  # a second: less is a mistake of units, and a worker of a thousand is to get some
+RATE_BURST_SECONDS: Final = 0.25  # what a worker may read at once after it had nothing to read; or one request
+RATE_STRETCH_SECONDS: Final = 0.125  # what a lane is given at a time, so that the rate is smooth; or one request
+RATE_WAIT_EXTRA_SECONDS: Final = 1e-6  # a sum of floats must not fall short of what was waited for
+RATE_SHARE_SECONDS: Final = 0.1  # between two looks at who has work, and so a share of the rate
+RATE_STALL_SECONDS: Final = 5.0  # without a completed byte, and what two requests take at its rate: others get more
+RATE_WEIGHT: Final = 8  # of a worker that gets on; one that has stalled has 1, to show when it gets on again
+
+# -- the socket of `nbdshard ctl` --------------------------------------------------------------------------------------
+ORDER_BYTES_MAX: Final = 1 * KIB
+ANSWER_BYTES_MAX: Final = 16 * KIB
+ORDER_CLIENTS_MAX: Final = 8  # at a time; one more, and the oldest is dropped
+ORDER_SECONDS: Final = 2.0  # from a client's connection to its order
+ORDER_ANSWER_SECONDS: Final = 10.0  # for the answer: a coordinator may wait for a disk
+ORDER_DEAF_SECONDS: Final = 1.0  # when no client can be taken: there is no descriptor
+PACE_SAMPLE_SECONDS: Final = 0.1  # between samples of the rate that `ctl status` tells; RATE_SAMPLES_MAX of them
+
 # -- processes --------------------------------------------------------------------------------------------------------
 SOCKET_NAME_BYTES_MAX: Final = 20  # names of sockets in the private directory
 SPARE_WORKERS_MAX: Final = 3  # forked in case; one costs a small copy 4 ms of CPU, and saves a large one 80

@@ -348,6 +348,16 @@ class Flush(JobMessage, frozen=True):
     flush: Count
 
 
+class Rate(JobMessage, frozen=True):
+    """From now on read no more than this from the source: the worker's share of the job's rate.
+
+    None: as fast as it goes; 0: begin nothing until the next `Rate`. Payload counts, zeroes do not. Comes again with
+    every heartbeat.
+    """
+
+    bytes_per_second: Count | None
+
+
 class AliveToo(JobMessage, frozen=True):
     """The coordinator's heartbeat. It renews every lease of this worker, from the moment on that it answers.
 
@@ -368,7 +378,7 @@ class Stop(JobMessage, frozen=True):
 FromWorker: TypeAlias = (
     Hello | Opened | OpenFailed | Wanted | Progress | Leaves | Written | Compared | Failed | Flushed | Alive | Goodbye
 )
-FromCoordinator: TypeAlias = Assign | Refused | Lease | Revoke | Noted | Flush | AliveToo | Stop
+FromCoordinator: TypeAlias = Assign | Refused | Lease | Revoke | Noted | Flush | Rate | AliveToo | Stop
 
 _packer = msgpack.Packer(unicode_errors=_NAMES)  # one for all messages: making it costs as much as a message does
 _FROM_WORKER = {kind.__name__: kind for kind in get_args(FromWorker)}

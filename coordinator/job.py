@@ -28,6 +28,13 @@ class EarlierLeaves(Protocol):
         """The digests of what is durable in `where`, in order; what is left out are zeroes."""
 
 
+class Pace(msgspec.Struct, frozen=True):
+    """How fast the user wants the job to go. It may be changed while the job runs."""
+
+    limit: int | None = None  # bytes read per second, by all workers together; None: as fast as it goes
+    is_paused: bool = False  # nothing more is begun
+
+
 class Job(msgspec.Struct, frozen=True):
     """What was asked for. `connections` is the total per side, shared out among the workers."""
 
@@ -55,6 +62,7 @@ class Job(msgspec.Struct, frozen=True):
     earlier: EarlierLeaves | None = None  # ... and the digests of it, for a checksum
     verify: bool = False  # what was written is read back at the end, and compared with the source
     checkpoint_seconds: float = CHECKPOINT_SECONDS  # what was written is flushed after so long ...
+    rate: int | None = None  # bytes read per second, by all workers together; None: no limit
     checkpoint_bytes: int = CHECKPOINT_BYTES  # ... or when it is so much, whichever comes first
 
     @property
@@ -121,8 +129,8 @@ class Status(msgspec.Struct, frozen=True):
 
     `counters` holds completed bytes, those of leases under way too; it falls back when a range has to be copied
     again, which the display hides. `resumed` are those that an earlier run had made durable, and not among them.
-    `phase` is "opening", "copying", "flushing", "verifying", "stopping" or "done". `verified` are the bytes of a copy
-    that were read back; None before that begins, and where it is not asked for, which `verifies` tells.
+    `phase` is "opening", "copying", "paused", "flushing", "verifying", "stopping" or "done". `verified` are the bytes
+    of a copy that were read back; None before that begins, and where it is not asked for, which `verifies` tells.
     """
 
     size: int | None
@@ -138,6 +146,7 @@ class Status(msgspec.Struct, frozen=True):
     unreadable_bytes: int = 0  # zeroes are at the destination for them
     verifies: bool = False
     verified: int | None = None
+    pace: Pace = Pace()
 
     @property
     def done(self) -> int:

@@ -6,6 +6,7 @@ Who is let in, who is put in another's place, who is waited for and for how long
 from __future__ import annotations
 
 from nbdshard.common.limits import (
+    BEATS_PER_TICK_MAX,
     DRAIN_SECONDS,
     KILL_SECONDS,
     LEAVE_SECONDS,
@@ -17,6 +18,7 @@ from nbdshard.common.limits import (
 )
 from nbdshard.common.messages import (
     PROTOCOL_VERSION,
+    AliveToo,
     Counters,
     EndpointDescription,
     FromWorker,
@@ -31,6 +33,7 @@ from nbdshard.coordinator.crew import Crew, Outbox
 from nbdshard.coordinator.ending import Ending, make_outcome, one_line
 from nbdshard.coordinator.instructions import Finish, Forget, Send, Start
 from nbdshard.coordinator.job import Comparison, Job, Outcome, Verdict
+from nbdshard.coordinator.rates import Rates
 from nbdshard.coordinator.states import JOBS, JobEvent, Phase, WorkerState
 from nbdshard.coordinator.workers import Worker
 
@@ -43,6 +46,8 @@ class Membership:
         self._now = now
         self._out = Outbox()
         self._crew = Crew(job, self._out)
+        self._beat_at = now + job.heartbeat_seconds
+        self._rates = Rates(job, self._crew, self._out)
         self._phase = Phase.OPENING
         self._copying: Copying | None = None  # what is done with ranges now
         self._copied: Copying | None = None  # what was done before, when what was written is read back
@@ -83,6 +88,7 @@ class Membership:
             self._crew.place(self._now)
             if not worker.assigned:
                 self._crew.assign(worker)
+            self._rates.welcome(worker, self._now)
 
     def _refuse(self, identity: str, hello: Hello, reason: str) -> None:
         self._out.add(Send(identity, Refused(PROTOCOL_VERSION, reason)))
@@ -119,6 +125,20 @@ class Membership:
                 self._start_workers(missing)
         if self._job.local_workers and not crew.live_count and not self._starting:
             self._fail(self._last_reason)
+
+    def _beat(self) -> None:
+        """Our heartbeat, to so many that everybody has it in time and a large crew does not hold up the others.
+
+        It tells each what was heard of it, and from that its leases count: so they end on its side first.
+        """
+        crew = self._crew
+        count = min(len(crew.workers), BEATS_PER_TICK_MAX)
+        share = count / len(crew.workers) if crew.workers else 1.0
+        self._beat_at = self._now + self._job.heartbeat_seconds * share
+        for worker in crew.next_in_turn(count):
+            if not worker.killed:
+                self._out.send(worker, AliveToo(self._job.uuid, self._job.epoch, worker.alive_at))
+                self._rates.remind(worker)
 
     # -- workers go ----------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ from typing import assert_never
 
 from nbdshard.common.errors import BugError, IllegalEvent, UserError
 from nbdshard.common.limits import (
-    BEATS_PER_TICK_MAX,
     DRAIN_SECONDS,
     IDLE_JOB_SECONDS,
     RETRY_DELAY_SECONDS_MAX,
@@ -28,7 +27,6 @@ from nbdshard.common.limits import (
 )
 from nbdshard.common.messages import (
     Alive,
-    AliveToo,
     Compared,
     EndpointDescription,
     ErrorReport,
@@ -50,12 +48,14 @@ from nbdshard.coordinator.comparing import Comparing
 from nbdshard.coordinator.copying import Copying, Trouble, blame
 from nbdshard.coordinator.ending import error_line, one_line, stopped_line
 from nbdshard.coordinator.instructions import Instruction, Prepare
-from nbdshard.coordinator.job import Job, Outcome, Status, Verdict
+from nbdshard.coordinator.job import Job, Outcome, Pace, Status, Verdict
 from nbdshard.coordinator.membership import Membership
 from nbdshard.coordinator.patience import Patience
 from nbdshard.coordinator.planner import check_job
 from nbdshard.coordinator.states import JOBS, RECEPTION, JobEvent, Phase, Reception, WorkerState
 from nbdshard.coordinator.workers import Worker
+
+_PAUSABLE = frozenset({Phase.OPENING, Phase.COPYING, Phase.VERIFYING})
 
 
 class Scheduler(Membership):
@@ -64,7 +64,6 @@ class Scheduler(Membership):
     def __init__(self, job: Job, now: float) -> None:
         super().__init__(job, now)
         self._is_started = False
-        self._beat_at = now + job.heartbeat_seconds
         self._idle_since: float | None = now  # no worker is connected since then
         self._patience = Patience(job)
         self._lost_side: Side | None = None  # whose server was lost last
@@ -97,6 +96,11 @@ class Scheduler(Membership):
         return self._ends
 
     @property
+    def pace(self) -> Pace:
+        """How fast the user wants it to go."""
+        return self._rates.pace
+
+    @property
     def dropped(self) -> int:
         """Messages that came too late to count."""
         return self._dropped + sum(each.dropped for each in (self._copied, self._copying) if each is not None)
@@ -115,7 +119,7 @@ class Scheduler(Membership):
             workers=crew.ready_count,
             source_connections=crew.source_connections,
             destination_connections=crew.destination_connections,
-            phase=phase.value,
+            phase="paused" if self.pace.is_paused and phase in _PAUSABLE else phase.value,
             waiting_for=self._last_reason if self._is_waiting else "",
             waiting_seconds=self._now - self._lost_since if self._lost_since is not None else 0.0,
             waiting_seconds_max=self._patience.loss(self._lost_side),
@@ -123,6 +127,7 @@ class Scheduler(Membership):
             unreadable_bytes=self._copy.ledger.unreadable.total if self._copy is not None else 0,
             verifies=self._job.verify,
             verified=self._copying.ledger.counters.total if self._copied is not None and self._copying else None,
+            pace=self.pace,
         )
 
     def deadline(self) -> float:
@@ -133,7 +138,9 @@ class Scheduler(Membership):
         unfenced = self._ending.deadline if self._ending is not None and self._crew.unfenced else inf
         checkpoint = self._copying.deadline() if self._copying is not None and self._ending is None else inf
         grant = self._grant_from if self._copying is not None and self._now < self._grant_from else inf
-        return min(grant, beat, unfenced, self._idle_by(), self._stalled_by(), self._crew.next_alarm(), checkpoint)
+        rates = self._rates.deadline() if self._ending is None else inf
+        alarms = (unfenced, self._idle_by(), self._stalled_by(), self._crew.next_alarm())
+        return min(grant, beat, checkpoint, rates, *alarms)
 
     def validate(self) -> None:
         """Raise BugError when an invariant does not hold. Looks at everything: for tests."""
@@ -226,6 +233,14 @@ class Scheduler(Membership):
             self._end(Verdict.STOPPED, stopped_line(done, self._size()), reason)
         elif self._phase is Phase.STOPPING and not self._ending.at_once:
             self._hurry(self._ending, reason)
+        return self._advance()
+
+    def set_pace(self, pace: Pace, now: float) -> list[Instruction]:
+        """The user wants it faster, slower, paused, or to go on."""
+        self._now = now
+        if self._ending is None and pace != self.pace:
+            self._moved_at = now
+            self._rates.set(pace, now)
         return self._advance()
 
     def fail(self, error: str, now: float) -> list[Instruction]:
@@ -430,6 +445,8 @@ class Scheduler(Membership):
             self._lost_since = None  # not sooner: a server may take connections, and lose them, for ever
         if self._copying is not None and self._phase in (Phase.COPYING, Phase.FLUSHING, Phase.VERIFYING):
             self._press_on(self._copying)
+        if self._ending is None:
+            self._rates.share(self._now)
         if self._ending is not None and self._phase is Phase.STOPPING:
             self._finish_if_quiet(self._ending)
         if self._crew.ready_count == 0:
@@ -447,7 +464,7 @@ class Scheduler(Membership):
         if self._crew.ready_count and is_idle and (trouble := copying.give_up_waiting()):
             self._fail(trouble.text)
             return
-        if self._now >= self._grant_from:
+        if self._now >= self._grant_from and not self.pace.is_paused:
             copying.grant()
         if copying.ledger.unwritten:
             if self._phase is Phase.FLUSHING:
@@ -459,19 +476,6 @@ class Scheduler(Membership):
             copying.flush(self._now)
             return
         self._done(copying)
-
-    def _beat(self) -> None:
-        """Our heartbeat, to so many that everybody has it in time and a large crew does not hold up the others.
-
-        It tells each what was heard of it, and from that its leases count: so they end on its side first.
-        """
-        crew = self._crew
-        count = min(len(crew.workers), BEATS_PER_TICK_MAX)
-        share = count / len(crew.workers) if crew.workers else 1.0
-        self._beat_at = self._now + self._job.heartbeat_seconds * share
-        for worker in crew.next_in_turn(count):
-            if not worker.killed:
-                self._out.send(worker, AliveToo(self._job.uuid, self._job.epoch, worker.alive_at))
 
     def _idle_by(self) -> float:
         if self._idle_since is None or self._ending is not None:
@@ -489,7 +493,7 @@ class Scheduler(Membership):
         """A net below all other time-outs. Not for streams, whose other end may take its time."""
         if self._copying is None or not self._copying.repeatable or self._ending is not None:
             return inf
-        if self._crew.ready_count == 0 or self._crew.flushing_count:
+        if self._crew.ready_count == 0 or self._crew.flushing_count or self.pace.is_paused:
             return inf  # other clocks run
-        once = self._patience.request + RETRY_DELAY_SECONDS_MAX
+        once = self._patience.request + RETRY_DELAY_SECONDS_MAX + self._rates.request_seconds()
         return self._moved_at + STALL_SECONDS + self._job.options.attempts * once

@@ -44,6 +44,12 @@ class Worker(msgspec.Struct, eq=False):
     open_by: float = inf  # when the scout must have opened both sides
     losses: int = 0  # in a row, without a lease written in between
     return_at: float = inf  # when it is given connections again, while it waits
+    rate: int | None = (
+        None  # its share of the job's rate, as it was told; None: no limit, as long as it was told nothing
+    )
+    was_told_rate: bool = False
+    mark: tuple[tuple[int, int], ...] = ()  # how far its leases were ...
+    moved_at: float = 0.0  # ... when that was seen to have changed
     alarm: float = inf  # when the crew looks at it next (its valid entry in the heap)
 
     @property

@@ -31,6 +31,7 @@ from nbdshard.common.messages import (
     Wanted,
 )
 from nbdshard.common.ranges import Range
+from nbdshard.worker.bucket import Bucket, earliest
 from nbdshard.worker.compare_lease import CompareWork
 from nbdshard.worker.differing import find_differing
 from nbdshard.worker.operation import Vector
@@ -102,12 +103,14 @@ class Comparer:
         ends: tuple[EndpointDescription, EndpointDescription],
         job: str,
         epoch: int,
+        now: float = 0.0,
     ) -> None:
         """`shape`: that of a copy between the same `ends`, which are source and destination."""
         self.shape = shape
         self.job = job
         self.epoch = epoch
-        self.now = 0.0
+        self.now = now
+        self.bucket = Bucket(shape.request_size, now)
         self.outbox: list[FromWorker] = []
         self.readers: tuple[list[Reader], list[Reader]] = ([], [])
         self.leases: dict[int, CompareWork] = {}
@@ -173,6 +176,12 @@ class Comparer:
         """Nothing was written."""
         self.outbox.append(Flushed(self.job, self.epoch, flush, [], durable=True))
 
+    def limit(self, rate: int | None) -> None:
+        """Compare no more than `rate` bytes per second from now on; None: without a limit; 0: begin nothing."""
+        if rate != self.bucket.rate:
+            self.has_work = True
+            self.bucket.set(rate, self.now)
+
     def drain(self) -> None:
         """Begin nothing more; `idle` tells when what was begun is finished."""
         self.draining = True
@@ -211,19 +220,21 @@ class Comparer:
                 self.outbox.append(Progress(self.job, self.epoch, work.lease, done))
 
     def deadline(self) -> float | None:
-        """When `pump` has something to do even if nothing happens: the next retry."""
-        return self._retries.deadline
+        """When `pump` has something to do even if nothing happens: the next retry, or the rate allows a read."""
+        return earliest(self._retries.deadline, self.bucket.ready_at())
 
     def pump(self, now: float) -> None:
         """Queue all requests that have become possible. Call after every batch of events, and at `deadline`."""
         self.now = now
         self.has_work = False
+        self.bucket.ask_again()
         self._retries.run(now)
         if self.draining or not all(self.readers):
             return
-        for work in self.leases.values():
-            self._ask_extents(work)
-        self._begin_pairs()
+        if not self.bucket.is_closed:
+            for work in self.leases.values():
+                self._ask_extents(work)
+            self._begin_pairs()
         for work in list(self.leases.values()):
             if work.exhausted and not work.outstanding and not work.abandoned:
                 self._compared(work)
@@ -250,12 +261,15 @@ class Comparer:
                 readers = [min(side, key=lambda reader: reader.active) for side in self.readers]
                 if any(reader.active >= self.shape.depth for reader in readers):
                     return
+                if not self.bucket.admits(self.shape.request_size, self.now):
+                    return
                 piece = work.next_piece(self.shape.request_size)
                 if piece is None:
                     break
                 if all(piece.zero):
                     work.skipped += piece.where.length
                 else:
+                    self.bucket.take(piece.where.length)
                     self._begin(work, piece.where, [reader for reader in readers if not piece.zero[reader.side]])
 
     def _begin(self, work: CompareWork, where: Range, readers: list[Reader]) -> None:

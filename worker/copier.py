@@ -20,12 +20,11 @@ from math import inf
 from nbdshard.common.errors import RequestError
 from nbdshard.common.limits import (
     LEASES_PER_WORKER,
-    SPLICED_BYTES_PER_SECOND,
-    SPLICED_PER_CONNECTION,
     ZERO_BYTES_MAX,
 )
 from nbdshard.common.messages import ErrorReport, Failed, FromWorker, Lease, Progress, Side, Wanted, Written
 from nbdshard.common.ranges import Range
+from nbdshard.worker.bucket import Bucket, earliest
 from nbdshard.worker.flushes import Flushes
 from nbdshard.worker.lanes import Lanes, MakeLane
 from nbdshard.worker.lease import LeaseWork
@@ -34,6 +33,7 @@ from nbdshard.worker.operation import Operation, Part
 from nbdshard.worker.payloads import Payloads
 from nbdshard.worker.piped import PipePool
 from nbdshard.worker.ports import Connection, Extents
+from nbdshard.worker.reports import request_failure, too_small
 from nbdshard.worker.retries import Retries
 from nbdshard.worker.salvage import Salvage, give_up, places
 from nbdshard.worker.shape import CopyShape
@@ -68,6 +68,7 @@ class Copier:
         self.draining = False
         self.has_work = False  # something has ended or begun since the last `pump`: more may be possible
         self.earliest_expiry = inf  # never later than the first end of a lease that is not over: then `expire` is due
+        self.bucket = Bucket(shape.request_size, now)
         self.flushes = Flushes(self)
         self.payloads = Payloads(shape.request_size, pipes)
         self._writer = Writer(shape, self)
@@ -77,8 +78,6 @@ class Copier:
         self._wish = 0  # leases the coordinator knows we want
         self._operations = 0  # not EMPTY
         self._next_source = 0
-        self._latency_seconds = inf
-        self._pipes_per_source = SPLICED_PER_CONNECTION
 
     # -- the shell's side ----------------------------------------------------------------------------------------------
 
@@ -152,6 +151,14 @@ class Copier:
         if lease := self.leases.get(lease_id):
             self.abandon(lease, ErrorReport(kind="connection", text="the lease was revoked"))
 
+    def limit(self, rate: int | None) -> None:
+        """Read no more than `rate` bytes per second from now on; None: without a limit; 0: begin nothing."""
+        if rate != self.bucket.rate:
+            self.has_work = True
+            if not rate or self.bucket.rate is None:
+                self.lanes.stop()  # they have been given more than that, or less than they could have
+            self.bucket.set(rate, self.now)
+
     def drain(self) -> None:
         """Begin nothing more; `idle` tells when what was begun is finished."""
         self.draining = True
@@ -208,20 +215,23 @@ class Copier:
                 self.outbox.append(Progress(self.job, self.epoch, lease.lease, done))
 
     def deadline(self) -> float | None:
-        """When `pump` has something to do even if nothing happens: the next retry."""
-        return self._retries.deadline
+        """When `pump` has something to do even if nothing happens: the next retry, or the rate allows a read."""
+        return earliest(self._retries.deadline, self.bucket.ready_at())
 
     def pump(self, now: float) -> None:
         """Queue all requests that have become possible. Call after every batch of events, and at `deadline`."""
         self.now = now
         self.has_work = False
+        self.bucket.ask_again()
         self.lanes.collect()
         self._retries.run(now)
         self._writer.pump()
         if not self.draining and self.sources and self.targets:
-            self._ask_extents()
+            if not self.bucket.is_closed:
+                self._ask_extents()
             self.lanes.pump()
-            self._begin_reads()
+            if not self.bucket.is_closed:
+                self._begin_reads()
             self._finish_quiet_leases()
             self._want_leases()
 
@@ -268,17 +278,24 @@ class Copier:
 
     def _may_begin_spliced(self) -> bool:
         """Whether another pipe may be taken: few are kept in use, unless the sources are slow to answer."""
-        return self.payloads.piped < self._pipes_per_source * len(self.sources)
+        return self.payloads.piped < self.payloads.pipes_per_source * len(self.sources)
 
     def _begin_next(self, source: Source) -> bool:
         """Begin the next read on `source`; zeroes met on the way are noted. False when there is nothing to read."""
         for lease in list(self.leases.values()):  # one that has expired may go while its zeroes are issued
             if lease.suspects and not lease.abandoned:
+                if not self.bucket.admits(lease.suspects[-1].length, self.now):
+                    continue
                 self._begin_read(source, lease, lease.suspects.pop(), is_suspect=True)
                 return True
             if self.shape.splice and lease.is_dense and lease.has_data and not self._may_begin_spliced():
                 return False
-            while self._may_take_from(lease) and (piece := lease.next_piece(self.shape.request_size)):
+            while self._may_take_from(lease):
+                if lease.has_data and not self.bucket.admits(self.shape.request_size, self.now):
+                    break  # another lease may have zeroes: they cost nothing
+                piece = lease.next_piece(self.shape.request_size)
+                if piece is None:
+                    break
                 if not piece.zero:
                     self._begin_read(source, lease, piece.where)
                     return True
@@ -296,6 +313,7 @@ class Copier:
         return not lease.abandoned and not self.lanes.serves(lease)
 
     def _begin_read(self, source: Source, lease: LeaseWork, where: Range, *, is_suspect: bool = False) -> None:
+        self.bucket.take(where.length)
         operation = self.begin(lease, where)
         operation.is_suspect = is_suspect
         self.payloads.hold(operation, splice=lease.is_dense and not is_suspect and self.shape.may_splice(where))
@@ -317,12 +335,8 @@ class Copier:
 
     def read_arriving(self, operation: Operation) -> None:
         """The fastest answer so far tells what the source takes when nothing holds it up."""
-        latency = max(0.0, self.now - operation.asked)
-        if latency < self._latency_seconds:
+        if self.payloads.learn(max(0.0, self.now - operation.asked)):
             self.has_work = True
-            self._latency_seconds = latency
-            needed = int(latency * SPLICED_BYTES_PER_SECOND / self.shape.request_size)
-            self._pipes_per_source = max(SPLICED_PER_CONNECTION, needed)
 
     def read_done(self, operation: Operation, error: RequestError | None, count: int) -> None:
         """A read ended. Its payload is whole and held, or there was an error."""
@@ -368,6 +382,7 @@ class Copier:
             if self.given_up(operation.lease):
                 self.drop(operation)
             else:
+                self.bucket.take(operation.where.length)
                 self.sources[operation.source].read(operation)
 
         self.later(attempts, again)
@@ -376,7 +391,7 @@ class Copier:
         """A stream's read: a short one is its end, and the lease ends there."""
         lease, where = operation.lease, operation.where
         if count > 0 and where.start >= lease.where.end:
-            self._fail_too_long(lease)
+            self.abandon(lease, too_small(self.targets[0].connection.description.peer, lease.where.end))
             self.drop(operation)
             return
         if count < where.length:
@@ -462,27 +477,11 @@ class Copier:
             self.outbox.append(Failed(self.job, self.epoch, lease.lease, lease.error))
 
     def fail(
-        self,
-        lease: LeaseWork,
-        side: Side,
-        doing: str,
-        connection: Connection,
-        where: Range,
-        error: RequestError,
+        self, lease: LeaseWork, side: Side, doing: str, connection: Connection, where: Range, error: RequestError
     ) -> None:
         """A request failed for the last time, and its lease with it."""
         peer = connection.description.peer
-        text = (
-            f"{side} {peer}: {doing} of {where.length} bytes at offset {where.start} failed "
-            f"{'once' if self.shape.attempts == 1 else f'{self.shape.attempts} times'}: {error}"
-        )
-        report = ErrorReport("request", text, side, peer, where.start, where.length, error.errno_name)
-        self.abandon(lease, report)
-
-    def _fail_too_long(self, lease: LeaseWork) -> None:
-        peer = self.targets[0].connection.description.peer
-        text = f"destination {peer}: smaller than the source, which goes on after {lease.where.end} bytes"
-        self.abandon(lease, ErrorReport("user", text, "destination", peer))
+        self.abandon(lease, request_failure(side, peer, doing, where, error, self.shape.attempts))
 
     def later(self, attempts: int, action: Callable[[], None]) -> None:
         """Try again after a pause that doubles with each attempt."""

@@ -23,8 +23,10 @@ from nbdshard.common.limits import (
     LANE_REQUESTS_MIN,
     LANE_STRETCH_BYTES,
     LANE_STRIKES_MAX,
+    RATE_STRETCH_SECONDS,
 )
 from nbdshard.common.ranges import Range
+from nbdshard.worker.bucket import Bucket
 from nbdshard.worker.lease import LeaseWork, Segment
 from nbdshard.worker.lending import LanePort, Lendable
 from nbdshard.worker.operation import Gone, Operation, Part
@@ -48,6 +50,7 @@ class Owner(Protocol):
     leases: dict[int, LeaseWork]
     sources: list[Source]
     payloads: Payloads
+    bucket: Bucket
 
     @property
     def targets(self) -> list[Target]: ...
@@ -182,6 +185,7 @@ class Lanes:
                 not is_salvaging
                 and pair.may_be_lent
                 and any(self.serves(lease) for lease in self._owner.leases.values())
+                and self._owner.bucket.admits(self._stretch_unit, self._owner.now)
             ):
                 self._lend(pair)
 
@@ -223,17 +227,32 @@ class Lanes:
                 end = self._end_of_stretch(where)
                 if end <= where.start:
                     break  # the copier's own: it is to be merged
+                bucket, length = self._owner.bucket, end - where.start
+                if not bucket.admits(length, self._owner.now):
+                    return None
+                bucket.take(length)
                 lease.segments.popleft()
                 if end < where.end:
                     lease.segments.appendleft(Segment(Range(end, where.end), zero=False))
                 lease.outstanding += 1
                 lease.reads += 1
-                return Stretch(lease, Range(where.start, end))
+                stretch = Stretch(lease, Range(where.start, end))
+                stretch.is_charged = bucket.rate is not None
+                return stretch
         return None
+
+    @property
+    def _stretch_unit(self) -> int:
+        """Bytes of the longest stretch: a multiple of the request size, and no more than the bucket holds."""
+        rate, request = self._owner.bucket.rate, self._shape.request_size
+        if rate is None:
+            return self._stretch_bytes
+        smooth = int(rate * RATE_STRETCH_SECONDS)
+        return min(self._stretch_bytes, max(request, smooth - smooth % request))
 
     def _end_of_stretch(self, where: Range) -> int:
         """Where the next stretch of `where` ends: where a request does, and not inside a block of the destination."""
-        unit = self._stretch_bytes
+        unit = self._stretch_unit
         end = min(where.end, (where.start // unit + 1) * unit)
         if end % self._shape.merge_unit:
             end -= end % self._shape.request_size
@@ -293,6 +312,8 @@ class Lanes:
         for stretch, where in reversed(outcome.unwritten):
             _give_back(stretch, where)
         for stretch in sorted(lane.feed, key=lambda each: -each.start):
+            if stretch.is_charged:
+                self._owner.bucket.give_back(stretch.end - stretch.at)
             _give_back(stretch, Range(stretch.at, stretch.end))
         lane.feed.clear()
         for stretch in list(pair.stretches):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from nbdshard.common.errors import BugError
+from nbdshard.common.limits import SPLICED_BYTES_PER_SECOND, SPLICED_PER_CONNECTION
 from nbdshard.worker.operation import Operation
 from nbdshard.worker.piped import PipePool
 from nbdshard.worker.zeroes import Run, find_runs
@@ -14,6 +17,17 @@ class Payloads:
     def __init__(self, request_size: int, pipes: PipePool | None) -> None:
         self._buffers = BufferPool(request_size)
         self._pipes = pipes
+        self._latency_seconds = inf
+        self.pipes_per_source = SPLICED_PER_CONNECTION  # few are kept in use, unless the sources are slow to answer
+
+    def learn(self, latency_seconds: float) -> bool:
+        """A read was answered after so long. Whether that is the fastest answer so far."""
+        if latency_seconds >= self._latency_seconds:
+            return False
+        self._latency_seconds = latency_seconds
+        needed = int(latency_seconds * SPLICED_BYTES_PER_SECOND / self._buffers.size)
+        self.pipes_per_source = max(SPLICED_PER_CONNECTION, needed)
+        return True
 
     def grow(self, operations: int) -> None:
         """There may be so many more operations that read."""

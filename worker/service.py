@@ -40,6 +40,7 @@ from nbdshard.common.messages import (
     Noted,
     Opened,
     OpenFailed,
+    Rate,
     Refused,
     Revoke,
     Side,
@@ -101,6 +102,7 @@ class Worker:
         self._outbox: deque[FromWorker] = deque([hello])
         self._unnoted: dict[int, list[FromWorker]] = {}  # by lease: Written or Compared, and what comes before it
         self._goodbye = "stopped by the coordinator"
+        self._rate: int | None = None  # also of the copiers to come
         now = self._clock.steady
         self._heard_at = now
         self._leave_by = self._part_by = 0.0
@@ -309,6 +311,10 @@ class Worker:
             self._unnoted.pop(message.lease, None)
         elif isinstance(message, AliveToo):
             self._was_heard(message.answers)
+        elif isinstance(message, Rate):
+            self._rate = message.bytes_per_second
+            if (work := self._next_work or self._work) is not None:
+                work.limit(self._rate)
         elif self._work is not None and self.state in (WorkerState.WORKING, WorkerState.TURNING):
             self._to_work(self._next_work or self._work, message)  # who leaves takes on nothing more
 
@@ -405,6 +411,11 @@ class Worker:
 
     def _make_work(self, assign: Assign, ends: tuple[OpenConnection, OpenConnection]) -> Work:
         """What is to be done between `ends`, as they are known now. Raises UserError where it cannot be."""
+        work = self._new_work(assign, ends)
+        work.limit(self._rate)
+        return work
+
+    def _new_work(self, assign: Assign, ends: tuple[OpenConnection, OpenConnection]) -> Work:
         options, (source, destination) = assign.options, (end.description for end in ends)
         self._mode = options.mode
         if options.mode == "copy":
@@ -414,7 +425,7 @@ class Worker:
         from nbdshard.worker.comparer import Comparer  # a copy does not load it
 
         shape = CopyShape.of(source, destination, options)
-        return Comparer(shape, options, (source, destination), assign.job, assign.epoch)
+        return Comparer(shape, options, (source, destination), assign.job, assign.epoch, self._clock.true)
 
     def _turn_to(self, assign: Assign) -> None:
         """All is copied: what was written is to be read back, over the same connections."""

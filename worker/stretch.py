@@ -12,11 +12,23 @@ from nbdshard.worker.lease import LeaseWork
 class Stretch:
     """Data of one lease, side by side, that one lane copies. Written to by its thread, read by the copier's.
 
-    `at`: where it is to be read next. `left`: bytes neither acknowledged nor found to be zeroes. `credited` is the
-    copier's own.
+    `at`: where it is to be read next. `left`: bytes neither acknowledged nor found to be zeroes. `credited` and
+    `is_charged` (it has taken tokens of the rate) are the copier's own.
     """
 
-    __slots__ = ("at", "copied", "credited", "end", "lease", "left", "spliced", "start", "zeroed", "zeroes")
+    __slots__ = (
+        "at",
+        "copied",
+        "credited",
+        "end",
+        "is_charged",
+        "lease",
+        "left",
+        "spliced",
+        "start",
+        "zeroed",
+        "zeroes",
+    )
 
     def __init__(self, lease: LeaseWork, where: Range) -> None:
         self.lease = lease
@@ -28,6 +40,7 @@ class Stretch:
         self.zeroed = 0  # acknowledged by the destination, and no payload
         self.zeroes: list[tuple[int, int]] = []  # found in what was read, and left to the copier
         self.credited = (0, 0, 0)  # of `copied`, `spliced` and `zeroed`
+        self.is_charged = False
 
     def __str__(self) -> str:
         return f"lease {self.lease.lease}, [{self.start}, {self.end})"
