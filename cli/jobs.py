@@ -19,6 +19,7 @@ from nbdshard.common import logs
 from nbdshard.common.channel import CoordinatorChannel
 from nbdshard.common.limits import BACKOFF_SECONDS_MAX, BAR_DELAY_SECONDS, LOSS_SECONDS
 from nbdshard.common.machine import machine_id
+from nbdshard.coordinator.control_socket import ControlSocket
 from nbdshard.coordinator.job import Job, Outcome, Verdict
 from nbdshard.coordinator.progress import DelayedDisplay, Display, JsonDisplay, NoDisplay, PercentDisplay, summary
 from nbdshard.coordinator.service import Shell, run_job
@@ -53,7 +54,11 @@ def run(setting: Setting, stack: ExitStack) -> Ended:
     ends = setting.ends
     begun = begin(setting, stack)
     keeper = begun.keeper
-    shell = Shell(channel, setting.launcher, ends.prepare, ends.servers, display, setting.signals, keeper)
+    control = ControlSocket.listen(begun.uuid, time.monotonic())
+    if control is not None:
+        stack.callback(control.close)
+        logs.debug(f"job {begun.uuid}: nbdshard ctl {begun.uuid[:8]} status")
+    shell = Shell(channel, setting.launcher, ends.prepare, ends.servers, display, setting.signals, keeper, control)
     outcome = run_job(_job(setting, begun), shell)
     if keeper is not None:
         keeper.end(outcome)
@@ -98,6 +103,7 @@ def _job(setting: Setting, begun: Start) -> Job:
         earlier=begun.earlier,
         verify=args.verify,
         checkpoint_seconds=args.checkpoint,
+        rate=args.rate,
     )
 
 

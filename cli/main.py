@@ -54,6 +54,7 @@ SUBCOMMANDS: Final = {
     "info": ("nbdshard.cli.info", "show what a server says about an export"),
     "map": ("nbdshard.cli.map", "show which parts of an export are data, holes and zeroes"),
     "checksum": ("nbdshard.cli.checksum", "print the checksum of an export or a file"),
+    "ctl": ("nbdshard.cli.ctl", "slow down, pause, go on with or ask about a copy that runs"),
     "jobs": ("nbdshard.cli.journals", "list copies that can be resumed, and how far they got"),
     "keygen": ("nbdshard.cli.keygen", "make the keys by which a coordinator and its workers know each other"),
 }

@@ -32,6 +32,7 @@ from nbdshard.common.limits import (
     RANGE_BYTES_DEFAULT,
     RANGE_BYTES_MAX,
     RANGE_BYTES_MIN,
+    RATE_BYTES_MIN,
     REQUEST_BYTES_DEFAULT,
     REQUEST_BYTES_MAX,
     REQUEST_BYTES_MIN,
@@ -85,6 +86,10 @@ _sparse_unit = size_where(
 _queue_size = size_where(
     f"a size from 0 to {size_text(QUEUE_BYTES_MAX)}",
     lambda size: size <= QUEUE_BYTES_MAX,
+)
+rate_limit = size_where(
+    f"a number of bytes per second, {size_text(RATE_BYTES_MIN)} at least; 200M is 200 MiB/s",
+    lambda rate: rate >= RATE_BYTES_MIN,
 )
 _range_size = size_where(
     f"a multiple of {size_text(RANGE_BYTES_MIN)}, at most {size_text(RANGE_BYTES_MAX)}",
@@ -236,6 +241,13 @@ def add_copy_options(parser: argparse.ArgumentParser, only: Container[str] | Non
         type=_range_size,
         default=None,
         help=f"bytes a worker takes at a time (default {size_text(RANGE_BYTES_DEFAULT)}, less for small exports)",
+    )
+    add(
+        "--rate",
+        metavar="LIMIT",
+        type=rate_limit,
+        default=None,
+        help="bytes per second that all workers together read, k, M and G as in SIZE (default: as fast as it goes)",
     )
     add(
         "--reconnect-delay",

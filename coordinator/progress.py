@@ -231,6 +231,7 @@ class JsonDisplay:
             "connections": connections,
             "waiting_for": status.waiting_for or None,
             "waiting_seconds": round(status.waiting_seconds, 1) if status.waiting_for else None,
+            "rate_limit_bytes_per_second": status.pace.limit,
             "checksum": (outcome is not None and outcome.checksum) or None,
         }
         if outcome is not None:

@@ -1,7 +1,7 @@
 """The coordinator's shell: one poll loop around the scheduler. It carries out instructions and decides nothing.
 
-A turn: wait for something to happen or for the next deadline, then hear signals, messages, ended processes and the
-clock, in this order, acting on the scheduler's instructions after each until there are none.
+A turn: wait for something to happen or for the next deadline, then hear signals, messages, ended processes, orders of
+the user and the clock, in this order, acting on the scheduler's instructions after each until there are none.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from nbdshard.common.messages import FromCoordinator, Hello
 from nbdshard.common.units import format_seconds
 from nbdshard.coordinator.clock import SteadyClock
 from nbdshard.coordinator.command_server import CommandServer
+from nbdshard.coordinator.control_socket import ControlSocket
 from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Journal, Kill, Prepare, Send, Start
-from nbdshard.coordinator.job import Job, Outcome, Status
+from nbdshard.coordinator.job import Job, Outcome, Pace, Status
 from nbdshard.coordinator.keeping import Keeper
 from nbdshard.coordinator.launcher import Departure, Launcher
 from nbdshard.coordinator.progress import Display
@@ -47,6 +48,7 @@ class Shell(msgspec.Struct, frozen=True):
     display: Display
     signals: SignalWatch
     keeper: Keeper | None = None  # None: nothing of the job is kept
+    control: ControlSocket | None = None  # None: nobody can say anything about the job while it runs
     clock: SteadyClock = msgspec.field(default_factory=SteadyClock)
     worker_start_seconds: float = WORKER_START_SECONDS
     finish_seconds: float = FINISH_SECONDS_MAX
@@ -91,7 +93,8 @@ class _Loop:
         for end in shell.channel.sockets:
             self._poller.register(end, zmq.POLLIN)
         servers = [server.descriptor for server in shell.servers]
-        for descriptor in (shell.signals.descriptor, self._processes.fileno(), *servers):
+        orders = [shell.control.descriptor] if shell.control is not None else []
+        for descriptor in (shell.signals.descriptor, self._processes.fileno(), *servers, *orders):
             self._poller.register(descriptor, zmq.POLLIN)
 
     def run(self) -> Outcome:
@@ -121,6 +124,7 @@ class _Loop:
             self._hear_messages,
             self._hear_processes,
             self._hear_servers,
+            self._hear_orders,
             self._hear_clock,
         ):
             if self._outcome is not None:
@@ -138,6 +142,8 @@ class _Loop:
         deadlines = [self._scheduler.deadline(), self._shell.display.due()]
         deadlines += self._awaited.values()
         deadlines += self._left_servers.values()
+        if self._shell.control is not None:
+            deadlines.append(self._shell.control.deadline())
         if self._departures:
             deadlines.append(self._departures[0][0])
         return min(deadlines)
@@ -202,6 +208,17 @@ class _Loop:
             if self._left_servers.get(server.side, now + 1) <= now and self._outcome is None:
                 self._left_servers[server.side] = float("inf")
                 self._act(self._scheduler.fail(server.story(), now))
+
+    def _hear_orders(self) -> None:
+        control, now = self._shell.control, self._clock()
+        if control is not None:
+            status = self._scheduler.status()
+            control.note(status, now)
+            control.hear(status, self._obey, now)
+
+    def _obey(self, pace: Pace) -> Status:
+        self._act(self._scheduler.set_pace(pace, self._clock()))
+        return self._scheduler.status()
 
     def _hear_clock(self) -> None:
         now = self._clock()

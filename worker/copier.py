@@ -290,12 +290,7 @@ class Copier:
                 return True
             if self.shape.splice and lease.is_dense and lease.has_data and not self._may_begin_spliced():
                 return False
-            while self._may_take_from(lease):
-                if lease.has_data and not self.bucket.admits(self.shape.request_size, self.now):
-                    break  # another lease may have zeroes: they cost nothing
-                piece = lease.next_piece(self.shape.request_size)
-                if piece is None:
-                    break
+            while self._may_take_from(lease) and (piece := lease.next_piece(self.shape.request_size)):
                 if not piece.zero:
                     self._begin_read(source, lease, piece.where)
                     return True
@@ -310,7 +305,9 @@ class Copier:
         return False
 
     def _may_take_from(self, lease: LeaseWork) -> bool:
-        return not lease.abandoned and not self.lanes.serves(lease)
+        if lease.abandoned or self.lanes.serves(lease):
+            return False
+        return not lease.has_data or self.bucket.admits(self.shape.request_size, self.now)  # zeroes cost nothing
 
     def _begin_read(self, source: Source, lease: LeaseWork, where: Range, *, is_suspect: bool = False) -> None:
         self.bucket.take(where.length)

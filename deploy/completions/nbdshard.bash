@@ -3,14 +3,15 @@
 # tests/unit/cli/test_documented_options.py compares the lists with the parsers'.
 
 _nbdshard_copy="-C -R -S -T -V -h -p -v --allocated --checkpoint= --checksum --connect-timeout= --connections= --data-path= --destination-is-zero --flush --force-resume --handshake-timeout=
---help --journal= --keep-journal --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --reconnect-delay= --request-size= --request-timeout=
+--help --journal= --keep-journal --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --rate= --reconnect-delay= --request-size= --request-timeout=
 --requests= --resume --retries= --ring= --salvage --sparse= --synchronous --target-is-zero --threads= --verbose --verify --version --workers="
 _nbdshard_coordinator="-C -R -S -T -h -p -v --allocated --allow= --checkpoint= --checksum --connect-timeout= --connections= --data-path= --destination-is-zero
---flush --force-resume --handshake-timeout= --help --insecure --journal= --keep-journal --key= --listen= --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --reconnect-delay=
+--flush --force-resume --handshake-timeout= --help --insecure --journal= --keep-journal --key= --listen= --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --rate= --reconnect-delay=
 --request-size= --request-timeout= --requests= --resume --retries= --salvage --sparse= --synchronous --target-is-zero --threads= --verbose --verify --workers="
 _nbdshard_verify="-C -R -T -h -p -v --connect-timeout= --connections= --handshake-timeout= --help --json --loss-timeout= --no-extents --progress --progress=bar --progress=json
 --queue-size= --range-size= --reconnect-delay= --request-size= --request-timeout= --requests= --retries= --ring= --threads= --verbose --workers="
 _nbdshard_worker="-h -v --connect= --coordinator-key= --help --key= --ring= --verbose"
+_nbdshard_ctl="-h --help --json"
 _nbdshard_jobs="-h --format= --help --json"
 _nbdshard_keygen="-h --dir= --help"
 _nbdshard_info="-L -h --help --json --list"
@@ -34,7 +35,7 @@ _nbdshard() {
     local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} subcommand=${COMP_WORDS[1]}
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
-        mapfile -t COMPREPLY < <(compgen -W "copy coordinator worker verify info map checksum jobs keygen --help --version" -- "$word")
+        mapfile -t COMPREPLY < <(compgen -W "copy coordinator worker verify info map checksum ctl jobs keygen --help --version" -- "$word")
         return
     fi
     if _nbdshard_in_brackets; then

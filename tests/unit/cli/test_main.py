@@ -125,11 +125,13 @@ def test_version_is_one_line(word: str, capfd: pytest.CaptureFixture[str]) -> No
         ([], "no subcommand; try 'nbdshard --help'"),
         (
             ["cp"],
-            "unknown subcommand 'cp'; known are copy, coordinator, worker, verify, info, map, checksum, jobs, keygen",
+            "unknown subcommand 'cp'; known are copy, coordinator, worker, verify, info, map, checksum, ctl, jobs, "
+            "keygen",
         ),
         (
             ["--cp"],
-            "unknown option '--cp'; known are copy, coordinator, worker, verify, info, map, checksum, jobs, keygen",
+            "unknown option '--cp'; known are copy, coordinator, worker, verify, info, map, checksum, ctl, jobs, "
+            "keygen",
         ),
         (["copy", "--nosuch", "a", "b"], "unrecognized arguments: --nosuch; try 'nbdshard copy --help'"),
     ],

@@ -155,6 +155,7 @@ def test_json_objects_come_once_a_second_and_hold_every_field(pipe: tuple[int, i
         "verified": None,
         "bytes_unreadable": 0,
         "rate_bytes_per_second": 100,
+        "rate_limit_bytes_per_second": None,
         "eta_seconds": 8.0,
         "elapsed_seconds": 2.0,
         "workers": 2,
