@@ -131,6 +131,16 @@ def test_local_files_pause_too(tmp_path: Path, ring: str) -> None:
     images.assert_identical(image, destination)
 
 
+def test_reading_back_has_the_rate_too_and_pauses(ring: str) -> None:
+    with under_way(ring, "--verify", "--request-size", "256k", "--rate", "32M", size=SIZE) as (run, ends):
+        wait_for("the reading back", lambda: status(run)["phase"] == "verifying")
+        ctl(run, "rate", "1M").succeeded()
+        assert "paused" in ctl(run, "pause").succeeded().out
+        assert status(run)["phase"] == "paused"
+        assert "verifying" in ctl(run, "continue").succeeded().out
+        finish(run, ends)
+
+
 def test_the_rate_changes_while_a_copy_runs_and_status_tells_it(ring: str) -> None:
     with under_way(ring, *SLOW) as (run, ends):
         assert status(run)["rate_limit_bytes_per_second"] == 8 * MIB

@@ -336,3 +336,34 @@ def test_buffers_are_used_again() -> None:
     bench.answer_all()
     buffers = {id(call.buffer.obj) for call in bench.sources[0].calls + bench.targets[0].calls if call.buffer}
     assert len(buffers) == 4
+
+
+# -- a rate ------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_begun_as_the_rate_allows_and_the_comparer_says_when() -> None:
+    bench = Bench()
+    bench.pump()
+    bench.comparer.limit(UNIT)  # a pair each second
+    bench.lease(0, 2 * UNIT)
+    assert bench.calls == []
+    assert bench.comparer.deadline() == pytest.approx(bench.now + 1.0)
+    for second in (1, 2):
+        bench.pump(1.001)
+        assert [call.where for call in bench.calls] == [Range((second - 1) * UNIT, second * UNIT)] * 2
+        bench.answer_all()
+    bench.pump()
+    assert any(isinstance(message, Compared) for message in bench.comparer.outbox)
+    assert bench.comparer.deadline() is None
+
+
+def test_a_rate_of_0_begins_no_pair_and_asks_for_no_extents() -> None:
+    bench = Bench(extents=True)
+    bench.comparer.limit(0)
+    bench.lease(0, 2 * UNIT)
+    bench.pump(10.0)
+    assert bench.calls == []
+    assert bench.comparer.deadline() is None
+    bench.comparer.limit(None)
+    bench.pump()
+    assert {call.name for call in bench.calls} == {"extents"}
