@@ -43,6 +43,17 @@ def places(environment: Mapping[str, str] = os.environ) -> list[str]:
     return [folder for folder in found if folder.startswith("/")]
 
 
+def usable_places(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Those of `places` that are private. Where there is none, the folder of the journals is made, as by a journal."""
+    if found := [folder for folder in places(environment) if is_private(folder)]:
+        return found
+    with contextlib.suppress(UserError, OSError):
+        folder = state_directory(environment)
+        os.makedirs(folder, 0o700, exist_ok=True)
+        return [folder] if is_private(folder) else []
+    return []
+
+
 def sockets(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The sockets there are, by uuid, in order. A job that was killed may have left one behind."""
     found: dict[str, str] = {}

@@ -25,7 +25,7 @@ from nbdshard.common.limits import (
     ORDER_SECONDS,
     PACE_SAMPLE_SECONDS,
 )
-from nbdshard.coordinator.control_paths import is_private, places, reachable, socket_name
+from nbdshard.coordinator.control_paths import is_private, reachable, socket_name, usable_places
 from nbdshard.coordinator.job import Pace, Status
 from nbdshard.coordinator.progress import Meter
 
@@ -55,7 +55,7 @@ class ControlSocket:
 
         A copy does without sooner than not to begin.
         """
-        for folder in places() if folders is None else folders:
+        for folder in usable_places() if folders is None else folders:
             if not is_private(folder):
                 continue
             path = os.path.join(folder, socket_name(uuid))

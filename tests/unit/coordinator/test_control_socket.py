@@ -14,7 +14,7 @@ import pytest
 
 from nbdshard.common.limits import MIB, ORDER_BYTES_MAX, ORDER_CLIENTS_MAX, ORDER_SECONDS
 from nbdshard.common.messages import Counters
-from nbdshard.coordinator.control_paths import reachable, socket_name, sockets
+from nbdshard.coordinator.control_paths import reachable, socket_name, sockets, usable_places
 from nbdshard.coordinator.control_socket import ControlSocket
 from nbdshard.coordinator.job import Pace, Status
 
@@ -189,6 +189,19 @@ def test_a_folder_whose_path_is_too_long_for_a_socket_will_do(tmp_path: Path) ->
         assert ask(one, order("status"))["status"]
         assert sockets({"XDG_RUNTIME_DIR": str(deep)}) == {UUID: str(one.path)}
     assert list(deep.iterdir()) == []
+
+
+def test_without_a_runtime_directory_the_folder_of_journals_is_made_and_used(tmp_path: Path) -> None:
+    states = tmp_path / "new" / "state"
+    environment = {"XDG_RUNTIME_DIR": str(tmp_path / "missing"), "XDG_STATE_HOME": str(states)}
+    assert usable_places(environment) == [str(states / "nbdshard")]
+    assert stat.S_IMODE((states / "nbdshard").stat().st_mode) == 0o700
+    assert not (tmp_path / "missing").exists()
+
+
+def test_where_no_folder_can_be_had_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert usable_places({"XDG_STATE_HOME": str(tmp_path / "file")}) == []
 
 
 def test_another_user_cannot_connect(job: Job) -> None:
