@@ -8,6 +8,7 @@ from math import isinf
 
 from nbdshard.common.limits import WORKER_START_SECONDS
 from nbdshard.common.messages import EndpointDescription, FromWorker, Hello
+from nbdshard.coordinator import job
 from nbdshard.coordinator.instructions import Finish, Forget, Instruction, Journal, Kill, Prepare, Send, Start
 from nbdshard.coordinator.job import Job, Outcome
 from nbdshard.coordinator.scheduler import Scheduler
@@ -58,6 +59,12 @@ class SimCoordinator:
     @property
     def is_over(self) -> bool:
         return self.outcome is not None or self.crashed
+
+    def set_pace(self, pace: job.Pace) -> None:
+        """The user wants it faster, slower, paused, or to go on."""
+        if not self.is_over:
+            self._log(f"{pace} by the user")
+            self._act(self.scheduler.set_pace(pace, self._now))
 
     def crash(self) -> None:
         """It is killed. The kernel kills its local workers; those elsewhere go on, and talk to its heir."""

@@ -6,8 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nbdshard.common.limits import GIB, MIB
 from nbdshard.common.messages import EndpointAddress, FromWorker
 from nbdshard.common.nbd.uri import parse_uri
+from nbdshard.coordinator import job
 from nbdshard.coordinator.job import Job, Outcome, Verdict
 from simulation.clock import Pace, SimClock
 from simulation.coordinator import SimCoordinator
@@ -149,6 +151,23 @@ class Simulation:
         if not self.scenario.job.local_workers:
             for _ in range(self.scenario.job.workers):
                 self.clock.after(self.chance.random() * 0.01, coordinator.start_worker)
+        self._plan_paces(coordinator)
+
+    def _plan_paces(self, coordinator: SimCoordinator) -> None:
+        """In every third job the user changes the rate, pauses and goes on, and lets it go in the end.
+
+        By a chance of its own: the other seeds stay what they were.
+        """
+        chance = random.Random(f"paces {self.scenario.seed}")
+        if chance.random() > 0.33:
+            return
+        moment = 0.0
+        for _ in range(chance.randint(1, 4)):
+            moment += chance.random() * 0.05
+            rate = chance.choice((None, 2 * MIB, 64 * MIB, GIB))
+            pace = job.Pace(rate, is_paused=chance.random() < 0.5)
+            self.clock.after(moment, lambda pace=pace: coordinator.set_pace(pace))  # type: ignore[misc]
+        self.clock.after(moment + 0.05, lambda: coordinator.set_pace(job.Pace()))
 
     def _is_over(self) -> bool:
         return self.coordinator.is_over
