@@ -39,7 +39,8 @@ def fails_saying(*argv: str | Path, code: int = 1, words: Sequence[str]) -> None
         ([], "no subcommand; try 'nbdshard --help'"),
         (
             ["cp"],
-            "unknown subcommand 'cp'; known are copy, coordinator, worker, verify, info, map, checksum, jobs, keygen",
+            "unknown subcommand 'cp'; "
+            "known are copy, coordinator, worker, verify, info, map, checksum, ctl, jobs, keygen",
         ),
         (["copy"], "source and destination are missing; see --help for what can stand there"),
         (["copy", "a"], "the destination is missing; see --help for what can stand there"),
