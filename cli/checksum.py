@@ -7,16 +7,7 @@ import json
 from typing import TYPE_CHECKING, Final
 
 from nbdshard.cli.grammar import Parser, UsageError
-from nbdshard.cli.options import (
-    READING_OPTIONS,
-    add_copy_options,
-    add_operands,
-    add_progress_options,
-    add_ring_option,
-    add_worker_count,
-    words_of,
-    worker_count,
-)
+from nbdshard.cli.options import add_reading_options, words_of, worker_count
 from nbdshard.cli.standard_streams import tell
 from nbdshard.common.logs import printable
 
@@ -35,12 +26,7 @@ the size. What is known to be zeroes is not read. nbdshard(1) tells how anybody 
 def build_parser(prog: str) -> Parser:
     """The options of `nbdshard checksum`."""
     parser = Parser(prog, "Print the checksum of an NBD export or a local file.", USAGE, EPILOG)
-    add_copy_options(parser, only=READING_OPTIONS)
-    add_progress_options(parser)
-    add_ring_option(parser)
-    add_worker_count(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_operands(parser)
+    add_reading_options(parser)
     return parser
 
 

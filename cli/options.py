@@ -354,6 +354,16 @@ def add_operands(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("operands", metavar="SOURCE DESTINATION", nargs="*", help=argparse.SUPPRESS)
 
 
+def add_reading_options(parser: Parser) -> None:
+    """What a command takes that reads its operands by workers of its own, and tells at the end what it found."""
+    add_copy_options(parser, only=READING_OPTIONS)
+    add_progress_options(parser)
+    add_ring_option(parser)
+    add_worker_count(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_operands(parser)
+
+
 def parse_operands(args: argparse.Namespace) -> tuple[Endpoint, Endpoint]:
     """SOURCE and DESTINATION. Raises UsageError unless there are two, UserError for what is wrong in them."""
     operands: list[str] = args.operands

@@ -13,15 +13,7 @@ from nbdshard.cli.grammar import (
     Parser,
     UsageError,
 )
-from nbdshard.cli.options import (
-    READING_OPTIONS,
-    add_copy_options,
-    add_operands,
-    add_progress_options,
-    add_ring_option,
-    add_worker_count,
-    worker_count,
-)
+from nbdshard.cli.options import add_reading_options, worker_count
 from nbdshard.cli.standard_streams import tell
 
 if TYPE_CHECKING:
@@ -39,13 +31,8 @@ that could not be found out. nbdshard(1) tells the rest."""
 def build_parser(prog: str) -> Parser:
     """The options of `nbdshard verify`."""
     parser = Parser(prog, "Compare two NBD exports or files with several processes.", USAGE, EPILOG)
-    add_copy_options(parser, only=READING_OPTIONS)
+    add_reading_options(parser)
     parser.set_defaults(mode="compare", no_flush=True)
-    add_progress_options(parser)
-    add_ring_option(parser)
-    add_worker_count(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_operands(parser)
     return parser
 
 
