@@ -26,7 +26,6 @@ from nbdshard.common.messages import (
     FromWorker,
     JobOptions,
     Lease,
-    Progress,
     Side,
     Wanted,
 )
@@ -38,6 +37,7 @@ from nbdshard.worker.operation import Vector
 from nbdshard.worker.ports import Connection, Extents
 from nbdshard.worker.retries import Retries
 from nbdshard.worker.shape import CopyShape
+from nbdshard.worker.work import progress
 
 SIDES: Final[tuple[Side, Side]] = ("source", "destination")
 _NO_BYTES: Final = bytearray()
@@ -213,11 +213,7 @@ class Comparer:
 
     def report_progress(self) -> None:
         """Queue a Progress message for every lease that got further since the last."""
-        for work in self.leases.values():
-            done = work.counters
-            if done != work.reported and not work.abandoned:
-                work.reported = done
-                self.outbox.append(Progress(self.job, self.epoch, work.lease, done))
+        self.outbox += progress(self.leases.values(), self.job, self.epoch)
 
     def deadline(self) -> float | None:
         """When `pump` has something to do even if nothing happens: the next retry, or the rate allows a read."""

@@ -22,7 +22,7 @@ from nbdshard.common.limits import (
     LEASES_PER_WORKER,
     ZERO_BYTES_MAX,
 )
-from nbdshard.common.messages import ErrorReport, Failed, FromWorker, Lease, Progress, Side, Wanted, Written
+from nbdshard.common.messages import ErrorReport, Failed, FromWorker, Lease, Side, Wanted, Written
 from nbdshard.common.ranges import Range
 from nbdshard.worker.bucket import Bucket, earliest
 from nbdshard.worker.flushes import Flushes
@@ -39,6 +39,7 @@ from nbdshard.worker.salvage import Salvage, give_up, places
 from nbdshard.worker.shape import CopyShape
 from nbdshard.worker.sides import Source, Target
 from nbdshard.worker.states import OperationEvent
+from nbdshard.worker.work import progress
 from nbdshard.worker.writer import Writer
 
 
@@ -208,11 +209,7 @@ class Copier:
     def report_progress(self) -> None:
         """Queue a Progress message for every lease that got further since the last."""
         self.lanes.collect()
-        for lease in self.leases.values():
-            done = lease.counters
-            if done != lease.reported and not lease.abandoned:
-                lease.reported = done
-                self.outbox.append(Progress(self.job, self.epoch, lease.lease, done))
+        self.outbox += progress(self.leases.values(), self.job, self.epoch)
 
     def deadline(self) -> float | None:
         """When `pump` has something to do even if nothing happens: the next retry, or the rate allows a read."""
