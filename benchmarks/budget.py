@@ -40,14 +40,14 @@ class Rounds:
     wanted: int
     deadline: float
     made: int = 0
-    _longest: float = 0.0
     _began: float = field(default=0.0)
 
     def another(self, now: float) -> bool:
-        """Ask before each round, and once after the last."""
-        if self.made:
-            self._longest = max(self._longest, now - self._began)
-        if self.made == self.wanted or (self.made and now + self._longest > self.deadline):
+        """Ask before each round, and once after the last.
+
+        A round is expected to take as long as the one before it: the first ones may be of more commands than the last.
+        """
+        if self.made == self.wanted or (self.made and now + (now - self._began) > self.deadline):
             return False
         self.made += 1
         self._began = now

@@ -119,7 +119,7 @@ FIRST: Final = Row(
     NULL,
     8 * GIB,
     Figure(speed_min=1.5, cpu_share_max=0.45),
-    weight=108,
+    weight=96,
     variants=(("--ring", "epoll"), ("--data-path=buffer",)),
 )
 
@@ -132,7 +132,7 @@ ROWS: Final[Sequence[Row]] = (
         NULL,
         8 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.75),
-        weight=74,
+        weight=70,
         detects_zeroes=True,
     ),
     Row(
@@ -142,7 +142,7 @@ ROWS: Final[Sequence[Row]] = (
         Nbdkit("null", tcp=True),
         8 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.8),
-        weight=76,
+        weight=96,
     ),
     Row(
         "memory",
@@ -151,7 +151,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         4 * GIB,
         Figure(speed_min=1.3, cpu_share_max=0.5),
-        weight=57,
+        weight=68,
     ),
     Row(
         "memory-zeroes",
@@ -160,7 +160,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         4 * GIB,
         Figure(speed_min=1.15, cpu_share_max=0.8),
-        weight=57,
+        weight=60,
         detects_zeroes=True,
     ),
     Row(
@@ -170,7 +170,7 @@ ROWS: Final[Sequence[Row]] = (
         QemuNbd(),
         4 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.6),
-        weight=70,
+        weight=74,
     ),
     Row(
         "from-file",
@@ -179,7 +179,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         4 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=48,
+        weight=50,
     ),
     Row(
         "to-file",
@@ -188,7 +188,7 @@ ROWS: Final[Sequence[Row]] = (
         LocalFile(),
         4 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=60,
+        weight=62,
     ),
     Row(
         "from-file-zeroes",
@@ -197,7 +197,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         2 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=28,
+        weight=24,
         detects_zeroes=True,
     ),
     Row(
@@ -207,7 +207,7 @@ ROWS: Final[Sequence[Row]] = (
         LocalFile(),
         2 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=36,
+        weight=30,
         detects_zeroes=True,
     ),
     Row(
@@ -217,7 +217,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         100 * GIB,
         Figure(speed_min=1.0),
-        weight=29,
+        weight=26,
         data_share=0.01,
         detects_zeroes=True,
     ),
@@ -228,7 +228,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         8 * GIB,
         Figure(speed_min=1.0),
-        weight=140,
+        weight=134,
         data_share=0.5,
         detects_zeroes=True,
         is_compared_whole=True,
@@ -240,7 +240,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         MIB,
         Figure(wall_seconds_max=0.35, cpu_seconds_max=0.25),
-        weight=4,
+        weight=3,
         detects_zeroes=True,
         rounds_factor=3,
     ),
@@ -273,4 +273,4 @@ CHECKPOINT_SECONDS_NEVER: Final = 86_400.0
 CHECKPOINT_COST_MAX: Final = 0.03  # of the throughput, at the default interval
 
 # Parts that are no rows, with their weights.
-PARTS: Final = {"scaling": 18.0, "requests": 18.0, "checkpoints": 14.0, "leases": 7.0, "scheduler": 36.0}
+PARTS: Final = {"scaling": 18.0, "requests": 18.0, "checkpoints": 8.0, "leases": 7.0, "scheduler": 32.0}

@@ -47,6 +47,16 @@ def test_a_round_that_would_end_too_late_is_not_begun() -> None:
     assert made(5, deadline=10.0, round_seconds=4.0) == 2
 
 
+def test_a_round_is_expected_to_take_as_long_as_the_one_before() -> None:
+    """The first rounds may be of more commands than the others."""
+    rounds = Rounds(wanted=5, deadline=10.0)
+    assert rounds.another(0.0)
+    assert rounds.another(4.0)
+    assert rounds.another(6.0)
+    assert rounds.another(8.0)
+    assert not rounds.another(10.0)
+
+
 def test_one_round_is_made_however_little_time_there_is() -> None:
     assert made(5, deadline=-1.0, round_seconds=4.0) == 1
 
