@@ -22,8 +22,6 @@ from nbdshard.common.errors import BugError, IllegalEvent, UserError
 from nbdshard.common.limits import (
     DRAIN_SECONDS,
     IDLE_JOB_SECONDS,
-    RETRY_DELAY_SECONDS_MAX,
-    STALL_SECONDS,
 )
 from nbdshard.common.messages import (
     Alive,
@@ -39,18 +37,17 @@ from nbdshard.common.messages import (
     Opened,
     OpenFailed,
     Progress,
-    Side,
     Wanted,
     Written,
 )
 from nbdshard.coordinator.admission import disagreement
 from nbdshard.coordinator.comparing import Comparing
 from nbdshard.coordinator.copying import Copying, Trouble, blame
+from nbdshard.coordinator.deadlines import Deadlines
 from nbdshard.coordinator.ending import error_line, one_line, stopped_line
 from nbdshard.coordinator.instructions import Instruction, Prepare
 from nbdshard.coordinator.job import Job, Outcome, Pace, Status, Verdict
 from nbdshard.coordinator.membership import Membership
-from nbdshard.coordinator.patience import Patience
 from nbdshard.coordinator.planner import check_job
 from nbdshard.coordinator.states import JOBS, RECEPTION, JobEvent, Phase, Reception, WorkerState
 from nbdshard.coordinator.workers import Worker
@@ -64,11 +61,7 @@ class Scheduler(Membership):
     def __init__(self, job: Job, now: float) -> None:
         super().__init__(job, now)
         self._is_started = False
-        self._idle_since: float | None = now  # no worker is connected since then
-        self._patience = Patience(job)
-        self._lost_side: Side | None = None  # whose server was lost last
-        self._lost_since: float | None = None  # a server was lost then, and nothing was completed since
-        self._moved_at = now  # when the last byte was completed
+        self._deadlines = Deadlines(job, self._crew, now)
         # A coordinator that was killed leaves workers elsewhere that may write until their leases end. They may be
         # stopped or out of reach, and nobody has their names: the next one waits for as long as a lease lasts.
         self._grant_from = now
@@ -120,9 +113,9 @@ class Scheduler(Membership):
             source_connections=crew.source_connections,
             destination_connections=crew.destination_connections,
             phase="paused" if self.pace.is_paused and phase in _PAUSABLE else phase.value,
-            waiting_for=self._last_reason if self._is_waiting else "",
-            waiting_seconds=self._now - self._lost_since if self._lost_since is not None else 0.0,
-            waiting_seconds_max=self._patience.loss(self._lost_side),
+            waiting_for=self._last_reason if self._deadlines.is_waiting else "",
+            waiting_seconds=self._deadlines.waited(self._now),
+            waiting_seconds_max=self._deadlines.loss_seconds,
             resumed=self._resumed(),
             unreadable_bytes=self._copy.ledger.unreadable.total if self._copy is not None else 0,
             verifies=self._job.verify,
@@ -239,7 +232,7 @@ class Scheduler(Membership):
         """The user wants it faster, slower, paused, or to go on."""
         self._now = now
         if self._ending is None and pace != self.pace:
-            self._moved_at = now
+            self._deadlines.begin(now)
             self._rates.set(pace, now)
         return self._advance()
 
@@ -258,15 +251,14 @@ class Scheduler(Membership):
             self._beat()
         for worker in self._crew.due(now):
             self._look_at(worker)
-        if now >= self._idle_by() and self._is_waiting:
-            waited = now - (now if self._lost_since is None else self._lost_since)
-            text = f"{self._last_reason}; it was waited for {waited:.0f} s"
+        if now >= self._idle_by() and self._deadlines.is_waiting:
+            text = f"{self._last_reason}; it was waited for {self._deadlines.waited(now):.0f} s"
             self._end(Verdict.PAUSED, text, f"the job pauses: {text}")
         elif now >= self._idle_by():
             ever = "been connected" if self._ends is not None else "joined"
             self._fail(f"no worker has {ever} for {IDLE_JOB_SECONDS:g} s")
         if now >= self._stalled_by():
-            self._fail(f"no byte was completed for {now - self._moved_at:.0f} s")
+            self._fail(f"no byte was completed for {self._deadlines.stood(now):.0f} s")
         if self._copying is not None and self._ending is None:
             self._copying.checkpoint(now)
         return self._advance()
@@ -333,7 +325,7 @@ class Scheduler(Membership):
             if number > 1 and not end.can_multi_conn:
                 self._misbehaved(worker, f"it opened {number} connections to {end.peer}, which takes one only")
                 return
-        self._patience.learn(source, destination)
+        self._deadlines.learn(source, destination)
         if self._ends is None:
             self._crew.opened(worker, *numbers)
             self._ended_unopened = 0
@@ -372,7 +364,7 @@ class Scheduler(Membership):
         make = Copying if self._job.options.mode == "copy" else Comparing
         self._copying = make(self._job, plan, self._crew, self._out)
         self._copying.connected(scout, destination.hints.instance, self._now)
-        self._moved_at = self._now
+        self._deadlines.begin(self._now)
         if self._job.destination_grows:
             self._crew.is_open = False
             self._phase = JOBS.step(self._phase, JobEvent.PREPARE)
@@ -390,7 +382,7 @@ class Scheduler(Membership):
         missing = crew.active_max - crew.live_count - self._starting
         if self._job.local_workers and missing > 0:
             self._start_workers(missing)
-        self._moved_at = self._now
+        self._deadlines.begin(self._now)
         for worker in crew.workers.values():
             if self._copying is not None:
                 self._copying.consider(worker)
@@ -406,10 +398,10 @@ class Scheduler(Membership):
                 self._trouble(worker, self._copying.lost(worker, text, attempt=False, returns=True))
             if self._ending is None:
                 self._last_reason = text
-                self._lost_side = message.error.side
+                self._deadlines.lost(message.error.side)
                 if not worker.losses:
                     self._note(f"{text}; worker {worker.name} tries again")
-                self._crew.wait(worker, self._now, self._patience.backoff(message.error.side))
+                self._crew.wait(worker, self._now, self._deadlines.backoff(message.error.side))
                 self._crew.place(self._now)  # another one may do better
         else:
             if worker.state is WorkerState.READY and self._copying is not None:
@@ -422,7 +414,7 @@ class Scheduler(Membership):
         """Whether trying again later may help: the server was there, and is lost to everybody or to this worker."""
         is_lost = worker.took_part or self._crew.ready_count == 0
         is_repeatable = self._copying is not None and self._copying.repeatable
-        return self._patience.loss(error.side) > 0 and is_lost and is_repeatable and error.kind == "connection"
+        return self._deadlines.is_waited_for(error.side) and is_lost and is_repeatable and error.kind == "connection"
 
     def _turned_away(self, worker: Worker, text: str) -> None:
         """`worker` is of no use, and another in its place would be none either. The job goes on if anybody is left."""
@@ -441,21 +433,14 @@ class Scheduler(Membership):
         """After every event: do what has become possible, and hand over the instructions."""
         if self._copying is not None and self._copying.moved:
             self._copying.moved = False
-            self._moved_at = self._now
-            self._lost_since = None  # not sooner: a server may take connections, and lose them, for ever
+            self._deadlines.completed(self._now)
         if self._copying is not None and self._phase in (Phase.COPYING, Phase.FLUSHING, Phase.VERIFYING):
             self._press_on(self._copying)
         if self._ending is None:
             self._rates.share(self._now)
         if self._ending is not None and self._phase is Phase.STOPPING:
             self._finish_if_quiet(self._ending)
-        if self._crew.ready_count == 0:
-            self._idle_since = self._now if self._idle_since is None else self._idle_since
-            if self._crew.waiting_count and self._lost_since is None:
-                self._lost_since = self._now
-        elif self._idle_since is not None:
-            self._idle_since = None
-            self._moved_at = self._now
+        self._deadlines.look(self._now)
         return self._out.take()
 
     def _press_on(self, copying: Copying) -> None:
@@ -478,22 +463,10 @@ class Scheduler(Membership):
         self._done(copying)
 
     def _idle_by(self) -> float:
-        if self._idle_since is None or self._ending is not None:
-            return inf
-        if self._lost_since is not None:
-            return self._lost_since + self._patience.loss(self._lost_side)
-        return self._idle_since + IDLE_JOB_SECONDS
-
-    @property
-    def _is_waiting(self) -> bool:
-        """Nobody is connected, and those who were, or others in their place, try again."""
-        return self._idle_since is not None and self._lost_since is not None
+        return self._deadlines.idle_by() if self._ending is None else inf
 
     def _stalled_by(self) -> float:
-        """A net below all other time-outs. Not for streams, whose other end may take its time."""
-        if self._copying is None or not self._copying.repeatable or self._ending is not None:
+        """Not for streams, whose other end may take its time."""
+        if self._copying is None or not self._copying.repeatable or self._ending is not None or self.pace.is_paused:
             return inf
-        if self._crew.ready_count == 0 or self._crew.flushing_count or self.pace.is_paused:
-            return inf  # other clocks run
-        once = self._patience.request + RETRY_DELAY_SECONDS_MAX + self._rates.request_seconds()
-        return self._moved_at + STALL_SECONDS + self._job.options.attempts * once
+        return self._deadlines.stalled_by(self._rates.request_seconds())
