@@ -11,7 +11,7 @@ from nbdshard.coordinator.copying import Copying, Trouble, blame
 from nbdshard.coordinator.crew import Crew, Outbox
 from nbdshard.coordinator.instructions import Journal
 from nbdshard.coordinator.job import Comparison, Job
-from nbdshard.coordinator.leases import Granted, Ledger
+from nbdshard.coordinator.leases import Granted
 from nbdshard.coordinator.planner import Plan
 from nbdshard.coordinator.workers import Worker
 
@@ -28,8 +28,8 @@ class Comparing(Copying):
 
     def __init__(self, job: Job, plan: Plan, crew: Crew, outbox: Outbox, *, first_number: int = 1) -> None:
         """`first_number`: of its leases; those below it are the copy's, and reports about them are late."""
-        super().__init__(replace(job, options=replace(job.options, checksum=False)), plan, crew, outbox)
-        self.ledger = Ledger(plan)
+        anew = replace(job, durable=(), unreadable=(), options=replace(job.options, checksum=False))
+        super().__init__(anew, plan, crew, outbox)
         self.ledger.next_number = first_number
         self.differences = Differences()
 

@@ -1,4 +1,4 @@
-"""What the workers report about ranges, and what they are told about them: leases, and the flushes that end them. Pure.
+"""What the workers report about ranges, and what they are told about them: leases, and what flushes make of them. Pure.
 
 Nothing here decides about workers or about the job: a `Trouble` tells the scheduler whose end it is.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from math import inf
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,28 +14,25 @@ import msgspec
 from nbdshard.common.errors import BugError
 from nbdshard.common.limits import (
     ATTEMPTS_PER_RANGE,
-    CHECKPOINT_ASKS_PER_TICK_MAX,
-    COVERED_LEASES_MAX,
     DIGEST_BYTES_MAX,
-    FLUSH_BYTES_PER_SECOND,
-    FLUSH_SECONDS,
     LEAF_BYTES,
     LEASES_PER_WORKER,
     RETURNS_PER_RANGE,
     WRITTEN_LEASES_JOB_MAX,
     WRITTEN_LEASES_MAX,
 )
-from nbdshard.common.messages import ErrorReport, Failed, Flush, Flushed, Lease, Leaves, Noted, Progress, Written
+from nbdshard.common.messages import ErrorReport, Failed, Flushed, Lease, Leaves, Noted, Progress, Written
 from nbdshard.common.ranges import Range, RangeSet, are_apart
 from nbdshard.coordinator.crew import Crew, Outbox
 from nbdshard.coordinator.ending import error_line
+from nbdshard.coordinator.flushes import Flushes
 from nbdshard.coordinator.instructions import Journal
 from nbdshard.coordinator.job import Job
 from nbdshard.coordinator.leases import Granted, Ledger
 from nbdshard.coordinator.lives import Lives
 from nbdshard.coordinator.planner import Plan
 from nbdshard.coordinator.states import RangeState, WorkerState
-from nbdshard.coordinator.workers import FlushAsked, Worker
+from nbdshard.coordinator.workers import Worker
 
 if TYPE_CHECKING:  # a copy without a checksum does not load it
     from nbdshard.coordinator.checksum import ImageChecksum
@@ -64,14 +60,9 @@ class Copying:
         self._flush_after = min(WRITTEN_LEASES_MAX, WRITTEN_LEASES_JOB_MAX // plan.worker_count)  # leases of one worker
         self._written_max = 2 * self._flush_after  # a worker whose flush takes long does not pile up more
         self._wishing: OrderedDict[str, Worker] = OrderedDict()
-        self._unflushed: OrderedDict[str, Worker] = OrderedDict()  # wrote something that no flush asked for covers
-        self._flush_number = 0
-        self._unanswered: OrderedDict[str, int] = OrderedDict()  # flushes without an answer, by worker; oldest first
         self._suspect_before = 0  # leases below this number were under way when a flush was lost
-        self._checkpoint_at = inf  # counts while somebody is in `_unflushed`
-        self._to_ask = 0  # workers that the checkpoint under way has still to ask
-        self._bytes_written = 0  # since the last checkpoint
         self.ledger = Ledger(plan, job.durable, job.unreadable)
+        self.flushes = Flushes(job, crew, outbox, self.ledger, can_flush=plan.can_flush)
         self._checksum = _begin_checksum(job, self.ledger) if job.options.checksum else None
         self._lives = Lives(job, plan)
         self.repeatable = plan.repeatable
@@ -176,7 +167,7 @@ class Copying:
         end = message.end if granted.until_end else None
         self.ledger.wrote(granted, message.done, end, message.unreadable)
         self.moved = True
-        self._bytes_written += message.done.total
+        self.flushes.count(message.done.total)
         self._wrote(worker, now)
         return None
 
@@ -219,7 +210,7 @@ class Copying:
         its connections only, and what it wrote may be proved to be still there.
         """
         self._wishing.pop(worker.identity, None)
-        self._unflushed.pop(worker.identity, None)
+        self.flushes.forget(worker)
         holding, trouble = worker.holding, None
         if holding is None:
             return None
@@ -233,7 +224,7 @@ class Copying:
             self._lives.waiting.pop(worker.identity, None)
             given_back = self._given_back(worker.written, why)
             trouble = trouble or given_back
-        if worker.identity in self._unanswered:
+        if worker.identity in self.flushes.unanswered:
             found = self._flush_lost(worker, why)
             trouble = trouble or found
         self._crew.flush_over(worker)  # whatever it may still answer
@@ -254,38 +245,6 @@ class Copying:
         """Whether anything is written that a flush has still to cover, or one sent before to confirm."""
         return self.ledger.written_count > 0 or self.ledger.covered_count > 0
 
-    def flush(self, now: float) -> None:
-        """Have everything flushed that was written. Asks nobody twice for the same."""
-        while self._unflushed:
-            _, worker = self._unflushed.popitem(last=False)
-            self._ask_flush(worker, now)
-
-    def deadline(self) -> float:
-        """When `checkpoint` is due; infinite while nothing was written that no flush was asked for."""
-        if not self._unflushed or self._is_full or not self._plan.can_flush:
-            return inf
-        return self._checkpoint_at
-
-    def checkpoint(self, now: float) -> None:
-        """If it is time, ask those who wrote to flush: so many at once that others do not wait for a large crew."""
-        if now < self.deadline():
-            return
-        if not self._to_ask:
-            # All of them at about the same time: a server writes back once for all.
-            self._to_ask = len(self._unflushed)
-            self._bytes_written = 0
-        for _ in range(min(self._to_ask, len(self._unflushed), CHECKPOINT_ASKS_PER_TICK_MAX)):
-            _, worker = self._unflushed.popitem(last=False)
-            self._ask_flush(worker, now)
-            self._to_ask -= 1
-        if not self._to_ask:
-            self._checkpoint_at = now + self._job.checkpoint_seconds  # of those who wrote again meanwhile
-
-    @property
-    def _is_full(self) -> bool:
-        """Whether so much is covered and waits for an older flush that no new one is asked for."""
-        return self.ledger.covered_count >= COVERED_LEASES_MAX
-
     def flushed(self, worker: Worker, message: Flushed, now: float) -> Trouble | None:
         asked = worker.flush
         if asked is None or asked.number != message.flush or worker.holding is None:
@@ -300,7 +259,7 @@ class Copying:
         covered = [written[number] for number in (kept | set(message.leases)) & written.keys()]
         for granted in covered:
             if message.durable:
-                self.ledger.cover(granted, self._flush_number)
+                self.ledger.cover(granted, self.flushes.number)
             else:
                 self._settle(granted)
         if not message.durable:
@@ -327,8 +286,8 @@ class Copying:
 
         Not sooner: if the coordinator died before it heard that the older flush failed, it would resume from a lie.
         """
-        self._unanswered.pop(worker.identity, None)
-        settled = self.ledger.confirm(next(iter(self._unanswered.values()), inf))
+        self.flushes.unanswered.pop(worker.identity, None)
+        settled = self.ledger.confirm(self.flushes.oldest_unanswered)
         for granted in settled:
             self._add_to_checksum(granted)
         if settled:
@@ -343,14 +302,14 @@ class Copying:
             return self._flush_lost(worker, text)  # nobody knows how it ended
         # The job ends with it, and the flush stays without an answer: nothing since it was sent is ever settled.
         # The ledger keeps it, so that the user is told how far the copy was.
-        self._demoted(self.ledger.covered_since(self._unanswered[worker.identity]))
+        self._demoted(self.ledger.covered_since(self.flushes.unanswered[worker.identity]))
         return Trouble(text)
 
     def _flush_lost(self, worker: Worker, why: str) -> Trouble | None:
         """How the flush of `worker` ended will never be known. The kernel tells of a lost write-back once, and it may
         have told this one: all that was written in the job until now, or covered since this flush was sent, does not
         count any more."""
-        trouble = self._distrust(self._unanswered[worker.identity], why)
+        trouble = self._distrust(self.flushes.unanswered[worker.identity], why)
         self._answered(worker)
         return trouble
 
@@ -358,7 +317,7 @@ class Copying:
         """Copy again all that is written, is under way, or was covered since `flush` was sent."""
         self._demoted(self.ledger.covered_since(flush))
         given_back = self.ledger.demote(flush)
-        self._unflushed.clear()
+        self.flushes.forget_all()
         self._lives.waiting.clear()
         self._suspect_before = self.ledger.next_number
         return self._failed_of(given_back, why)
@@ -387,30 +346,10 @@ class Copying:
             if is_many:
                 self._settle_all(written)  # the user wants no more than that
         elif worker.flush is None and worker.state is WorkerState.READY:
-            if is_many and not self._is_full:
-                self._unflushed.pop(worker.identity, None)
-                self._ask_flush(worker, now)
+            if is_many and not self.flushes.is_full:
+                self.flushes.ask(worker, now)
             else:
-                self._await_flush(worker, now)
-
-    def _await_flush(self, worker: Worker, now: float) -> None:
-        """The next checkpoint asks `worker`."""
-        if not self._unflushed:
-            self._to_ask = 0
-            self._checkpoint_at = now + self._job.checkpoint_seconds
-        if self._bytes_written >= self._job.checkpoint_bytes:
-            self._checkpoint_at = min(self._checkpoint_at, now)
-        self._unflushed[worker.identity] = worker
-
-    def _ask_flush(self, worker: Worker, now: float) -> None:
-        assert worker.holding is not None
-        self._flush_number += 1
-        # One server may have to write back what all of them wrote.
-        seconds = FLUSH_SECONDS + self.ledger.unsettled_bytes / FLUSH_BYTES_PER_SECOND
-        asked = FlushAsked(self._flush_number, frozenset(worker.holding.written), now + seconds, seconds)
-        self._unanswered[worker.identity] = self._flush_number
-        self._crew.flush_begins(worker, asked)
-        self._outbox.send(worker, Flush(self._job.uuid, self._job.epoch, self._flush_number))
+                self.flushes.wait(worker, now)
 
     def note_unreadable(self) -> None:
         """The copy is complete, and what is written is as good as it gets: say what is not there also where no flush
@@ -428,7 +367,7 @@ class Copying:
         if not self.must_wait:
             return
         if self._job.options.flush:
-            self.flush(now)
+            self.flushes.ask_all(now)
         else:
             self._settle_rest()
 
@@ -460,7 +399,7 @@ class Copying:
     def validate(self) -> None:
         """Raise BugError when the ranges, or who holds them, are not as they must be. For tests."""
         self.ledger.validate()
-        if self.ledger.covered_count and not self._unanswered:
+        if self.ledger.covered_count and not self.flushes.unanswered:
             raise BugError("what every flush was answered for is not settled")
         for worker in self._crew.workers.values():
             held = len(worker.holding.leased) if worker.holding is not None else 0
@@ -471,12 +410,12 @@ class Copying:
                 raise BugError(f"worker {worker.name} has {written} written leases that no flush covers")
             if self._can_take(worker) and worker.identity not in self._wishing:
                 raise BugError(f"worker {worker.name} wants a lease and is not in the queue")
-            is_awaited = worker.flush is not None or worker.identity in self._unflushed
+            is_awaited = worker.flush is not None or self.flushes.awaits(worker)
             if worker.state is WorkerState.READY and written and self._job.options.flush and not is_awaited:
                 raise BugError(f"worker {worker.name} wrote what no flush will cover")
-            if worker.identity in self._unflushed and (not written or worker.flush is not None):
+            if self.flushes.awaits(worker) and (not written or worker.flush is not None):
                 raise BugError(f"worker {worker.name} is to be flushed for nothing")
-            if worker.flush is not None and self._unanswered.get(worker.identity) != worker.flush.number:
+            if worker.flush is not None and self.flushes.unanswered.get(worker.identity) != worker.flush.number:
                 raise BugError(f"the flush of worker {worker.name} is not waited for")
 
 

@@ -129,7 +129,7 @@ class Scheduler(Membership):
             return inf
         beat = self._beat_at if self._crew.workers else inf
         unfenced = self._ending.deadline if self._ending is not None and self._crew.unfenced else inf
-        checkpoint = self._copying.deadline() if self._copying is not None and self._ending is None else inf
+        checkpoint = self._copying.flushes.deadline() if self._copying is not None and self._ending is None else inf
         grant = self._grant_from if self._copying is not None and self._now < self._grant_from else inf
         rates = self._rates.deadline() if self._ending is None else inf
         alarms = (unfenced, self._idle_by(), self._stalled_by(), self._crew.next_alarm())
@@ -260,7 +260,7 @@ class Scheduler(Membership):
         if now >= self._stalled_by():
             self._fail(f"no byte was completed for {self._deadlines.stood(now):.0f} s")
         if self._copying is not None and self._ending is None:
-            self._copying.checkpoint(now)
+            self._copying.flushes.checkpoint(now)
         return self._advance()
 
     # -- what workers report -------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ class Scheduler(Membership):
         if self._job.options.flush and copying.unsettled:
             if self._phase is Phase.COPYING:
                 self._phase = JOBS.step(self._phase, JobEvent.FLUSH)
-            copying.flush(self._now)
+            copying.flushes.ask_all(self._now)
             return
         self._done(copying)
 

@@ -103,8 +103,8 @@ class CreditsTheFlushOfAnotherWorker(Copying):
             for other in self._crew.workers.values():
                 if other is not worker and other.holding is not None:
                     for granted in list(other.holding.written.values()):
-                        self.ledger.cover(granted, self._flush_number)
-                    self._unflushed.pop(other.identity, None)
+                        self.ledger.cover(granted, self.flushes.number)
+                    self.flushes.forget(other)
         return super().flushed(worker, message, now)
 
 
@@ -123,7 +123,7 @@ class RepeatsAFlushThatFailed(Copying):
     def _flush_failed(self, worker: Worker, error: ErrorReport) -> Trouble | None:
         self._answered(worker)
         if worker.holding is not None and worker.holding.written:
-            self._await_flush(worker, 0.0)
+            self.flushes.wait(worker, 0.0)
         return None
 
 
@@ -131,7 +131,7 @@ class JournalsBeforeOlderFlushesAreAnswered(Copying):
     """One of them may have been told of what was lost."""
 
     def _answered(self, worker: Worker) -> None:
-        del self._unanswered[worker.identity]
+        del self.flushes.unanswered[worker.identity]
         settled = self.ledger.confirm(float("inf"))
         if settled:
             self._outbox.add(Journal(durable=tuple(where for granted in settled for where in granted.written)))
@@ -143,7 +143,7 @@ class ForgetsAFlushThatWasLost(Copying):
     def _flush_lost(self, worker: Worker, why: str) -> Trouble | None:
         self._answered(worker)
         if worker.holding is not None and worker.holding.written:
-            self._await_flush(worker, 0.0)
+            self.flushes.wait(worker, 0.0)
         return None
 
 
