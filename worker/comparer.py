@@ -8,36 +8,19 @@ dropped.
 
 from __future__ import annotations
 
-from math import inf
 from typing import Final
 
 from nbdshard.common.errors import RequestError
-from nbdshard.common.limits import (
-    DIFFERENCE_BYTES,
-    LEASES_PER_WORKER,
-    ZERO_BYTES_MAX,
-)
-from nbdshard.common.messages import (
-    Compared,
-    EndpointDescription,
-    ErrorReport,
-    Failed,
-    Flushed,
-    FromWorker,
-    JobOptions,
-    Lease,
-    Side,
-    Wanted,
-)
+from nbdshard.common.limits import DIFFERENCE_BYTES, ZERO_BYTES_MAX
+from nbdshard.common.messages import Compared, EndpointDescription, Flushed, JobOptions, Lease, Side
 from nbdshard.common.ranges import Range
-from nbdshard.worker.bucket import Bucket, earliest
 from nbdshard.worker.compare_lease import CompareWork
 from nbdshard.worker.differing import find_differing
+from nbdshard.worker.leaseholder import Leaseholder
 from nbdshard.worker.operation import Vector
 from nbdshard.worker.ports import Connection, Extents
-from nbdshard.worker.retries import Retries
+from nbdshard.worker.reports import request_failure
 from nbdshard.worker.shape import CopyShape
-from nbdshard.worker.work import progress
 
 SIDES: Final[tuple[Side, Side]] = ("source", "destination")
 _NO_BYTES: Final = bytearray()
@@ -93,7 +76,7 @@ class Reader:
             self._comparer.extents_done(self, entry, error, extents)
 
 
-class Comparer:
+class Comparer(Leaseholder[CompareWork]):
     """One worker's part of one job that compares."""
 
     def __init__(
@@ -106,17 +89,8 @@ class Comparer:
         now: float = 0.0,
     ) -> None:
         """`shape`: that of a copy between the same `ends`, which are source and destination."""
-        self.shape = shape
-        self.job = job
-        self.epoch = epoch
-        self.now = now
-        self.bucket = Bucket(shape.request_size, now)
-        self.outbox: list[FromWorker] = []
+        super().__init__(shape, job, epoch, now)
         self.readers: tuple[list[Reader], list[Reader]] = ([], [])
-        self.leases: dict[int, CompareWork] = {}
-        self.draining = False
-        self.has_work = False  # something has ended or begun since the last `pump`: more may be possible
-        self.earliest_expiry = inf
         self.remarks: list[str] = []
         self._sizes = _sizes(options, ends)
         self._asks = tuple(options.extents and end.can_extents for end in ends)  # for block status
@@ -124,8 +98,6 @@ class Comparer:
         self._minimum = tuple(end.block_minimum for end in ends)
         self._pairs = 0  # under way
         self._buffers: list[bytearray] = []  # not in use; the last one used is the first to be used again
-        self._retries = Retries()
-        self._wish = 0  # leases the coordinator knows we want
 
     # -- the shell's side: as of a copier ------------------------------------------------------------------------------
 
@@ -147,10 +119,8 @@ class Comparer:
     def grant(self, message: Lease, expires: float) -> None:
         """Begin a lease. One that is known already is a repeated message."""
         del expires
-        if message.lease in self.leases or self.draining:
+        if not self._admits(message):
             return
-        self.has_work = True
-        self._wish = max(0, self._wish - 1)
         work = CompareWork(
             message.lease, message.range, self._sizes, alignment=self._alignment, hole_min=self.shape.hole_min
         )
@@ -167,33 +137,9 @@ class Comparer:
         self.now = now
         return False
 
-    def revoke(self, lease_id: int) -> None:
-        """Give a lease up; reported as failed once nothing of it is on the wire."""
-        if work := self.leases.get(lease_id):
-            self._abandon(work, ErrorReport(kind="connection", text="the lease was revoked"))
-
     def flush(self, flush: int) -> None:
         """Nothing was written."""
         self.outbox.append(Flushed(self.job, self.epoch, flush, [], durable=True))
-
-    def limit(self, rate: int | None) -> None:
-        """Compare no more than `rate` bytes per second from now on; None: without a limit; 0: begin nothing."""
-        if rate != self.bucket.rate:
-            self.has_work = True
-            self.bucket.set(rate, self.now)
-
-    def drain(self) -> None:
-        """Begin nothing more; `idle` tells when what was begun is finished."""
-        self.draining = True
-        for work in list(self.leases.values()):
-            self._abandon(work, None)
-
-    def abort(self, error: ErrorReport) -> None:
-        """The connections are gone: every lease has failed. Nothing is under way any more."""
-        self.draining = True
-        for work in self.leases.values():
-            self.outbox.append(Failed(self.job, self.epoch, work.lease, error))
-        self.leases.clear()
 
     @property
     def idle(self) -> bool:
@@ -211,14 +157,6 @@ class Comparer:
     def close(self) -> None:
         """It has nothing to close."""
 
-    def report_progress(self) -> None:
-        """Queue a Progress message for every lease that got further since the last."""
-        self.outbox += progress(self.leases.values(), self.job, self.epoch)
-
-    def deadline(self) -> float | None:
-        """When `pump` has something to do even if nothing happens: the next retry, or the rate allows a read."""
-        return earliest(self._retries.deadline, self.bucket.ready_at())
-
     def pump(self, now: float) -> None:
         """Queue all requests that have become possible. Call after every batch of events, and at `deadline`."""
         self.now = now
@@ -234,10 +172,7 @@ class Comparer:
         for work in list(self.leases.values()):
             if work.exhausted and not work.outstanding and not work.abandoned:
                 self._compared(work)
-        room = LEASES_PER_WORKER - len(self.leases)
-        if room > 0 and room != self._wish:
-            self._wish = room
-            self.outbox.append(Wanted(self.job, self.epoch, room))
+        self._want_leases()
 
     # -- beginning work ------------------------------------------------------------------------------------------------
 
@@ -306,7 +241,7 @@ class Comparer:
         """A read ended: its payload is whole, or there was an error."""
         self.has_work = True
         work = pair.work
-        if error is not None and not work.abandoned and not self.draining:
+        if error is not None and not self.given_up(work):
             self._read_failed(reader, pair, error)
             return
         self._side_over(reader, pair)
@@ -318,7 +253,7 @@ class Comparer:
         if pair.pending:
             return
         work = pair.work
-        if not work.abandoned and not self.draining:
+        if not self.given_up(work):
             start = pair.where.start
             first, second = zip(pair.buffers, pair.read, strict=True)
             for begin, end in find_differing(first, second):
@@ -336,22 +271,17 @@ class Comparer:
         attempts = pair.attempts[side]
         if attempts >= self.shape.attempts:
             peer = reader.connection.description.peer
-            text = (
-                f"{SIDES[side]} {peer}: read of {where.length} bytes at offset {where.start} failed "
-                f"{'once' if attempts == 1 else f'{attempts} times'}: {error}"
-            )
-            report = ErrorReport("request", text, SIDES[side], peer, where.start, where.length, error.errno_name)
-            self._abandon(pair.work, report)
+            self.abandon(pair.work, request_failure(SIDES[side], peer, "read", where, error, attempts))
             self._side_over(reader, pair)
             return
 
         def again() -> None:
-            if pair.work.abandoned or self.draining:
+            if self.given_up(pair.work):
                 self._side_over(reader, pair)
             else:
                 reader.read(pair, where)
 
-        self._retries.add(self.now, attempts, again)
+        self.later(attempts, again)
 
     # -- the end of leases ---------------------------------------------------------------------------------------------
 
@@ -359,18 +289,6 @@ class Comparer:
         del self.leases[work.lease]
         found = work.differences
         self.outbox.append(Compared(self.job, self.epoch, work.lease, work.counters, found.total_bytes, found.ranges))
-
-    def _abandon(self, work: CompareWork, error: ErrorReport | None) -> None:
-        """Begin nothing more for `work`; reported as failed with `error`, if any, once nothing is under way."""
-        if not work.abandoned:
-            self.has_work = True
-            work.abandoned = True
-            work.error = error
-            self._forget_if_quiet(work)
-
-    def _forget_if_quiet(self, work: CompareWork) -> None:
-        if work.outstanding == 0 and self.leases.pop(work.lease, None) is not None and work.error is not None:
-            self.outbox.append(Failed(self.job, self.epoch, work.lease, work.error))
 
 
 def _sizes(options: JobOptions, ends: tuple[EndpointDescription, EndpointDescription]) -> tuple[int, int]:

@@ -14,36 +14,30 @@ batch of events; the copier queues requests on its connections and messages in `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import inf
 
 from nbdshard.common.errors import RequestError
-from nbdshard.common.limits import (
-    LEASES_PER_WORKER,
-    ZERO_BYTES_MAX,
-)
-from nbdshard.common.messages import ErrorReport, Failed, FromWorker, Lease, Side, Wanted, Written
+from nbdshard.common.limits import LEASES_PER_WORKER, ZERO_BYTES_MAX
+from nbdshard.common.messages import ErrorReport, Lease, Side, Written
 from nbdshard.common.ranges import Range
-from nbdshard.worker.bucket import Bucket, earliest
 from nbdshard.worker.flushes import Flushes
 from nbdshard.worker.lanes import Lanes, MakeLane
 from nbdshard.worker.lease import LeaseWork
+from nbdshard.worker.leaseholder import Leaseholder
 from nbdshard.worker.lending import Lendable
 from nbdshard.worker.operation import Operation, Part
 from nbdshard.worker.payloads import Payloads
 from nbdshard.worker.piped import PipePool
 from nbdshard.worker.ports import Connection, Extents
 from nbdshard.worker.reports import request_failure, too_small
-from nbdshard.worker.retries import Retries
 from nbdshard.worker.salvage import Salvage, give_up, places
 from nbdshard.worker.shape import CopyShape
 from nbdshard.worker.sides import Source, Target
 from nbdshard.worker.states import OperationEvent
-from nbdshard.worker.work import progress
 from nbdshard.worker.writer import Writer
 
 
-class Copier:
+class Copier(Leaseholder[LeaseWork]):
     """One worker's part of one job."""
 
     def __init__(
@@ -59,24 +53,13 @@ class Copier:
 
         `make_lane`: None for a copier that does everything itself.
         """
-        self.shape = shape
-        self.job = job
-        self.epoch = epoch
-        self.now = now
-        self.outbox: list[FromWorker] = []
+        super().__init__(shape, job, epoch, now)
         self.sources: list[Source] = []
-        self.leases: dict[int, LeaseWork] = {}
-        self.draining = False
-        self.has_work = False  # something has ended or begun since the last `pump`: more may be possible
-        self.earliest_expiry = inf  # never later than the first end of a lease that is not over: then `expire` is due
-        self.bucket = Bucket(shape.request_size, now)
         self.flushes = Flushes(self)
         self.payloads = Payloads(shape.request_size, pipes)
         self._writer = Writer(shape, self)
         self.lanes = Lanes(shape, make_lane, self)
         self._salvage = Salvage(shape)
-        self._retries = Retries()
-        self._wish = 0  # leases the coordinator knows we want
         self._operations = 0  # not EMPTY
         self._next_source = 0
 
@@ -104,10 +87,8 @@ class Copier:
 
     def grant(self, message: Lease, expires: float) -> None:
         """Begin a lease that is over when `expires` has come. One that is known already is a repeated message."""
-        if message.lease in self.leases or self.draining:
+        if not self._admits(message):
             return
-        self.has_work = True
-        self._wish = max(0, self._wish - 1)
         self.earliest_expiry = min(self.earliest_expiry, expires)
         self.leases[message.lease] = lease = LeaseWork(
             message.lease,
@@ -147,32 +128,17 @@ class Copier:
             (lease.expires for lease in self.leases.values() if now < lease.expires), default=inf
         )
 
-    def revoke(self, lease_id: int) -> None:
-        """Give a lease up; reported as failed once nothing of it is on the wire."""
-        if lease := self.leases.get(lease_id):
-            self.abandon(lease, ErrorReport(kind="connection", text="the lease was revoked"))
-
     def limit(self, rate: int | None) -> None:
         """Read no more than `rate` bytes per second from now on; None: without a limit; 0: begin nothing."""
-        if rate != self.bucket.rate:
-            self.has_work = True
-            if not rate or self.bucket.rate is None:
-                self.lanes.stop()  # they have been given more than that, or less than they could have
-            self.bucket.set(rate, self.now)
+        if rate != self.bucket.rate and (not rate or self.bucket.rate is None):
+            self.lanes.stop()  # they have been given more than that, or less than they could have
+        super().limit(rate)
 
     def drain(self) -> None:
         """Begin nothing more; `idle` tells when what was begun is finished."""
         self.draining = True
         self.lanes.stop()
-        for lease in list(self.leases.values()):
-            self.abandon(lease, None)
-
-    def abort(self, error: ErrorReport) -> None:
-        """The connections are gone: every lease has failed. Nothing is under way any more."""
-        self.draining = True
-        for lease in self.leases.values():
-            self.outbox.append(Failed(self.job, self.epoch, lease.lease, error))
-        self.leases.clear()
+        super().drain()
 
     @property
     def targets(self) -> list[Target]:
@@ -209,11 +175,7 @@ class Copier:
     def report_progress(self) -> None:
         """Queue a Progress message for every lease that got further since the last."""
         self.lanes.collect()
-        self.outbox += progress(self.leases.values(), self.job, self.epoch)
-
-    def deadline(self) -> float | None:
-        """When `pump` has something to do even if nothing happens: the next retry, or the rate allows a read."""
-        return earliest(self._retries.deadline, self.bucket.ready_at())
+        super().report_progress()
 
     def pump(self, now: float) -> None:
         """Queue all requests that have become possible. Call after every batch of events, and at `deadline`."""
@@ -230,15 +192,9 @@ class Copier:
             if not self.bucket.is_closed:
                 self._begin_reads()
             self._finish_quiet_leases()
-            self._want_leases()
+            self._want_leases(1 if self.shape.synchronous else LEASES_PER_WORKER)
 
     # -- beginning work ------------------------------------------------------------------------------------------------
-
-    def _want_leases(self) -> None:
-        room = (1 if self.shape.synchronous else LEASES_PER_WORKER) - len(self.leases)
-        if room > 0 and room != self._wish:
-            self._wish = room
-            self.outbox.append(Wanted(self.job, self.epoch, room))
 
     def _ask_extents(self) -> None:
         for lease in self.leases.values():
@@ -453,22 +409,8 @@ class Copier:
         done, unreadable = lease.counters, places(lease)
         self.outbox.append(Written(self.job, self.epoch, lease.lease, done, lease.end, unreadable, leaves))
 
-    def given_up(self, lease: LeaseWork) -> bool:
-        """Whether nothing more is to be begun for `lease`."""
-        return lease.abandoned or self.draining
-
-    def abandon(self, lease: LeaseWork, error: ErrorReport | None) -> None:
-        """Begin nothing more for `lease`; reported as failed with `error`, if any, once nothing is under way."""
-        if not lease.abandoned:
-            self.has_work = True
-            lease.abandoned = True
-            lease.error = error
-            self.lanes.stop(lease)
-            self._forget_if_quiet(lease)
-
-    def _forget_if_quiet(self, lease: LeaseWork) -> None:
-        if lease.outstanding == 0 and self.leases.pop(lease.lease, None) is not None and lease.error is not None:
-            self.outbox.append(Failed(self.job, self.epoch, lease.lease, lease.error))
+    def _call_back(self, lease: LeaseWork) -> None:
+        self.lanes.stop(lease)
 
     def fail(
         self, lease: LeaseWork, side: Side, doing: str, connection: Connection, where: Range, error: RequestError
@@ -476,10 +418,6 @@ class Copier:
         """A request failed for the last time, and its lease with it."""
         peer = connection.description.peer
         self.abandon(lease, request_failure(side, peer, doing, where, error, self.shape.attempts))
-
-    def later(self, attempts: int, action: Callable[[], None]) -> None:
-        """Try again after a pause that doubles with each attempt."""
-        self._retries.add(self.now, attempts, action)
 
     def part_done(self, target: Target, part: Part, error: RequestError | None) -> None:
         """Passed on to the writer."""

@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
-from nbdshard.common.messages import Counters, ErrorReport, FromWorker, Lease, Progress
+from nbdshard.common.messages import ErrorReport, FromWorker, Lease
 from nbdshard.worker.ports import Connection, Listener
-
-
-class Counted(Protocol):
-    """One lease, and how far it is. `reported`: the coordinator knows."""
-
-    lease: int
-    abandoned: bool
-    reported: Counters
-
-    @property
-    def counters(self) -> Counters: ...
-
-
-def progress(leases: Iterable[Counted], job: str, epoch: int) -> Iterator[Progress]:
-    """A message for each lease that got further since the last one."""
-    for each in leases:
-        done = each.counters
-        if done != each.reported and not each.abandoned:
-            each.reported = done
-            yield Progress(job, epoch, each.lease, done)
 
 
 class Work(Protocol):
