@@ -164,12 +164,16 @@ class LinkBench:
             quiet = 0 if self.turn() else quiet + 1
 
     def stays_quiet(self, seconds: float = 0.3) -> None:
-        """Nothing happens for a while: the loop sleeps, and does not spin."""
-        self.settle()
-        before, deadline = self.activity, time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        """Nothing happens for a while, once all that is under way has come: the loop sleeps, and does not spin."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not self._is_quiet(seconds):
+            assert time.monotonic() < deadline, "the loop does not sleep"
+
+    def _is_quiet(self, seconds: float) -> bool:
+        before, end = self.activity, time.monotonic() + seconds
+        while self.activity == before and time.monotonic() < end:
             self.turn(0.1)
-        assert self.activity == before
+        return self.activity == before
 
     def done(self, *answers: Answer) -> None:
         """Turn until `answers` are complete, each told once and in order."""

@@ -85,6 +85,8 @@ class _Accepting:
                 connection, _ = self._server.accept()
             except OSError:
                 return
+            if connection.family == socket.AF_INET:  # as servers do: or a last short piece waits for an acknowledgement
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
             with self._lock:
                 self._state.accepted += 1

@@ -13,6 +13,7 @@ from nbdshard.common.errors import ConnectionLost, NbdshardError, ProtocolError
 from nbdshard.common.limits import DISCONNECT_SECONDS
 from nbdshard.common.ranges import Range
 from nbdshard.worker.dialing import LinkState
+from nbdshard.worker.piped import PipedPayload
 from support.doubles import (
     CMD_DISC,
     CMD_FLUSH,
@@ -24,9 +25,10 @@ from support.doubles import (
     Talk,
     double,
 )
+from support.hesitant import Hesitates
 from support.hostile import LYING_DESTINATIONS, LYING_SOURCES
 from support.images import KIB, MIB, random_bytes
-from support.link_bench import End, LinkBench, link_bench
+from support.link_bench import Answer, End, LinkBench, link_bench
 from support.local_driver import RINGS
 from support.pipes import reset
 from support.waiting import WAIT_SECONDS, wait_for
@@ -247,23 +249,8 @@ def test_a_destination_that_breaks_the_protocol_is_blamed_once(bench: LinkBench,
 # -- a server that makes us wait --------------------------------------------------------------------------------------
 
 
-class Hesitates(Double):
-    """Does nothing about requests of the kinds in `waits_with` until `released` is set; then all, in order."""
-
-    waits_with: frozenset[int] = frozenset({CMD_WRITE})
-
-    def __init__(self, content: bytearray) -> None:
-        super().__init__(content)
-        self.released = threading.Event()
-
-    def answer(self, talk: Talk, request: Request) -> None:
-        if request.command in self.waits_with:
-            assert self.released.wait(WAIT_SECONDS)
-        super().answer(talk, request)
-
-
 def test_a_destination_that_reads_nothing_for_a_while_gets_all_of_it_then(bench: LinkBench, tcp: bool) -> None:
-    server = Hesitates(bytearray(SIZE))
+    server = Hesitates(bytearray(SIZE), CMD_WRITE)
     with double(source_double(), tcp=tcp) as one, double(server, tcp=tcp) as two:
         source, target = bench.open(one, "source"), bench.open(two, "destination")
         pieces = list(Range(0, SIZE).split(MIB))
@@ -278,8 +265,7 @@ def test_a_destination_that_reads_nothing_for_a_while_gets_all_of_it_then(bench:
 
 
 def test_the_loop_sleeps_while_a_source_is_silent(bench: LinkBench, tcp: bool) -> None:
-    server = Hesitates(bytearray(CONTENT))
-    server.waits_with = frozenset({CMD_READ})
+    server = Hesitates(bytearray(CONTENT), CMD_READ)
     with double(server, tcp=tcp) as uri:
         source = bench.open(uri, "source")
         bench.stays_quiet()
@@ -299,6 +285,7 @@ class PausesInAReply(Double):
 
     def __init__(self, content: bytearray) -> None:
         super().__init__(content)
+        self.paused = threading.Event()
         self.released = threading.Event()
 
     def read(self, talk: Talk, request: Request) -> None:
@@ -306,6 +293,7 @@ class PausesInAReply(Double):
         stream = talk.chunk_header(request, REPLY_OFFSET_DATA, len(data) + 8) + struct.pack(">Q", request.offset) + data
         for at in range(0, self.length, self.piece):
             talk.socket.sendall(stream[at : min(at + self.piece, self.length)])
+        self.paused.set()
         assert self.released.wait(WAIT_SECONDS)
         talk.socket.sendall(stream[self.length :])
 
@@ -319,6 +307,7 @@ def test_the_loop_sleeps_in_the_middle_of_a_payload(ring: str, tcp: bool, length
         source = bench.open(uri, "source")
         payload = bench.room(128 * KIB)
         answer = source.read(0, Range.of(0, 128 * KIB), payload)
+        bench.until("a part of the payload", server.paused.is_set)
         bench.stays_quiet()
         assert answer.done == 0
         server.released.set()
@@ -327,7 +316,7 @@ def test_the_loop_sleeps_in_the_middle_of_a_payload(ring: str, tcp: bool, length
 
 
 def test_a_source_that_goes_on_while_the_destination_is_stuck_is_heard(bench: LinkBench) -> None:
-    server = Hesitates(bytearray(SIZE))
+    server = Hesitates(bytearray(SIZE), CMD_WRITE)
     with double(source_double()) as one, double(server) as two:
         source, target = bench.open(one, "source"), bench.open(two, "destination")
         stuck = target.write(0, Range.of(0, MIB), bench.read_piped(source, 0, Range.of(0, MIB)))
@@ -341,7 +330,7 @@ def test_a_source_that_goes_on_while_the_destination_is_stuck_is_heard(bench: Li
 def test_a_server_that_answers_while_it_is_sent_to_is_heard(bench: LinkBench, tcp: bool) -> None:
     """One connection that reads and writes: neither direction waits for the other."""
 
-    class ReadsLate(Hesitates):
+    class ReadsLate(Double):
         """Has one thread for what it is sent and one for its answers: it answers reads while a WRITE is stuck."""
 
         def transmit(self, talk: Talk) -> None:
@@ -367,6 +356,15 @@ def test_a_server_that_answers_while_it_is_sent_to_is_heard(bench: LinkBench, tc
 # -- leaving ----------------------------------------------------------------------------------------------------------
 
 
+def eight_writes(bench: LinkBench, source: End, target: End) -> tuple[list[PipedPayload], list[Answer]]:
+    """More than the sockets hold, of a destination that takes nothing: some of it is left in the pipes."""
+    payloads = [bench.read_piped(source, handle, Range.of(handle * MIB, MIB)) for handle in range(8)]
+    answers = [target.write(each, Range.of(each * MIB, MIB), payload) for each, payload in enumerate(payloads)]
+    bench.settle()
+    assert sum(payload.pipe.held for payload in payloads) > 0
+    return payloads, answers
+
+
 def test_a_close_with_half_a_payload_sent_ends_the_connection_there(bench: LinkBench, tcp: bool) -> None:
     """Nothing more of the payload leaves: a server that waits for the rest sees the end of the stream."""
     ended = threading.Event()
@@ -386,10 +384,7 @@ def test_a_close_with_half_a_payload_sent_ends_the_connection_there(bench: LinkB
     server = Counts(bytearray(SIZE))
     with double(source_double(), tcp=tcp) as one, double(server, tcp=tcp) as two:
         source, target = bench.open(one, "source"), bench.open(two, "destination")
-        payloads = [bench.read_piped(source, handle, Range.of(handle * MIB, MIB)) for handle in range(8)]
-        answers = [target.write(each, Range.of(each * MIB, MIB), payload) for each, payload in enumerate(payloads)]
-        bench.settle()
-        assert sum(payload.pipe.held for payload in payloads) > 0
+        payloads, answers = eight_writes(bench, source, target)
         target.link.close()
         bench.until("the link to be closed", lambda: target.link.closed)
         server.released.set()
@@ -409,6 +404,7 @@ def test_a_close_with_half_a_payload_received_leaves_a_pipe_that_can_be_used_aga
         source = bench.open(one, "source")
         payload = bench.room(MIB)
         answer = source.read(0, Range.of(0, MIB), payload)
+        bench.until("half a payload", server.paused.is_set)
         bench.settle()
         source.link.close()
         bench.until("the link to be closed", lambda: source.link.closed)
@@ -422,13 +418,10 @@ def test_a_close_with_half_a_payload_received_leaves_a_pipe_that_can_be_used_aga
 
 
 def test_a_soft_end_with_half_a_payload_sent_finishes_it_first(bench: LinkBench, tcp: bool) -> None:
-    server = Hesitates(bytearray(SIZE))
+    server = Hesitates(bytearray(SIZE), CMD_WRITE)
     with double(source_double(), tcp=tcp) as one, double(server, tcp=tcp) as two:
         source, target = bench.open(one, "source"), bench.open(two, "destination")
-        payloads = [bench.read_piped(source, handle, Range.of(handle * MIB, MIB)) for handle in range(8)]
-        answers = [target.write(each, Range.of(each * MIB, MIB), payload) for each, payload in enumerate(payloads)]
-        bench.settle()
-        assert sum(payload.pipe.held for payload in payloads) > 0
+        _, answers = eight_writes(bench, source, target)
         target.link.disconnect()
         bench.stays_quiet()
         target.link.disconnect()  # once more: it is leaving already
@@ -447,6 +440,7 @@ def test_a_soft_end_with_half_a_payload_received_takes_the_rest_first(bench: Lin
         source = bench.open(uri, "source")
         payload = bench.room(MIB)
         answer = source.read(0, Range.of(0, MIB), payload)
+        bench.until("half a payload", server.paused.is_set)
         bench.settle()
         source.link.disconnect()
         bench.stays_quiet()
@@ -457,7 +451,7 @@ def test_a_soft_end_with_half_a_payload_received_takes_the_rest_first(bench: Lin
 
 
 def test_a_soft_end_that_the_server_does_not_let_come_is_a_hard_one_after_its_time(bench: LinkBench) -> None:
-    server = Hesitates(bytearray(SIZE))
+    server = Hesitates(bytearray(SIZE), CMD_WRITE)
     with double(source_double()) as one, double(server) as two:
         source, target = bench.open(one, "source"), bench.open(two, "destination")
         answer = target.write(0, Range.of(0, MIB), bench.read_piped(source, 0, Range.of(0, MIB)))
@@ -473,7 +467,7 @@ def test_a_soft_end_that_the_server_does_not_let_come_is_a_hard_one_after_its_ti
 
 
 def test_a_server_that_takes_no_more_of_a_payload_is_timed_out(bench: LinkBench) -> None:
-    server = Hesitates(bytearray(SIZE))
+    server = Hesitates(bytearray(SIZE), CMD_WRITE)
     with double(source_double()) as one, double(server) as two:
         source, target = bench.open(one, "source"), bench.open(two, "destination")
         target.write(0, Range.of(0, MIB), bench.read_piped(source, 0, Range.of(0, MIB)))

@@ -10,7 +10,7 @@ from nbdshard.common.limits import LANE_BYTES_MIN, RETRY_DELAY_SECONDS_MAX, UNRE
 from nbdshard.common.messages import Counters, EndpointDescription, Failed, JobOptions, Written
 from nbdshard.common.ranges import Range
 from nbdshard.worker.stretch import Outcome
-from support.copier_bench import EIO, EPOCH, JOB, KIB, Bench, Call, splicing
+from support.copier_bench import EIO, EPOCH, JOB, KIB, Bench, Call, Recorder, splicing
 from support.lanes_bench import REQUEST, LanesBench
 
 BLOCK = 4 * KIB
@@ -50,6 +50,27 @@ def run(bench: Bench, bad: list[Range], error: RequestError = EIO) -> dict[Range
     raise AssertionError("the copier never comes to an end")
 
 
+def refuse(bench: Bench, end: Recorder, error: RequestError = EIO) -> None:
+    """What `end` is asked first fails as often as it is tried."""
+    for _ in range(OPTIONS.attempts):
+        bench.answer(end.open[0], error)
+        bench.pump(RETRY_DELAY_SECONDS_MAX)
+
+
+def failure(bench: Bench) -> Failed:
+    """How the one lease failed."""
+    (failed,) = bench.told(Failed)
+    assert isinstance(failed, Failed)
+    return failed
+
+
+def unreadable(bench: Bench) -> tuple[Range, ...]:
+    """What could not be read of the one lease, which was written."""
+    (told,) = bench.told(Written)
+    assert isinstance(told, Written)
+    return told.unreadable
+
+
 def tries(bench: Bench, where: Range) -> int:
     return bench.source.made("read").count(where)
 
@@ -72,18 +93,14 @@ def test_neighbours_that_are_bad_are_one_place() -> None:
     bench = Bench(OPTIONS)
     bench.lease(0, 64 * KIB, seconds=LONG)
     run(bench, [Range(30 * KIB, 34 * KIB)])
-    (told,) = bench.told(Written)
-    assert isinstance(told, Written)
-    assert told.unreadable == (Range(28 * KIB, 36 * KIB),)
+    assert unreadable(bench) == (Range(28 * KIB, 36 * KIB),)
 
 
 def test_a_range_that_is_bad_as_a_whole_comes_to_an_end() -> None:
     bench = Bench(OPTIONS)
     bench.lease(0, 128 * KIB, seconds=LONG)
     run(bench, [Range(0, 128 * KIB)])
-    (told,) = bench.told(Written)
-    assert isinstance(told, Written)
-    assert told.unreadable == (Range(0, 128 * KIB),)
+    assert unreadable(bench) == (Range(0, 128 * KIB),)
     reads = bench.source.made("read")
     assert len(reads) == 2 * (3 + 2 + 4 + 8 + 16 * 3)
 
@@ -103,18 +120,14 @@ def test_the_smallest_piece_suits_both_sides(
     bench = Bench(OPTIONS, source=source, destination=there)
     bench.lease(0, 64 * KIB, seconds=LONG)
     run(bench, [Range.of(22 * KIB, 512)])
-    (told,) = bench.told(Written)
-    assert isinstance(told, Written)
-    assert told.unreadable == (lost,)
+    assert unreadable(bench) == (lost,)
 
 
 def test_an_odd_tail_is_lost_alone() -> None:
     bench = Bench(OPTIONS)
     bench.lease(0, 64 * KIB + 100, seconds=LONG)
     run(bench, [Range.of(64 * KIB + 99, 1)])
-    (told,) = bench.told(Written)
-    assert isinstance(told, Written)
-    assert told.unreadable == (Range(64 * KIB, 64 * KIB + 100),)
+    assert unreadable(bench) == (Range(64 * KIB, 64 * KIB + 100),)
 
 
 def test_an_odd_tail_inside_a_block_of_the_destination_leaves_what_is_behind_it() -> None:
@@ -145,9 +158,7 @@ def test_what_says_something_else_fails_the_lease(name: str) -> None:
     bench = Bench(OPTIONS)
     bench.lease(0, 64 * KIB, seconds=LONG)
     run(bench, [Range(0, 100)], RequestError(name, 22))
-    (failed,) = bench.told(Failed)
-    assert isinstance(failed, Failed)
-    assert failed.error.text.endswith(f"read of 65536 bytes at offset 0 failed 3 times: {name}")
+    assert failure(bench).error.text.endswith(f"read of 65536 bytes at offset 0 failed 3 times: {name}")
 
 
 def test_lanes_rest_while_reads_are_cut() -> None:
@@ -168,17 +179,13 @@ def test_lanes_rest_while_reads_are_cut() -> None:
         bench.lane.copy_all()
         bench.end()
         run(bench, [])
-    (told,) = bench.told(Written)
-    assert isinstance(told, Written)
-    assert told.unreadable == (Range.of(20 * KIB, BLOCK),)
+    assert unreadable(bench) == (Range.of(20 * KIB, BLOCK),)
 
 
 def test_a_half_that_fails_for_another_reason_has_all_its_tries() -> None:
     bench = Bench(OPTIONS)
     bench.lease(0, 64 * KIB, seconds=LONG)
-    for _ in range(3):
-        bench.answer(bench.source.open[0], EIO)
-        bench.pump(RETRY_DELAY_SECONDS_MAX)
+    refuse(bench, bench.source)
     for _ in range(3):
         half = next(call for call in bench.source.open if call.where == Range(0, 32 * KIB))
         bench.answer(half, RequestError("ENOMEM", 12))
@@ -186,9 +193,7 @@ def test_a_half_that_fails_for_another_reason_has_all_its_tries() -> None:
     for call in list(bench.source.open):
         bench.answer(call)
     bench.answer_all()
-    (failed,) = bench.told(Failed)
-    assert isinstance(failed, Failed)
-    assert failed.error.text.endswith("read of 32768 bytes at offset 0 failed 3 times: ENOMEM")
+    assert failure(bench).error.text.endswith("read of 32768 bytes at offset 0 failed 3 times: ENOMEM")
 
 
 def test_without_the_option_the_first_read_fails_the_lease() -> None:
@@ -204,12 +209,8 @@ def test_a_write_that_fails_is_never_forgiven(error: RequestError) -> None:
     bench = Bench(OPTIONS)
     bench.lease(0, 64 * KIB, seconds=LONG)
     bench.answer(bench.source.open[0])
-    for _ in range(3):
-        bench.answer(bench.target.open[0], error)
-        bench.pump(RETRY_DELAY_SECONDS_MAX)
-    (failed,) = bench.told(Failed)
-    assert isinstance(failed, Failed)
-    assert failed.error.side == "destination"
+    refuse(bench, bench.target, error)
+    assert failure(bench).error.side == "destination"
 
 
 def test_a_merge_that_cannot_read_the_destination_is_not_forgiven() -> None:
@@ -217,12 +218,8 @@ def test_a_merge_that_cannot_read_the_destination_is_not_forgiven() -> None:
     bench = Bench(OPTIONS, destination=destination)
     bench.lease(0, 100, seconds=LONG)
     bench.answer(bench.source.open[0])
-    for _ in range(3):
-        bench.answer(bench.target.open[0], EIO)
-        bench.pump(RETRY_DELAY_SECONDS_MAX)
-    (failed,) = bench.told(Failed)
-    assert isinstance(failed, Failed)
-    assert failed.error.side == "destination"
+    refuse(bench, bench.target)
+    assert failure(bench).error.side == "destination"
 
 
 def test_a_stream_is_not_salvaged() -> None:
@@ -235,9 +232,7 @@ def test_a_stream_is_not_salvaged() -> None:
 def test_a_lease_that_is_given_up_leaves_nothing_to_be_cut() -> None:
     bench = Bench(OPTIONS)
     bench.lease(0, 64 * KIB, seconds=LONG)
-    for _ in range(3):
-        bench.answer(bench.source.open[0], EIO)
-        bench.pump(RETRY_DELAY_SECONDS_MAX)
+    refuse(bench, bench.source)
     bench.copier.revoke(1)
     for call in list(bench.source.open):
         bench.answer(call, EIO)
@@ -251,9 +246,7 @@ def test_a_spliced_read_that_may_be_tried_once_is_cut_too() -> None:
         bench = Bench(once, splicing=pipes)
         bench.lease(0, 512 * KIB, seconds=LONG)
         run(bench, [Range(0, 100)])
-    (told,) = bench.told(Written)
-    assert isinstance(told, Written)
-    assert told.unreadable == (Range(0, BLOCK),)
+    assert unreadable(bench) == (Range(0, BLOCK),)
 
 
 def test_of_many_places_those_near_one_another_are_told_as_one() -> None:
@@ -261,10 +254,8 @@ def test_of_many_places_those_near_one_another_are_told_as_one() -> None:
     bench = Bench(options(attempts=1))
     bench.lease(0, end, seconds=LONG)
     run(bench, [Range.of(at, 1) for at in range(0, end, 2 * BLOCK)])
-    (told,) = bench.told(Written)
-    assert isinstance(told, Written)
-    assert len(told.unreadable) == UNREADABLE_PER_LEASE_MAX
-    assert sum(piece.length for piece in told.unreadable) == end // 2 + 10 * BLOCK
+    assert len(unreadable(bench)) == UNREADABLE_PER_LEASE_MAX
+    assert sum(piece.length for piece in unreadable(bench)) == end // 2 + 10 * BLOCK
 
 
 def test_one_copier_s_halves_are_read_in_order_where_order_matters() -> None:
@@ -273,6 +264,4 @@ def test_one_copier_s_halves_are_read_in_order_where_order_matters() -> None:
     run(bench, [Range.of(22 * KIB, 512)])
     starts = [where.start for where in bench.target.made("write") if where is not None]
     assert starts == sorted(starts)
-    (told,) = bench.told(Written)
-    assert isinstance(told, Written)
-    assert told.unreadable == (Range.of(20 * KIB, BLOCK),)
+    assert unreadable(bench) == (Range.of(20 * KIB, BLOCK),)

@@ -18,7 +18,6 @@ from nbdshard.common.messages import (
     EndpointAddress,
     EndpointDescription,
     Failed,
-    FromCoordinator,
     FromWorker,
     Goodbye,
     Hello,
@@ -37,43 +36,13 @@ from nbdshard.worker.pipes import Pipe, Plumbing
 from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.service import Worker
 from support.doubles import CMD_READ, CMD_WRITE, Double, Request, Talk, double
+from support.hesitant import Hesitates
 from support.images import MIB
-from support.waiting import wait_for
+from support.scripted import ScriptedChannel
+from support.waiting import WAIT_SECONDS, wait_for
 
 SIZE = 65_536
 OPTIONS = JobOptions(request_size=65_536, requests=4, queue_size=1 << 20, sparse_unit=0)
-
-
-class GatedSource(Double):
-    """Answers a READ when the test lets it."""
-
-    gate: threading.Event
-
-    def read(self, talk: Talk, request: Request) -> None:
-        assert self.gate.wait(20)
-        super().read(talk, request)
-
-
-class Channel:
-    """The coordinator's words as the test writes them, and all the worker says."""
-
-    def __init__(self) -> None:
-        self.to_worker: list[FromCoordinator] = []
-        self.said: list[FromWorker] = []
-        self.answered = True
-
-    def receive(self) -> list[FromCoordinator]:
-        messages, self.to_worker = self.to_worker, []
-        return messages
-
-    def send(self, message: FromWorker) -> bool:
-        self.said.append(message)
-        return True
-
-    def check(self, now: float) -> None: ...
-
-    def heard(self, kind: type[FromWorker]) -> list[FromWorker]:
-        return [message for message in self.said if isinstance(message, kind)]
 
 
 class Stoppable:
@@ -82,7 +51,7 @@ class Stoppable:
     def __init__(self, ring: Ring, plumbing: Plumbing | None = None) -> None:
         self.now = 1000.0
         self.stop_for = 0.0
-        self.channel = Channel()
+        self.channel = ScriptedChannel()
         self.ring = ring
         self.wait = ring.wait
         ring.wait = self.wait_and_stop  # type: ignore[method-assign]
@@ -124,9 +93,7 @@ class Stoppable:
 @contextmanager
 def stopped_while_reading(lease_seconds: float, seconds: float) -> Iterator[tuple[Stoppable, Double]]:
     """A worker whose one READ was answered while its process was stopped for `seconds`."""
-    gate = threading.Event()
-    source, target = GatedSource(bytearray(b"\x5a" * SIZE)), Double(bytearray(SIZE))
-    source.gate = gate
+    source, target = Hesitates(bytearray(b"\x5a" * SIZE), CMD_READ), Double(bytearray(SIZE))
     ring, _ = open_ring("epoll")
     with double(source) as one, double(target) as two:
         stage = Stoppable(ring)
@@ -138,7 +105,7 @@ def stopped_while_reading(lease_seconds: float, seconds: float) -> Iterator[tupl
         while source.count(CMD_READ) == 0:
             stage.worker.turn()
         stage.stop_for = seconds
-        gate.set()
+        source.released.set()
         yield stage, target
         stage.end()
     ring.close()
@@ -256,32 +223,32 @@ def test_nothing_is_spliced_under_a_lease_that_ended_in_the_middle_of_a_turn(epo
 def test_a_stop_shorter_than_a_lease_may_be_its_end_all_the_same(epoll: Ring, name: str, data_path: DataPath) -> None:
     """Nothing was heard of the coordinator for some time before."""
     plumbing = Stopping(name, 6.0)
-    source = GatedSource(bytearray(b"\x5a" * LONG))
-    source.gate = threading.Event()
+    source = Hesitates(bytearray(b"\x5a" * LONG), CMD_READ)
     with copying(epoll, plumbing, source, Double(bytearray(LONG)), data_path) as stage:
         stage.let_pass(6.0)
         plumbing.stage = stage
-        source.gate.set()
+        source.released.set()
         wait_for("the stop", lambda: (stage.worker.turn(), plumbing.stage is None)[1])
         wait_for("the end", lambda: (stage.worker.turn(), stage.gave_up)[1])
         assert plumbing.moved_since == 0
 
 
-class GatedTarget(Double):
-    """Takes in nothing that writes until the test lets it."""
+class TakesNothing(Double):
+    """Takes in no request until `released` is set."""
 
-    gate: threading.Event
+    def __init__(self, content: bytearray) -> None:
+        super().__init__(content)
+        self.released = threading.Event()
 
     def receive_request(self, talk: Talk) -> Request:
-        assert self.gate.wait(20)
+        assert self.released.wait(WAIT_SECONDS), "nobody had it take requests"
         return super().receive_request(talk)
 
 
 @pytest.mark.parametrize("plumbing", [None, SystemPlumbing()], ids=["by the ring", "directly"])
 def test_what_is_queued_is_not_sent_any_more_once_its_lease_has_ended(epoll: Ring, plumbing: Plumbing | None) -> None:
     """Nobody was stopped: the server took nothing more, and the coordinator was not heard."""
-    target = GatedTarget(bytearray(LONG))
-    target.gate = threading.Event()
+    target = TakesNothing(bytearray(LONG))
     source = filled()
     with copying(epoll, plumbing, source, target) as stage:
         wait_for("all reads", lambda: (stage.worker.turn(), source.count(CMD_READ) == 4)[1])
@@ -291,7 +258,7 @@ def test_what_is_queued_is_not_sent_any_more_once_its_lease_has_ended(epoll: Rin
         (failure,) = stage.until("the worker to give up", OpenFailed)
         assert isinstance(failure, OpenFailed)
         assert "a lease ended before all that was written under it was acknowledged" in failure.error.text
-        target.gate.set()
+        target.released.set()
     assert target.count(CMD_WRITE) < 4, "the socket had no room for all of them"
 
 
@@ -299,10 +266,9 @@ def test_what_is_queued_is_not_sent_any_more_once_its_lease_has_ended(epoll: Rin
 
 
 @contextmanager
-def reading(ring: Ring) -> Iterator[tuple[Stoppable, GatedSource, Double]]:
+def reading(ring: Ring) -> Iterator[tuple[Stoppable, Hesitates, Double]]:
     """A worker that waits for its source under a lease of 10 s, which it ends a tenth earlier."""
-    source, target = GatedSource(bytearray(b"\x5a" * LONG)), Double(bytearray(LONG))
-    source.gate = threading.Event()
+    source, target = Hesitates(bytearray(b"\x5a" * LONG), CMD_READ), Double(bytearray(LONG))
     with copying(ring, SystemPlumbing(), source, target) as stage:
         wait_for("a read", lambda: (stage.worker.turn(), source.count(CMD_READ))[1])
         yield stage, source, target
@@ -318,7 +284,7 @@ def test_a_renewal_counts_from_what_it_answers_however_late_it_comes(epoll: Ring
         stage.let_pass(said[-1] + 8.5 - stage.now)
         assert not stage.gave_up
         stage.let_pass(0.5)
-        source.gate.set()
+        source.released.set()
         stage.until("the lease to fail", Failed)
     assert target.count(CMD_WRITE) == 0
 
@@ -330,14 +296,14 @@ def test_an_answer_that_was_overtaken_takes_nothing_back_and_one_to_nothing_give
         stage.channel.to_worker += [AliveToo("job", 1, at) for at in (said[-1], said[0], 0.0)]
         stage.let_pass(said[-1] + 8.5 - stage.now)
         assert not stage.gave_up
-        source.gate.set()
+        source.released.set()
         stage.until("the lease to be written", Written)
     assert target.content == b"\x5a" * LONG
 
 
 def test_a_lease_that_is_heard_of_after_its_end_is_not_begun(epoll: Ring) -> None:
     with reading(epoll) as (stage, source, target):
-        source.gate.set()
+        source.released.set()
         stage.until("the first lease to be written", Written)
         writes = target.count(CMD_WRITE)
         stage.let_pass(10.0)
@@ -350,7 +316,7 @@ def test_a_lease_that_is_heard_of_after_its_end_is_not_begun(epoll: Ring) -> Non
 
 def test_a_lease_may_tell_itself_what_was_heard(epoll: Ring) -> None:
     with reading(epoll) as (stage, source, target):
-        source.gate.set()
+        source.released.set()
         stage.until("the first lease to be written", Written)
         stage.let_pass(10.0)
         stage.channel.to_worker.append(Lease("job", 1, 2, Range(0, LONG), 10.0, answers=stage.now - 1.0))
@@ -360,8 +326,7 @@ def test_a_lease_may_tell_itself_what_was_heard(epoll: Ring) -> None:
 
 
 def test_a_worker_that_leaves_is_given_no_more_time(epoll: Ring) -> None:
-    target = GatedTarget(bytearray(LONG))
-    target.gate = threading.Event()
+    target = TakesNothing(bytearray(LONG))
     source = filled()
     with copying(epoll, SystemPlumbing(), source, target) as stage:
         wait_for("all reads", lambda: (stage.worker.turn(), source.count(CMD_READ) == 4)[1])
@@ -370,16 +335,15 @@ def test_a_worker_that_leaves_is_given_no_more_time(epoll: Ring) -> None:
         stage.channel.to_worker.append(AliveToo("job", 1, stage.now))
         stage.let_pass(1.0)
         stage.until("a goodbye", Goodbye)
-        target.gate.set()
+        target.released.set()
     assert target.count(CMD_WRITE) < 4
 
 
 def test_a_lease_that_ends_before_anything_is_written_costs_no_connection(epoll: Ring) -> None:
-    source, target = GatedSource(bytearray(b"\x5a" * LONG)), Double(bytearray(LONG))
-    source.gate = threading.Event()
+    source, target = Hesitates(bytearray(b"\x5a" * LONG), CMD_READ), Double(bytearray(LONG))
     with copying(epoll, SystemPlumbing(), source, target) as stage:
         stage.let_pass(11.0)
-        source.gate.set()
+        source.released.set()
         (failure,) = stage.until("the lease to fail", Failed)
         assert isinstance(failure, Failed)
         assert failure.error.text == "the lease expired"

@@ -17,8 +17,6 @@ from nbdshard.common.messages import (
     PROTOCOL_VERSION,
     Assign,
     EndpointAddress,
-    FromCoordinator,
-    FromWorker,
     Goodbye,
     Hello,
     JobOptions,
@@ -35,44 +33,18 @@ from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.service import Worker
 from support.doubles import EIO, REPLY_OFFSET_DATA, Double, Request, Talk, double
 from support.images import MIB
-from support.waiting import wait_for
+from support.scripted import ScriptedChannel
+from support.waiting import WAIT_SECONDS, wait_for
 
 LEASE_SECONDS = 86_400.0
 BLOCK = 4096
 NULL = "null:"
 
 
-class Channel:
-    """The coordinator's words as the test writes them, all the worker says, and a descriptor that is never readable."""
-
-    name = "a"
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.to_worker: list[FromCoordinator] = []
-        self.said: list[FromWorker] = []
-        self.answered = True
-        self.reads = 0  # at least one in each turn
-
-    def receive(self) -> list[FromCoordinator]:
-        self.reads += 1
-        messages, self.to_worker = self.to_worker, []
-        return messages
-
-    def send(self, message: FromWorker) -> bool:
-        self.said.append(message)
-        return True
-
-    def check(self, now: float) -> None: ...
-
-    def has_heard(self, kind: type[FromWorker]) -> bool:
-        return any(isinstance(message, kind) for message in self.said)
-
-
 class Scene:
     """A worker, and each of its waits: the state it was in, and how long it was ready to wait."""
 
-    def __init__(self, ring: Ring, channel: Channel) -> None:
+    def __init__(self, ring: Ring, channel: ScriptedChannel) -> None:
         self.now = 1000.0
         self.channel = channel
         self.waits: list[tuple[WorkerState, float]] = []
@@ -94,12 +66,12 @@ class Scene:
     def begin(self, source: str, target: str, options: JobOptions, length: int) -> None:
         """Up to the grant of a lease of `length` bytes."""
         self.channel.to_worker.append(assignment(source, target, options))
-        self.until("a wish", lambda: self.channel.has_heard(Wanted))
+        self.until("a wish", lambda: self.channel.heard(Wanted))
         self.channel.to_worker.append(lease(length))
 
     def end(self) -> None:
         self.channel.to_worker.append(Stop("job", 1, "the test is over", now=True))
-        self.until("a goodbye", lambda: self.channel.has_heard(Goodbye))
+        self.until("a goodbye", lambda: self.channel.heard(Goodbye))
 
 
 def assignment(source: str, target: str, options: JobOptions) -> Assign:
@@ -112,9 +84,9 @@ def lease(length: int) -> Lease:
 
 
 @pytest.fixture
-def channel() -> Iterator[Channel]:
+def channel() -> Iterator[ScriptedChannel]:
     reader, writer = os.pipe()
-    yield Channel(reader)
+    yield ScriptedChannel(reader)
     os.close(reader)
     os.close(writer)
 
@@ -140,7 +112,7 @@ class Hesitant(Double):
         if self.reads == 1:
             talk.done(request, EIO)
             return
-        assert self.gate.wait(20)
+        assert self.gate.wait(WAIT_SECONDS)
         super().read(talk, request)
 
 
@@ -155,7 +127,7 @@ class Mortal(Double):
 
 
 def test_a_read_that_is_not_tried_again_keeps_no_worker_awake_that_waits_for_its_connections_to_end(
-    ring: Ring, channel: Channel
+    ring: Ring, channel: ScriptedChannel
 ) -> None:
     source, target = Hesitant(bytearray(b"\x5a" * 4 * MIB)), Mortal(bytearray(4 * MIB))
     source.gate = threading.Event()
@@ -180,7 +152,7 @@ def test_a_read_that_is_not_tried_again_keeps_no_worker_awake_that_waits_for_its
 
 
 @contextmanager
-def many_small_writes(ring: Ring, channel: Channel) -> Iterator[Scene]:
+def many_small_writes(ring: Ring, channel: ScriptedChannel) -> Iterator[Scene]:
     """A worker about to read one request's worth of blocks in turn zero and not, which becomes sixteen writes."""
     source = Double(bytearray((b"\x5a" * BLOCK + bytes(BLOCK)) * 16))
     length = len(source.content)
@@ -192,7 +164,9 @@ def many_small_writes(ring: Ring, channel: Channel) -> Iterator[Scene]:
         scene.end()
 
 
-def test_a_worker_that_drains_does_not_wait_while_its_copier_can_give_up_more(ring: Ring, channel: Channel) -> None:
+def test_a_worker_that_drains_does_not_wait_while_its_copier_can_give_up_more(
+    ring: Ring, channel: ScriptedChannel
+) -> None:
     with many_small_writes(ring, channel) as scene:
         scene.waited = scene.worker.hear  # so that each turn is over when its first wait is
         copier = scene.worker._work
@@ -233,7 +207,7 @@ SIGNAL_AFTER = 50  # waits
 STREAM = JobOptions(request_size=MIB, requests=16, queue_size=16 * MIB, sparse_unit=0)
 
 
-def test_what_is_heard_while_data_moves_is_not_left_until_it_has_moved(ring: Ring, channel: Channel) -> None:
+def test_what_is_heard_while_data_moves_is_not_left_until_it_has_moved(ring: Ring, channel: ScriptedChannel) -> None:
     with double(Fountain(bytearray(b"\x5a" * MIB))) as source:
         scene = Scene(ring, channel)
         scene.begin(source, NULL, STREAM, 1 << 30)
@@ -246,12 +220,12 @@ def test_what_is_heard_while_data_moves_is_not_left_until_it_has_moved(ring: Rin
         scene.end()
 
 
-def test_a_signal_is_not_left_until_the_data_has_moved(ring: Ring, channel: Channel) -> None:
+def test_a_signal_is_not_left_until_the_data_has_moved(ring: Ring, channel: ScriptedChannel) -> None:
     wait, waits, turns = ring.wait, 0, [0, 0]  # the turn that each wait belongs to, counting both from 1
 
     def wait_and_be_signalled(timeout: float) -> list[Operation]:
         nonlocal waits
-        if not channel.has_heard(Wanted):
+        if not channel.heard(Wanted):
             return wait(min(timeout, 0.02))
         waits += 1
         if waits == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,55 +35,27 @@ from nbdshard.worker.life import WorkerState
 from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.service import Worker
 from support.doubles import CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE, Double, Request, Talk, double
+from support.hesitant import Hesitates
 from support.images import random_bytes
+from support.scripted import ScriptedChannel
 from support.sides import RINGS
 from support.waiting import wait_for
 
 SIZE = 65_536
+CONTENT = b"\5" * SIZE
 OPTIONS = JobOptions(request_size=65_536, requests=4, queue_size=1 << 20, sparse_unit=0)
 
 
-class Gated(Double):
-    """Answers a READ when the test lets it, or hangs up instead if it `breaks`."""
+class Breaks(Hesitates):
+    """Hangs up at the first READ that it may answer."""
 
-    gate: threading.Event
-    breaks = False
+    broken = False
 
     def read(self, talk: Talk, request: Request) -> None:
-        assert self.gate.wait(20)
-        if self.breaks:
-            self.breaks = False
+        if not self.broken:
+            self.broken = True
             talk.hang_up()
         super().read(talk, request)
-
-
-class SlowToTell(Double):
-    """Answers for block status when the test lets it."""
-
-    gate: threading.Event
-
-    def block_status(self, talk: Talk, request: Request) -> None:
-        assert self.gate.wait(20)
-        super().block_status(talk, request)
-
-
-class Channel:
-    """The coordinator's words as the test writes them, and all the worker says."""
-
-    def __init__(self) -> None:
-        self.to_worker: list[FromCoordinator] = []
-        self.said: list[FromWorker] = []
-        self.answered = True
-
-    def receive(self) -> list[FromCoordinator]:
-        messages, self.to_worker = self.to_worker, []
-        return messages
-
-    def send(self, message: FromWorker) -> bool:
-        self.said.append(message)
-        return True
-
-    def check(self, now: float) -> None: ...
 
 
 class Stage:
@@ -92,7 +63,7 @@ class Stage:
 
     def __init__(self, ring: str, source: str, target: str, options: JobOptions) -> None:
         self.now = 1000.0
-        self.channel = Channel()
+        self.channel = ScriptedChannel()
         self.ring = open_ring(ring)[0]  # type: ignore[arg-type]
         hello = Hello(PROTOCOL_VERSION, "a", "machine", "host", 1, ring)
         self.plumbing = SystemPlumbing()
@@ -113,7 +84,7 @@ class Stage:
 
         def said() -> list[FromWorker]:
             self.turn()
-            found = [message for message in self.channel.said if isinstance(message, kind)]
+            found = self.channel.heard(kind)
             return found if len(found) >= count else []
 
         return wait_for(f"{count} {kind.__name__}", said)
@@ -163,59 +134,58 @@ def test_what_was_written_is_read_back_over_the_same_connections(ring: str, path
     assert target.count(CMD_WRITE) == 1
 
 
-@pytest.mark.parametrize("ring", RINGS)
-def test_the_change_waits_for_what_is_on_the_wire_and_leases_wait_with_it(ring: str) -> None:
-    source, target = Gated(bytearray(b"\5" * SIZE)), Double(bytearray(b"\5" * SIZE))
-    source.gate = threading.Event()
+@contextmanager
+def turning(ring: str, source: Hesitates, *, gives_up: bool = False) -> Iterator[tuple[Stage, Double]]:
+    """A worker that is to compare, and was given lease 2 for it, while its source has not answered what it was asked
+    for lease 1. `gives_up`: of that lease nothing else is under way."""
+    (asked,) = source.waits_with
+    target = Double(bytearray(CONTENT))
     with staged(ring, source, target) as stage:
         stage.tell(lease(1))
-        wait_for("the read to be asked", lambda: stage.turn() or source.count(CMD_READ))
+        wait_for("the source to be asked", lambda: stage.turn() or source.count(asked))
+        if gives_up:
+            stage.tell(Revoke("job", 1, 1))
+            stage.hear(Failed)
         stage.tell(stage.read_back, lease(2))
         stage.turn()
         assert stage.worker.state is WorkerState.TURNING
+        yield stage, target
+
+
+def assert_compared(stage: Stage, number: int) -> None:
+    """That lease alone was compared, and all of it."""
+    assert stage.hear(Compared) == [Compared("job", 1, number, Counters(compared=SIZE))]
+
+
+@pytest.mark.parametrize("ring", RINGS)
+def test_the_change_waits_for_what_is_on_the_wire_and_leases_wait_with_it(ring: str) -> None:
+    source = Hesitates(bytearray(CONTENT), CMD_READ)
+    with turning(ring, source) as (stage, target):
         assert target.count(CMD_READ) == 0
-        source.gate.set()
-        (compared,) = stage.hear(Compared)
-        assert compared == Compared("job", 1, 2, Counters(compared=SIZE))
+        source.released.set()
+        assert_compared(stage, 2)
         assert stage.worker.state is WorkerState.WORKING
     assert target.count(CMD_WRITE) == 0  # what was being copied is given up
 
 
 @pytest.mark.parametrize("ring", RINGS)
 def test_an_answer_about_block_status_for_a_lease_that_was_given_up_is_waited_for(ring: str) -> None:
-    source, target = SlowToTell(bytearray(b"\5" * SIZE)), Double(bytearray(b"\5" * SIZE))
-    source.gate = threading.Event()
-    with staged(ring, source, target) as stage:
-        stage.tell(lease(1))
-        wait_for("block status to be asked", lambda: stage.turn() or source.count(CMD_BLOCK_STATUS))
-        stage.tell(Revoke("job", 1, 1))
-        stage.hear(Failed)
-        stage.tell(stage.read_back, lease(2))
-        stage.turn()
-        assert stage.worker.state is WorkerState.TURNING
-        source.gate.set()
-        (compared,) = stage.hear(Compared)
-        assert compared == Compared("job", 1, 2, Counters(compared=SIZE))
+    source = Hesitates(bytearray(CONTENT), CMD_BLOCK_STATUS)
+    with turning(ring, source, gives_up=True) as (stage, _):
+        source.released.set()
+        assert_compared(stage, 2)
 
 
 @pytest.mark.parametrize("ring", RINGS)
 def test_connections_that_are_lost_meanwhile_are_opened_anew_and_compared_over(ring: str) -> None:
-    source, target = Gated(bytearray(b"\5" * SIZE)), Double(bytearray(b"\5" * SIZE))
-    source.gate = threading.Event()
-    with staged(ring, source, target) as stage:
-        stage.tell(lease(1))
-        wait_for("the read to be asked", lambda: stage.turn() or source.count(CMD_READ))
-        stage.tell(stage.read_back, lease(2))
-        stage.turn()
-        assert stage.worker.state is WorkerState.TURNING
-        source.breaks = True
-        source.gate.set()
+    source = Breaks(bytearray(CONTENT), CMD_READ)
+    with turning(ring, source) as (stage, target):
+        source.released.set()
         stage.hear(OpenFailed)
         (opened,) = stage.hear(Opened)
         assert isinstance(opened, Opened)
         stage.tell(replace(stage.read_back, expected_source=opened.source, expected_destinations=opened.destinations))
         stage.hear(Opened, 2)
         stage.tell(lease(3))
-        (compared,) = stage.hear(Compared)
-        assert compared == Compared("job", 1, 3, Counters(compared=SIZE))
+        assert_compared(stage, 3)
     assert target.count(CMD_WRITE) == 0

@@ -1,0 +1,23 @@
+"""A server double that answers some requests when the test lets it."""
+
+from __future__ import annotations
+
+import threading
+
+from support.doubles import Double, Request, Talk
+from support.waiting import WAIT_SECONDS
+
+
+class Hesitates(Double):
+    """Does nothing about requests of the kinds `waits_with` until `released` is set, not even take a payload; then all,
+    in order."""
+
+    def __init__(self, content: bytearray, *waits_with: int) -> None:
+        super().__init__(content)
+        self.waits_with = frozenset(waits_with)
+        self.released = threading.Event()
+
+    def answer(self, talk: Talk, request: Request) -> None:
+        if request.command in self.waits_with:
+            assert self.released.wait(WAIT_SECONDS), f"nobody had it answer {request}"
+        super().answer(talk, request)
