@@ -9,25 +9,35 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
-from nbdshard.common.channel import CoordinatorChannel
-from nbdshard.common.control_url import ControlUrl
-from nbdshard.common.machine import machine_id
-from nbdshard.common.messages import DataPath, EndpointAddress, JobOptions
-from nbdshard.coordinator.job import Job, Verdict
-from nbdshard.coordinator.service import Shell, run_job
-from nbdshard.coordinator.signals import SignalWatch
+from nbdshard.common.messages import JobOptions
+from nbdshard.coordinator.job import Verdict
 from support import images, processes
-from support.choreography import Choreography, is_connected, on_the_way
-from support.command import Run, started
+from support.choreography import Choreography, FarWorkers, is_connected, on_the_way
+from support.gates import Gate
 from support.images import MIB
-from support.servers import nbdkit
+from support.servers import nbdkit, private_folder
 from support.sides import RINGS
 from support.waiting import wait_for
 
 SIZE = 96 * MIB
-PREPARED_BYTES = 4 * MIB  # that were read and not written, and are in no socket: they wait in the worker
+SPLICE = JobOptions(request_size=MIB, requests=64, queue_size=64 * MIB, sparse_unit=0, data_path="splice")
+
+
+class Way(msgspec.Struct, frozen=True):
+    """How payload goes, and how much of it must be in the worker itself, in no socket, when it is stopped."""
+
+    options: JobOptions
+    prepared_bytes: int
+
+
+WAYS = {
+    "lane": Way(SPLICE, 1),  # it reads no further while a payload is half sent
+    "buffer": Way(replace(SPLICE, data_path="buffer"), 4 * MIB),
+}
 
 
 def begun(log: Path, what: str) -> int:
@@ -41,14 +51,12 @@ def ended(log: Path, what: str) -> int:
 
 
 @pytest.mark.parametrize("ring", RINGS)
-@pytest.mark.parametrize("data_path", ["splice", "buffer"])
-def test_a_worker_that_wakes_up_when_the_job_is_over_writes_nothing_more(
-    tmp_path: Path, data_path: DataPath, ring: str
-) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_worker_that_wakes_up_when_the_job_is_over_writes_nothing_more(tmp_path: Path, way: str, ring: str) -> None:
     image, log, reads = images.filled_image(tmp_path / "image", SIZE), tmp_path / "log", tmp_path / "reads"
-    options = JobOptions(request_size=MIB, requests=64, queue_size=64 * MIB, sparse_unit=0, data_path=data_path)
+    options, prepared_bytes = WAYS[way].options, WAYS[way].prepared_bytes
     with ExitStack() as stack:
-        # A source that is slow to answer has many requests under way, a slow destination leaves them waiting.
+        # A slow source has many requests under way, and a destination that takes nothing leaves their data waiting.
         source = stack.enter_context(
             nbdkit(
                 "pattern",
@@ -60,59 +68,63 @@ def test_a_worker_that_wakes_up_when_the_job_is_over_writes_nothing_more(
                 threads=64,
             )
         )
+        gate = Gate(stack.enter_context(private_folder()))
         destination = stack.enter_context(
             nbdkit(
                 "file",
                 str(image),
-                "delay-write=30ms",
+                gate.option,
                 f"logfile={log}",
-                filters=["log", "delay"],
+                filters=["log", "pause"],
                 tcp=True,
                 threads=1,
             )
         )
+        gate.shut()
         read_port, port = (int(server.uri.rpartition(":")[2].strip("/")) for server in (source, destination))
-        channel = CoordinatorChannel(ControlUrl("tcp", "127.0.0.1", 0))
-        stack.callback(channel.close)
-        signals = stack.enter_context(SignalWatch())
+        workers = FarWorkers(stack, ring)
+        sleeper = workers.start_one()
 
-        def start_worker() -> Run:
-            return stack.enter_context(started("worker", "--connect", str(channel.url), "--ring", ring))
-
-        sleeper = start_worker()
-
-        def prepared() -> int:
-            if not log.exists():
+        def buffered() -> int:
+            """What is read and neither sent nor being sent; it is known while the source has nothing to say."""
+            is_silent = on_the_way(read_port, to_server=False) == 0 and processes.threads_are(source.pid, "S")
+            reads_ended, writes_begun = ended(reads, "Read"), begun(log, "Write")
+            if not is_silent or reads_ended < begun(reads, "Read"):
                 return 0
-            held = (ended(reads, "Read") - begun(log, "Write")) * MIB
-            return held - on_the_way(read_port, to_server=False) - on_the_way(port, to_server=True)
+            in_bytes = (reads_ended - writes_begun) * options.request_size
+            return in_bytes - on_the_way(port, to_server=True)
+
+        def is_prepared() -> bool:
+            held = buffered() if way == "buffer" else processes.piped_bytes(sleeper.pid, MIB)
+            return log.exists() and held >= prepared_bytes
 
         def is_drained() -> bool:
-            return on_the_way(port, to_server=True) == 0 and ended(log, "Write") == begun(log, "Write")
+            """In this order: what is in no socket has been received, and a thread that has all of a request and has not
+            told the log yet does not sleep."""
+            return (
+                on_the_way(port, to_server=True) == 0
+                and processes.threads_are(destination.pid, "S")
+                and ended(log, "Write") == begun(log, "Write")
+            )
 
-        def steps() -> Iterator[None]:
-            while prepared() < PREPARED_BYTES:
-                yield
-            os.kill(sleeper.pid, signal.SIGSTOP)
-            wait_for("the worker to stand still", lambda: processes.state(sleeper.pid) == "T")
-            start_worker()
+        def steps() -> Iterator[str]:
+            while True:
+                while not is_prepared():
+                    yield f"{prepared_bytes} bytes that are read and cannot be written"
+                os.kill(sleeper.pid, signal.SIGSTOP)
+                wait_for("the worker to stand still", lambda: processes.threads_are(sleeper.pid, "T"))
+                if is_prepared():  # still: until the sockets are full it comes and goes
+                    break
+                os.kill(sleeper.pid, signal.SIGCONT)
+            gate.open()
+            workers.start_one()
             while display.status is None or display.status.phase != "stopping":
-                yield
+                yield "the other worker to copy everything"
             signal.raise_signal(signal.SIGINT)  # nobody waits for the one that stands still
 
         display = Choreography(steps())
-        ends = (EndpointAddress("nbd", source.uri), (EndpointAddress("nbd", destination.uri),))
-        job = Job(
-            *("job", 1, *ends, options),
-            connections=2,
-            workers=2,
-            range_size=32 * MIB,
-            local_workers=False,
-            machine=machine_id(),
-            lease_seconds=1.5,
-            heartbeat_seconds=0.3,
-        )
-        outcome = run_job(job, Shell(channel, None, lambda _: None, (), display, signals))
+        ends = (source.uri, destination.uri)
+        outcome = workers.run_job(*ends, options, display, connections=2, range_size=32 * MIB)
         assert outcome.verdict is Verdict.UNFENCED, outcome.error
         assert [name.rpartition("/")[2] for name in outcome.unfenced] == [str(sleeper.pid)]
         wait_for("the server to be done", is_drained)

@@ -3,125 +3,124 @@
 from __future__ import annotations
 
 import os
-import re
+import select
 import signal
+import socket
+import struct
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from nbdshard.common.channel import CoordinatorChannel
-from nbdshard.common.control_url import ControlUrl
-from nbdshard.common.machine import machine_id
-from nbdshard.common.messages import EndpointAddress, JobOptions
-from nbdshard.coordinator.job import Job, Verdict
-from nbdshard.coordinator.service import Shell, run_job
-from nbdshard.coordinator.signals import SignalWatch
+from nbdshard.common.messages import JobOptions
+from nbdshard.coordinator.job import Verdict
 from support import images, processes
-from support.choreography import Choreography, is_connected
-from support.command import Run, started
+from support.choreography import Choreography, FarWorkers
+from support.command import started
+from support.doubles import CAN_MULTI_CONN, CMD_WRITE, Double, Request, Talk, double
 from support.images import MIB
 from support.servers import nbdkit
 from support.sides import RINGS
-from support.waiting import wait_for
+from support.waiting import WAIT_SECONDS, wait_for
 
 SIZE = 32 * MIB
-LEASE_SECONDS = 1.5
+FIRST_WRITES = 4
 
 
-def connections_most(log: Path) -> int:
-    """How many clients were connected at one time, by nbdkit's log filter."""
-    now = most = 0
-    for line in log.read_text().splitlines():
-        now += bool(re.search(r" Connect ", line)) - bool(re.search(r" Disconnect ", line))
-        most = max(most, now)
-    return most
+class OneWriter(Double):
+    """Does not say CAN_MULTI_CONN, and sees who is connected, and how many at one time.
+
+    It answers the first writes, and the others when `goes_on` is set. It listens on a unix socket, where a connection
+    that was closed is seen to be at once, whatever the machine is busy with.
+    """
+
+    def __init__(self, content: bytearray) -> None:
+        super().__init__(content)
+        self.flags &= ~CAN_MULTI_CONN
+        self.goes_on = threading.Event()
+        self.clients_most = 0
+        self._connections: dict[socket.socket, int] = {}
+
+    def serve(self, connection: socket.socket) -> None:
+        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        with self.lock:
+            self._connections[connection] = pid
+        self.clients_most = max(self.clients_most, len(self.clients()))
+        try:
+            super().serve(connection)
+        finally:
+            with self.lock:
+                del self._connections[connection]
+
+    def clients(self) -> list[int]:
+        """The processes that are connected, one for each connection that its other end has not closed."""
+        with self.lock:
+            poll = select.poll()
+            for connection in self._connections:
+                poll.register(connection, select.POLLRDHUP)
+            gone = {number for number, _ in poll.poll(0)}
+            return [pid for connection, pid in self._connections.items() if connection.fileno() not in gone]
+
+    def write(self, talk: Talk, request: Request, data: bytes) -> None:
+        if self.count(CMD_WRITE) > FIRST_WRITES:
+            assert self.goes_on.wait(WAIT_SECONDS), "nobody had the destination go on"
+        super().write(talk, request, data)
 
 
 @pytest.mark.parametrize("ring", RINGS)
 def test_the_role_of_a_writer_that_is_stopped_moves_when_it_has_let_go(tmp_path: Path, ring: str) -> None:
-    image, log = images.random_image(tmp_path / "image", SIZE), tmp_path / "log"
-    copied = images.empty_image(tmp_path / "copy", SIZE)
+    image, target = images.random_image(tmp_path / "image", SIZE), OneWriter(bytearray(SIZE))
     with ExitStack() as stack:
-        source = stack.enter_context(
-            nbdkit("file", str(image), "rate=96M", "burstiness=0.2", filters=["rate"], tcp=True, threads=1)
-        )
-        single = ("multi-conn-mode=disable", f"logfile={log}")
-        destination = stack.enter_context(
-            nbdkit("file", str(copied), *single, filters=["log", "multi-conn"], tcp=True, threads=1)
-        )
-        port = int(destination.uri.rpartition(":")[2].strip("/"))
-        channel = CoordinatorChannel(ControlUrl("tcp", "127.0.0.1", 0))
-        stack.callback(channel.close)
-        signals = stack.enter_context(SignalWatch())
-        words = ("worker", "--connect", str(channel.url), "--ring", ring)
-        workers = [stack.enter_context(started(*words)) for _ in range(2)]
+        source = stack.enter_context(nbdkit("file", str(image), tcp=True, threads=1))
+        destination = stack.enter_context(double(target))
+        workers = FarWorkers(stack, ring)
+        runs = [workers.start_one() for _ in range(2)]
 
-        def writers() -> list[Run]:
-            return [worker for worker in workers if is_connected(worker.pid, port)]
-
-        def steps() -> Iterator[None]:
-            while images.allocated_bytes(copied) < 4 * MIB:
-                yield
-            (writer,) = writers()
-            os.kill(writer.pid, signal.SIGSTOP)
-            wait_for("the writer to stand still", lambda: processes.state(writer.pid) == "T")
+        def steps() -> Iterator[str]:
+            while workers.joined < 2:
+                yield "both workers"
+            while target.count(CMD_WRITE) <= FIRST_WRITES:
+                yield "a write that is not answered"
+            (writer,) = target.clients()
+            os.kill(writer, signal.SIGSTOP)
+            wait_for("the writer to stand still", lambda: processes.threads_are(writer, "T"))
+            target.goes_on.set()
             while display.status is None or display.status.destination_connections:
-                assert writers() == [writer]
-                yield
-            for _ in range(20):  # it is given up, and nobody takes its place: it may still write
-                assert writers() == [writer]
-                yield
-            given_up.append(writer.pid)
-            os.kill(writer.pid, signal.SIGCONT)
-            while writers() == [writer]:
-                yield
+                assert target.clients() == [writer]
+                yield "the writer to be given up"
+            for turn in range(20):  # it is given up, and nobody takes its place: it may still write
+                assert target.clients() == [writer]
+                yield f"turn {turn} of 20"
+            os.kill(writer, signal.SIGCONT)
+            while target.clients() == [writer]:
+                yield "the writer to let go"
 
-        given_up: list[int] = []
         display = Choreography(steps())
-        ends = (EndpointAddress("nbd", source.uri), (EndpointAddress("nbd", destination.uri),))
-        job = Job(
-            *("job", 1, *ends, JobOptions(request_size=MIB, requests=16, queue_size=16 * MIB, sparse_unit=None)),
-            connections=4,
-            workers=2,
-            range_size=4 * MIB,
-            local_workers=False,
-            machine=machine_id(),
-            lease_seconds=LEASE_SECONDS,
-            heartbeat_seconds=0.3,
-        )
-        outcome = run_job(job, Shell(channel, None, lambda _: None, (), display, signals))
+        options = JobOptions(request_size=MIB, requests=16, queue_size=16 * MIB, sparse_unit=None)
+        outcome = workers.run_job(source.uri, destination, options, display, connections=4, range_size=4 * MIB)
         assert outcome.verdict is Verdict.COMPLETE, outcome.error
-        for worker in workers:
-            worker.process.wait(30)
-    assert given_up
-    images.assert_identical(image, copied)
-    assert connections_most(log) == 1
+        for run in runs:
+            run.wait()
+    assert target.content == image.read_bytes()
+    assert target.clients_most == 1
 
 
 def test_a_local_writer_that_is_stopped_for_too_long_is_killed_and_replaced(tmp_path: Path) -> None:
     """It may be silent for ten seconds; its role, and its ranges, move when it is reaped."""
-    image, log = images.random_image(tmp_path / "image", SIZE), tmp_path / "log"
-    copied = images.empty_image(tmp_path / "copy", SIZE)
+    image, target = images.random_image(tmp_path / "image", SIZE), OneWriter(bytearray(SIZE))
     with (
-        nbdkit("file", str(image), "rate=96M", "burstiness=0.2", filters=["rate"], threads=1) as source,
-        nbdkit(
-            "file",
-            str(copied),
-            "multi-conn-mode=disable",
-            f"logfile={log}",
-            filters=["log", "multi-conn"],
-            tcp=True,
-            threads=1,
-        ) as destination,
-        started("copy", "-T", "2", "--range-size", "4M", source.uri, destination.uri) as run,
+        nbdkit("file", str(image), threads=1) as source,
+        double(target) as destination,
+        started("copy", "-T", "2", "--range-size", "4M", source.uri, destination) as run,
     ):
-        port = int(destination.uri.rpartition(":")[2].strip("/"))
-        wait_for("a beginning", lambda: images.allocated_bytes(copied) > 4 * MIB or run.process.poll() is not None)
-        (writer,) = [pid for pid in run.workers() if is_connected(pid, port)]
+        wait_for("a write that is not answered", lambda: target.count(CMD_WRITE) > FIRST_WRITES)
+        (writer,) = target.clients()
         os.kill(writer, signal.SIGSTOP)
-        run.wait(60).succeeded()
+        wait_for("the writer to stand still", lambda: processes.threads_are(writer, "T"))
+        target.goes_on.set()
+        run.wait().succeeded()
         assert not processes.alive(writer)
-    images.assert_identical(image, copied)
-    assert connections_most(log) == 1
+    assert target.content == image.read_bytes()
+    assert target.clients_most == 1

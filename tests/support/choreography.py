@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-from nbdshard.coordinator.job import Status
+from nbdshard.common.channel import CoordinatorChannel
+from nbdshard.common.control_url import ControlUrl
+from nbdshard.common.machine import machine_id
+from nbdshard.common.messages import EndpointAddress, FromWorker, Hello, JobOptions
+from nbdshard.coordinator.job import Job, Outcome, Status
 from nbdshard.coordinator.progress import NoDisplay
+from nbdshard.coordinator.service import Shell, run_job
+from nbdshard.coordinator.signals import SignalWatch
 from support import processes
+from support.command import Run, started
+from support.waiting import WAIT_SECONDS
 
+LEASE_SECONDS = 1.5
+HEARTBEAT_SECONDS = 0.3
 ESTABLISHED = "01"  # /proc/net/tcp: TCP_ESTABLISHED
 
 
@@ -33,10 +45,16 @@ def is_connected(pid: int, port: int) -> bool:
 
 
 class Choreography(NoDisplay):
-    """Looks at the job in every turn of the coordinator's loop, and does the next of its `steps` when that says so."""
+    """Looks at the job in every turn of the coordinator's loop, and does the next of its `steps` when that says so.
 
-    def __init__(self, steps: Iterator[None]) -> None:
+    The steps yield the words for what they wait for, so that one that is not reached is named: by `assert_over` when
+    the job has ended, by a TimeoutError out of the job when it does not.
+    """
+
+    def __init__(self, steps: Iterator[str]) -> None:
         self._steps = steps
+        self._awaited = "its first turn"  # "": all steps are done
+        self._since = time.monotonic()
         self.status: Status | None = None
 
     def due(self) -> float:
@@ -44,4 +62,73 @@ class Choreography(NoDisplay):
 
     def show(self, status: Status, now: float) -> None:
         self.status = status
-        next(self._steps, None)
+        awaited, earlier = next(self._steps, ""), self._awaited
+        if awaited != earlier:
+            self._awaited, self._since = awaited, time.monotonic()
+        elif awaited and time.monotonic() > self._since + WAIT_SECONDS:
+            raise TimeoutError(f"waited {WAIT_SECONDS:g} s in vain for {awaited}")
+
+    def assert_over(self) -> None:
+        """Every step was done before the job ended."""
+        assert not self._awaited, f"the job ended while the test waited for {self._awaited}"
+
+
+class HearingChannel(CoordinatorChannel):
+    """Knows who has said hello."""
+
+    def __init__(self, url: ControlUrl) -> None:
+        super().__init__(url)
+        self.joined: set[str] = set()
+
+    def receive(self) -> list[tuple[str, FromWorker]]:
+        got = super().receive()
+        self.joined |= {name for name, message in got if isinstance(message, Hello)}
+        return got
+
+
+class FarWorkers:
+    """The place of a coordinator in this process, and workers that the test starts: they count as another machine's."""
+
+    def __init__(self, stack: ExitStack, ring: str) -> None:
+        self._stack = stack
+        self._ring = ring
+        self._channel = HearingChannel(ControlUrl("tcp", "127.0.0.1", 0))
+        stack.callback(self._channel.close)
+        self._signals = stack.enter_context(SignalWatch())
+
+    def start_one(self) -> Run:
+        return self._stack.enter_context(started("worker", "--connect", str(self._channel.url), "--ring", self._ring))
+
+    @property
+    def joined(self) -> int:
+        """How many workers the coordinator has heard of."""
+        return len(self._channel.joined)
+
+    def run_job(
+        self,
+        source: str,
+        destination: str,
+        options: JobOptions,
+        display: Choreography,
+        *,
+        connections: int,
+        range_size: int,
+    ) -> Outcome:
+        """How the job ended, after all steps of `display`. Both ends are URIs."""
+        job = Job(
+            uuid="job",
+            epoch=1,
+            source=EndpointAddress("nbd", source),
+            destinations=(EndpointAddress("nbd", destination),),
+            options=options,
+            connections=connections,
+            workers=2,
+            range_size=range_size,
+            local_workers=False,
+            machine=machine_id(),
+            lease_seconds=LEASE_SECONDS,
+            heartbeat_seconds=HEARTBEAT_SECONDS,
+        )
+        outcome = run_job(job, Shell(self._channel, None, lambda _: None, (), display, self._signals))
+        display.assert_over()
+        return outcome

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
+import struct
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +27,20 @@ def state(pid: int) -> str:
     """One letter of proc(5): R, S, D, Z ...; "" when the process is gone."""
     fields = _stat(pid)
     return fields[0] if fields else ""
+
+
+def threads_are(pid: int, letters: str) -> bool:
+    """Whether each thread of the process is in one of these states; the first one says nothing of the others."""
+    return {each.rpartition(")")[2].split()[0] for each in _thread_stats(pid)} <= set(letters)
+
+
+def _thread_stats(pid: int) -> list[str]:
+    """/proc/PID/task/TID/stat of every thread that has not ended meanwhile."""
+    found = []
+    for name in os.listdir(PROC / str(pid) / "task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append((PROC / str(pid) / "task" / name / "stat").read_text())
+    return found
 
 
 def alive(pid: int) -> bool:
@@ -135,6 +152,23 @@ def descriptors(pid: int | str = "self") -> dict[int, str]:
         except (FileNotFoundError, ProcessLookupError):
             continue  # the one that listed the folder, or closed meanwhile
     return found
+
+
+def piped_bytes(pid: int, capacity_min: int) -> int:
+    """What is in those pipes of the process that hold so many bytes at least: the smaller ones carry no payload."""
+    found = {target: number for number, target in descriptors(pid).items() if target.startswith("pipe:")}
+    held = 0
+    for number in found.values():
+        try:
+            end = os.open(PROC / str(pid) / "fd" / str(number), os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            continue  # it was closed meanwhile
+        try:
+            if fcntl.fcntl(end, fcntl.F_GETPIPE_SZ) >= capacity_min:
+                held += struct.unpack("i", fcntl.ioctl(end, termios.FIONREAD, bytes(4)))[0]
+        finally:
+            os.close(end)
+    return held
 
 
 def listens_on_unix(path: Path) -> bool:
