@@ -15,7 +15,6 @@ CHOICES = 2000
 
 
 @pytest.mark.skipif(not cutting.is_allowed(), reason="descriptors of other processes cannot be taken here")
-@pytest.mark.timeout(300)
 def test_copies_under_ten_faults_are_identical_and_leave_nothing(tmp_path: Path, seed: int) -> None:
     tally = run(seed, FAULTS, tmp_path, print)
     assert sum(tally.faults.values()) == FAULTS

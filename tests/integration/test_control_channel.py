@@ -35,7 +35,7 @@ from nbdshard.common.messages import (
 from support.channels import LOOPBACK, connect, error_of, heard, hello, listen, told
 from support.listening import listening, wait_until_closed
 from support.servers import private_folder
-from support.waiting import wait_for
+from support.waiting import WAIT_SECONDS, wait_for
 
 COORDINATOR = KeyPair.generate()
 WORKER = KeyPair.generate()
@@ -76,7 +76,7 @@ def test_the_descriptors_wake_a_poll(ends: tuple[CoordinatorChannel, WorkerChann
         poller.register(end, zmq.POLLIN)
     worker.send(hello(worker))
     got: list[tuple[str, FromWorker]] = []
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + WAIT_SECONDS
     while not got and time.monotonic() < deadline:
         assert poller.poll(20_000), "nothing woke the coordinator"
         got = coordinator.receive()
@@ -354,7 +354,7 @@ def no_answer(worker: WorkerChannel, settled: Callable[[], object], *, saying: s
         return saying in str(caught.value)
 
     wait_for("the connection to fail", ready)
-    wait_for(f"the worker to say {saying!r}", told, 5.0)
+    wait_for(f"the worker to say {saying!r}", told)
 
 
 def elapsed(seconds: float) -> Callable[[], bool]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common.limits import DRAIN_SECONDS
 from support import processes
 from support.command import Run, copy, started
 from support.servers import nbdkit
@@ -198,7 +199,7 @@ def under_way(rate: str, *options: str) -> Iterator[Run]:
 def test_a_signal_stops_cleanly_and_says_how_far_it_got(number: signal.Signals, code: int) -> None:
     with under_way("80M", "-R", "4") as run:
         run.signal_group(number)
-        outcome = run.wait(30)
+        outcome = run.wait()
     assert outcome.code == code
     assert re.match(r"nbdshard: stopped at \S+ MiB of 4 GiB \(\d+ %\): ", outcome.last_line), str(outcome)
 
@@ -209,7 +210,7 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
         run.signal_group(signal.SIGINT)
         wait_for("the first Ctrl-C to be heard", lambda: '"phase": "stopping"' in run.err())
         run.signal_group(signal.SIGINT)
-        outcome = run.wait(8)
+        outcome = run.wait(DRAIN_SECONDS)
     assert outcome.code == 130, str(outcome)
 
 

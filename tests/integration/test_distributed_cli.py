@@ -13,8 +13,9 @@ import pytest
 
 from support import processes
 from support.command import Run, nbdshard, started
-from support.servers import free_port, nbdkit, private_folder
-from support.waiting import wait_for
+from support.gates import Gate
+from support.servers import Server, free_port, nbdkit, private_folder
+from support.waiting import WAIT_SECONDS, wait_for
 
 MIB = 1 << 20
 
@@ -45,6 +46,16 @@ def servers(size: str = "64M") -> Iterator[tuple[str, str]]:
         yield source.uri, destination.uri
 
 
+@contextlib.contextmanager
+def gated(plugin: str, size: str) -> Iterator[tuple[Gate, Server]]:
+    """A server over TCP that carries nothing out until its gate is opened."""
+    with private_folder() as folder:
+        gate = Gate(folder)
+        with nbdkit(plugin, gate.option, size=size, tcp=True, filters=["pause"], threads=1) as server:
+            gate.shut()
+            yield gate, server
+
+
 def test_keygen_writes_two_files_and_never_overwrites_them(tmp_path: Path) -> None:
     made = nbdshard("keygen", "--dir", tmp_path, "alpha").succeeded()
     secret = (tmp_path / "alpha.key").read_text().split()[1]
@@ -60,7 +71,7 @@ def test_keygen_writes_two_files_and_never_overwrites_them(tmp_path: Path) -> No
 
 def test_two_workers_copy_for_a_coordinator_on_loopback() -> None:
     with (
-        nbdkit("sparse-random", "delay-read=50ms", size="1G", tcp=True, filters=["delay"], threads=4) as server,
+        gated("sparse-random", "1G") as (gate, server),
         started(
             *("coordinator", server.uri, server.uri, "--listen", "tcp://127.0.0.1:0"),
             *("--workers", "2", "--range-size", "1M", "--request-size", "256k", "--progress=json"),
@@ -68,6 +79,8 @@ def test_two_workers_copy_for_a_coordinator_on_loopback() -> None:
     ):
         url = listening_at(coordinator)
         with started("worker", "--connect", url) as one, started("worker", "--connect", url) as two:
+            wait_for("all connections of both", lambda: '"workers": 2, "connections": 4,' in coordinator.err())
+            gate.open()
             outcome = coordinator.wait().succeeded()
             one.wait().succeeded()
             two.wait().succeeded()
@@ -88,7 +101,7 @@ def test_a_unix_socket_can_be_listened_at() -> None:
 
 def test_a_worker_that_joins_and_leaves_in_between_does_no_harm() -> None:
     with (
-        nbdkit("pattern", "delay-read=10ms", size="512M", tcp=True, filters=["delay"], threads=2) as source,
+        gated("pattern", "512M") as (gate, source),
         started(
             *("coordinator", source.uri, "null:", "--listen", "tcp://127.0.0.1:0"),
             *("--workers", "2", "--range-size", "1M", "--progress=json"),
@@ -98,6 +111,7 @@ def test_a_worker_that_joins_and_leaves_in_between_does_no_harm() -> None:
         with started("worker", "--connect", url) as one, started("worker", "--connect", url) as two:
             wait_for("both to take part", lambda: '"workers": 2' in coordinator.err())
             one.process.send_signal(signal.SIGINT)
+            gate.open()
             one.wait()
             coordinator.wait().succeeded()
             two.wait().succeeded()
@@ -224,7 +238,7 @@ def test_local_workers_never_outlive_a_killed_coordinator() -> None:
     ):
         wait_for("both workers to run", lambda: len(run.workers()) == 2)
         run.process.kill()
-        run.process.wait(20)
+        run.process.wait(WAIT_SECONDS)
         wait_for("the workers to die with their coordinator", lambda: not run.processes())
 
 

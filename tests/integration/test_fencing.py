@@ -139,4 +139,4 @@ def test_a_worker_that_wakes_up_when_the_job_is_over_writes_nothing_more(tmp_pat
         assert begun(log, "Write") == writes
         assert image.read_bytes() == b"\x99" * SIZE
         os.kill(sleeper.pid, signal.SIGINT)
-        sleeper.wait(30)
+        sleeper.wait()

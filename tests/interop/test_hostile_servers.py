@@ -68,7 +68,6 @@ def test_a_copy_from_a_server_that_lies_in_its_answer_to_go_fails(tmp_path: Path
     assert not (tmp_path / "destination").exists()
 
 
-@pytest.mark.timeout(200)
 @EACH_WAY
 @pytest.mark.parametrize("name", LYING_SOURCES)
 def test_a_source_that_breaks_the_protocol_is_blamed_and_nothing_false_is_written(
@@ -133,7 +132,6 @@ def test_a_server_that_never_answers_an_option_is_given_up_after_the_handshake_t
         in_one_line(copy("--ring", ring, state.uri, tmp_path / "out"), "source", "timed out", "10 s")
 
 
-@pytest.mark.timeout(300)
 def test_a_source_that_never_answers_a_read_is_given_up_after_the_request_timeout(ring: str) -> None:
     target = Double(bytearray(SIZE))
     with double(NEVER_ANSWERS_READS(bytearray(SIZE), extents=False)) as one, double(target) as two:

@@ -18,7 +18,7 @@ from support import images
 from support.command import Outcome, Run, copy, nbdshard, started
 from support.doubles import CMD_WRITE, Double, double
 from support.servers import nbdkit
-from support.waiting import wait_for
+from support.waiting import WAIT_SECONDS, wait_for
 
 MIB = images.MIB
 SIZE = 64 * MIB
@@ -164,7 +164,7 @@ def test_ctrl_c_ends_a_copy_that_pauses_and_it_can_be_resumed(tmp_path: Path, ri
             wait_for("the journal", journal.exists)
             ctl(run, "pause", job=str(journal)).succeeded()
             run.signal_group(signal.SIGINT)
-            outcome = run.wait(20)
+            outcome = run.wait()
             assert outcome.code == 130, str(outcome)
             assert "--resume" in outcome.err
         nbdshard(*words, "--resume", source.uri, target.uri).succeeded()
@@ -241,7 +241,7 @@ def test_the_socket_of_a_job_that_was_killed_is_told_of_and_removed(ring: str) -
     with under_way(ring, *SLOW) as (run, _):
         job = uuid_of(run)
         os.kill(run.pid, signal.SIGKILL)
-        run.process.wait(10)
+        run.process.wait(WAIT_SECONDS)
         wait_for("the workers to end", lambda: not run.workers())
         ctl(run, "status", job=job).failed(1, saying=["no such job runs", "it was killed"])
         assert sockets_of(run) == []
@@ -284,7 +284,7 @@ def test_a_hostile_client_neither_stops_nor_ends_a_copy(ring: str) -> None:
         ):
             for _ in range(3):
                 client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-                client.settimeout(5)
+                client.settimeout(WAIT_SECONDS)
                 with contextlib.suppress(OSError):
                     client.connect(str(path))
                     if order:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from support import images
 from support.command import copy
 from support.servers import nbdkit
@@ -29,7 +27,6 @@ def test_many_small_runs_of_random_content_are_copied_onto_themselves(ring: str)
         copy("--ring", ring, "--workers", "2", "--request-size", "64k", server.uri, server.uri).succeeded()
 
 
-@pytest.mark.timeout(300)
 def test_a_hundred_gibibytes_are_copied_onto_themselves(ring: str) -> None:
     """A tenth is data: ten seconds where nothing else runs."""
     with nbdkit("sparse-random", size="100G", seed="4") as server:

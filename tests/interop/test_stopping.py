@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common.limits import DRAIN_SECONDS
 from support import images, processes
 from support.command import Run, started
 from support.doubles import CMD_READ, Double, double
 from support.hostile import NEVER_ANSWERS_READS
 from support.servers import Server, nbdkit
-from support.waiting import wait_for
+from support.waiting import WAIT_SECONDS, wait_for
 
 SIZE = 256 * images.MIB
 
@@ -58,7 +59,7 @@ def under_way(ring: str, *options: str) -> Iterator[tuple[Run, Server, Double]]:
 def test_ctrl_c_drains_says_how_far_it_got_and_exits_130(ring: str) -> None:
     with under_way(ring) as (run, source, _):
         run.signal_group(signal.SIGINT)
-        outcome = run.wait(20)
+        outcome = run.wait()
         assert outcome.code == 130, str(outcome)
         assert "stopped" in outcome.last_line
         assert "Assertion" not in source.stderr()
@@ -67,7 +68,7 @@ def test_ctrl_c_drains_says_how_far_it_got_and_exits_130(ring: str) -> None:
 def test_sigterm_to_the_command_alone_stops_it_too(ring: str) -> None:
     with under_way(ring) as (run, _, _):
         os.kill(run.pid, signal.SIGTERM)
-        outcome = run.wait(20)
+        outcome = run.wait()
         assert outcome.code in (130, 143), str(outcome)
         assert "stopped" in outcome.last_line
 
@@ -76,7 +77,7 @@ def test_a_write_that_was_begun_is_finished_before_the_end(ring: str) -> None:
     """The double would fail the test had a payload been cut short: it takes each whole, or sees the end between two."""
     with under_way(ring) as (run, _, target):
         run.signal_group(signal.SIGINT)
-        run.wait(20)
+        run.wait()
         written = [request for request in target.requests if request.command == 1]
         for request in written:
             expected = images.pattern(request.offset, request.length)
@@ -89,7 +90,7 @@ def test_a_second_ctrl_c_stops_at_once(ring: str) -> None:
         source.suspend()
         run.signal_group(signal.SIGINT)
         run.signal_group(signal.SIGINT)
-        outcome = run.wait(5)
+        outcome = run.wait(DRAIN_SECONDS)
         assert outcome.code == 130, str(outcome)
 
 
@@ -98,7 +99,7 @@ def test_ctrl_c_ends_a_copy_whose_source_does_not_answer(ring: str) -> None:
     with double(source) as one, started("copy", "--ring", ring, one, "null:") as run:
         wait_for("a read", lambda: source.count(CMD_READ) > 0)
         run.signal_group(signal.SIGINT)
-        assert run.wait(20).code == 130
+        assert run.wait().code == 130
 
 
 def test_ctrl_c_before_anything_was_connected_ends_it(ring: str, tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_ctrl_c_before_anything_was_connected_ends_it(ring: str, tmp_path: Path)
         with started("copy", "--ring", ring, server.uri, tmp_path / "out") as run:
             wait_for("the workers", lambda: run.workers())
             run.signal_group(signal.SIGINT)
-            assert run.wait(20).code == 130
+            assert run.wait().code == 130
     assert not (tmp_path / "out").exists()
 
 
@@ -121,7 +122,7 @@ def test_a_server_killed_in_mid_copy_fails_it_in_one_line(tmp_path: Path, ring: 
     ):
         wait_for("the first write", lambda: images.allocated_bytes(destination) > 0)
         (source if side == "source" else target).kill()
-        outcome = run.wait(60)
+        outcome = run.wait()
         outcome.failed(1, saying=[side])
         assert len(outcome.err.splitlines()) == 1, str(outcome)
 
@@ -137,7 +138,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_copy_succeeds(tmp_path: Pat
     ):
         wait_for("the first write", lambda: images.allocated_bytes(destination) > 0)
         os.kill(run.workers()[0], signal.SIGKILL)
-        run.wait(60).succeeded()
+        run.wait().succeeded()
     with destination.open("rb") as file:
         assert file.read(images.MIB) == images.pattern(0, images.MIB)
         file.seek(SIZE - images.MIB)
@@ -149,5 +150,5 @@ def test_workers_do_not_outlive_a_coordinator_that_is_killed(ring: str) -> None:
     with under_way(ring) as (run, _, _):
         workers = run.workers()
         os.kill(run.pid, signal.SIGKILL)
-        run.process.wait(10)
-        wait_for("the workers to end", lambda: not any(processes.alive(pid) for pid in workers), 30)
+        run.process.wait(WAIT_SECONDS)
+        wait_for("the workers to end", lambda: not any(processes.alive(pid) for pid in workers))

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from support import processes
 from support.servers import private_folder
-from support.waiting import wait_for
+from support.waiting import WAIT_SECONDS, wait_for
 
-RUN_SECONDS = 60.0
-END_SECONDS = 10.0  # for descendants to be gone once the command has ended
+RUN_SECONDS = 100.0
+END_SECONDS = WAIT_SECONDS  # for descendants to be gone once the command has ended
 
 EXECUTABLE = str(Path(sys.executable).parent / "nbdshard")
 

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from support.servers import private_folder
-
-JOIN_SECONDS = 10.0
+from support.waiting import WAIT_SECONDS
 
 Serve = Callable[[socket.socket], None]
 
@@ -69,14 +68,14 @@ class _Accepting:
         """Shut everything down, which wakes every thread from its call, and wait for the threads."""
         with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
-        self._thread.join(JOIN_SECONDS)
+        self._thread.join(WAIT_SECONDS)
         with self._lock:
             for connection in self._open.values():
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
             threads = list(self._open)
         for thread in threads:
-            thread.join(JOIN_SECONDS)
+            thread.join(WAIT_SECONDS)
             assert not thread.is_alive(), "a connection's thread did not end"
 
     def _accept(self) -> None:

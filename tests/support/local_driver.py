@@ -14,11 +14,11 @@ from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Ring, open_ring
 from nbdshard.worker.opening import OpenConnection, make_connection
 from nbdshard.worker.ports import Extents
+from support.waiting import WAIT_SECONDS
 
 RINGS = ("io_uring", "epoll")
 HANDLES = 65
 TURN_SECONDS = 0.05
-WAIT_SECONDS = 20.0
 
 
 class Answer:

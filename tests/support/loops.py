@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from nbdshard.common.ring import Descriptor, Kind, Operation, Ring, Splice
 from nbdshard.common.ring.choose import Unusable, open_io_uring
+from support.waiting import WAIT_SECONDS
 
-SECONDS_MAX = 20.0  # no test needs a second of it; a machine under load may
+SECONDS_MAX = WAIT_SECONDS
 
 
 def _io_uring_refusal() -> str:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from support.waiting import WAIT_SECONDS
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PAGES = 32  # in a pipe; one send to a socket takes 16, which is all that one without a reader has room for
-WAIT_SECONDS = 20.0
 
 
 class Pipe:

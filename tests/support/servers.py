@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support import processes
-from support.waiting import wait_for
+from support.waiting import WAIT_SECONDS, wait_for
 
-START_SECONDS = 20.0
-STOP_SECONDS = 10.0
+START_SECONDS = WAIT_SECONDS
+STOP_SECONDS = WAIT_SECONDS
 LEAVE_SECONDS = 0.5
 PORT_TRIES = 5
 LOG_TAIL_LINES = 20

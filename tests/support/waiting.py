@@ -9,7 +9,7 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 POLL_SECONDS = 0.005
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0  # no wait takes a second of it; on a machine that is busy with other things one may
 
 
 def wait_for(

@@ -17,6 +17,7 @@ from nbdshard.common.messages import Counters
 from nbdshard.coordinator.control_paths import reachable, socket_name, sockets, usable_places
 from nbdshard.coordinator.control_socket import ControlSocket
 from nbdshard.coordinator.job import Pace, Status
+from support.waiting import WAIT_SECONDS
 
 UUID = "6f1c0b1e-0d5e-4d55-9f0e-3a2c2c9d7e11"
 STATUS = Status(size=MIB, counters=Counters(copied=1000), workers=2, source_connections=4, destination_connections=4,
@@ -63,7 +64,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 @contextlib.contextmanager
 def client(job: Job, *packets: bytes) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end:
-        end.settimeout(5)
+        end.settimeout(WAIT_SECONDS)
         with reachable(str(job.path)) as name:
             end.connect(name)
         for packet in packets:

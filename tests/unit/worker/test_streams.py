@@ -19,9 +19,10 @@ from nbdshard.common.messages import EndpointAddress, Side
 from nbdshard.common.ranges import Range
 from nbdshard.worker import streams
 from support.local_driver import RINGS, Driver, driver
+from support.waiting import WAIT_SECONDS
 
 Connect = Callable[[int, Side], Driver]
-JOIN_SECONDS = 20.0
+JOIN_SECONDS = WAIT_SECONDS
 
 
 @pytest.fixture(params=RINGS)
