@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import struct
 from collections.abc import Callable, Iterator
 
@@ -11,11 +10,7 @@ import pytest
 from nbdshard.common import logs
 from nbdshard.common.ranges import Range
 from support.doubles import (
-    CMD_WRITE,
-    EIO,
     ENOSPC,
-    REPLY_ERROR,
-    REPLY_ERROR_OFFSET,
     REPLY_NONE,
     REPLY_OFFSET_DATA,
     REPLY_OFFSET_HOLE,
@@ -24,6 +19,7 @@ from support.doubles import (
     Talk,
     double,
 )
+from support.failing import FAILURES, Crumbling, FailsFirst, RefusesFirst
 from support.images import KIB, MIB, random_bytes
 from support.link_bench import LinkBench, link_bench
 from support.local_driver import RINGS
@@ -193,23 +189,6 @@ def test_payload_partly_in_memory_is_written_as_one(bench: LinkBench, tcp: bool)
 # -- small pieces -----------------------------------------------------------------------------------------------------
 
 
-class Crumbling(Double):
-    """Sends each answer in pieces of `piece` bytes."""
-
-    piece = 512
-
-    def serve(self, connection: socket.socket) -> None:
-        if connection.family == socket.AF_INET:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        super().serve(connection)
-
-    def read(self, talk: Talk, request: Request) -> None:
-        data = bytes(self.content[request.offset : request.offset + request.length])
-        stream = talk.chunk_header(request, REPLY_OFFSET_DATA, len(data) + 8) + struct.pack(">Q", request.offset) + data
-        for at in range(0, len(stream), self.piece):
-            talk.socket.sendall(stream[at : at + self.piece])
-
-
 @pytest.mark.parametrize(("piece", "length"), [(1, 3000), (512, 200_000), (1448, 500_000)])
 def test_payload_that_comes_in_small_pieces_arrives(bench: LinkBench, tcp: bool, piece: int, length: int) -> None:
     crumbling, server = Crumbling(bytearray(CONTENT)), target_double()
@@ -280,85 +259,6 @@ def test_a_pipe_that_is_large_enough_is_never_called_full(
 # -- errors of requests -----------------------------------------------------------------------------------------------
 
 
-def fail(talk: Talk, request: Request, flags: int = 1) -> None:
-    talk.chunk(request, REPLY_ERROR, struct.pack(">IH", EIO, 6) + b"broken", flags=flags)
-
-
-def fail_at(talk: Talk, request: Request, flags: int = 1) -> None:
-    body = struct.pack(">IH", EIO, 6) + b"broken" + struct.pack(">Q", request.offset + 7)
-    talk.chunk(request, REPLY_ERROR_OFFSET, body, flags=flags)
-
-
-def send_data(talk: Talk, request: Request, content: bytearray, start: int, end: int, flags: int = 0) -> None:
-    at = request.offset + start
-    talk.chunk(request, REPLY_OFFSET_DATA, struct.pack(">Q", at) + content[at : request.offset + end], flags=flags)
-
-
-Reply = Callable[[Talk, Request, bytearray], None]
-
-
-def _at_once(talk: Talk, request: Request, content: bytearray) -> None:
-    del content
-    fail(talk, request)
-
-
-def _after_a_part(talk: Talk, request: Request, content: bytearray) -> None:
-    send_data(talk, request, content, 0, 50_000)
-    fail(talk, request)
-
-
-def _after_all_of_it(talk: Talk, request: Request, content: bytearray) -> None:
-    send_data(talk, request, content, 0, request.length)
-    fail(talk, request)
-
-
-def _in_the_middle(talk: Talk, request: Request, content: bytearray) -> None:
-    send_data(talk, request, content, 0, 50_000)
-    fail(talk, request, flags=0)
-    send_data(talk, request, content, 50_000, request.length, flags=1)
-
-
-def _in_front(talk: Talk, request: Request, content: bytearray) -> None:
-    fail_at(talk, request, flags=0)
-    send_data(talk, request, content, 0, request.length)
-    talk.chunk(request, REPLY_NONE)
-
-
-def _last_but_for_the_end(talk: Talk, request: Request, content: bytearray) -> None:
-    send_data(talk, request, content, 0, 50_000)
-    fail_at(talk, request, flags=0)
-    talk.chunk(request, REPLY_NONE)
-
-
-def _after_what_did_not_come_in_order(talk: Talk, request: Request, content: bytearray) -> None:
-    send_data(talk, request, content, 50_000, request.length)
-    send_data(talk, request, content, 0, 10_000)
-    fail(talk, request)
-
-
-FAILURES: dict[str, Reply] = {
-    "at once": _at_once,
-    "after a part": _after_a_part,
-    "after all of it": _after_all_of_it,
-    "in the middle": _in_the_middle,
-    "in front of all the data": _in_front,
-    "last but for the end": _last_but_for_the_end,
-    "after what did not come in order": _after_what_did_not_come_in_order,
-}
-
-
-class FailsFirst(Double):
-    """Answers every read at offset 0 as `reply` says, and all others well."""
-
-    reply: Reply = staticmethod(_at_once)
-
-    def read(self, talk: Talk, request: Request) -> None:
-        if request.offset == 0:
-            self.reply(talk, request, self.content)
-        else:
-            super().read(talk, request)
-
-
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_read_that_fails_wherever_the_error_stands_leaves_its_neighbours_alone(bench: LinkBench, name: str) -> None:
     server = FailsFirst(bytearray(CONTENT))
@@ -405,19 +305,8 @@ def test_a_write_that_fails_has_emptied_its_pipe_and_leaves_its_neighbours_alone
     assert server.content == bytes(MIB) + CONTENT[:MIB] + CONTENT[2 * MIB : 3 * MIB] + bytes(MIB)
 
 
-class RefusesBeforeThePayload(Double):
-    """Answers a WRITE when it has only its header, and takes the payload afterwards."""
-
-    def answer(self, talk: Talk, request: Request) -> None:
-        if request.command == CMD_WRITE:
-            talk.done(request, EIO)
-            talk.receive(request.length)
-        else:
-            super().answer(talk, request)
-
-
 def test_an_error_that_overtakes_the_payload_is_told_when_all_of_it_has_left(bench: LinkBench, tcp: bool) -> None:
-    with double(source_double(), tcp=tcp) as one, double(RefusesBeforeThePayload(bytearray(SIZE)), tcp=tcp) as two:
+    with double(source_double(), tcp=tcp) as one, double(RefusesFirst(bytearray(SIZE)), tcp=tcp) as two:
         source, target = bench.open(one, "source"), bench.open(two, "destination")
         for handle in range(3):
             payload = bench.read_piped(source, handle, Range.of(0, MIB))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,12 +25,12 @@ from support.doubles import (
     Talk,
     double,
 )
+from support.failing import GOINGS, GoesInAReply, GoesInAWrite, PausesInAReply
 from support.hesitant import Hesitates
 from support.hostile import LYING_DESTINATIONS, LYING_SOURCES
 from support.images import KIB, MIB, random_bytes
 from support.link_bench import Answer, End, LinkBench, link_bench
 from support.local_driver import RINGS
-from support.pipes import reset
 from support.waiting import WAIT_SECONDS, wait_for
 
 SIZE = 8 * MIB  # more than the buffers of a socket take
@@ -67,41 +67,6 @@ def lost(bench: LinkBench, end: End) -> NbdshardError:
 
 
 # -- a server that goes away ------------------------------------------------------------------------------------------
-
-Going = Callable[[Talk], None]
-
-
-def hangs_up(talk: Talk) -> None:
-    talk.hang_up()
-
-
-def resets(talk: Talk) -> None:
-    """With bytes of ours unread, or over TCP without the usual goodbye."""
-    reset(talk.socket)
-    raise EOFError
-
-
-def says_no_more(talk: Talk) -> None:
-    """Ends its stream, and goes on listening."""
-    talk.socket.shutdown(socket.SHUT_WR)
-    while talk.socket.recv(1 << 16):
-        pass
-
-
-GOINGS = {"hangs up": hangs_up, "resets": resets, "says no more": says_no_more}
-
-
-class GoesInAReply(Double):
-    """Sends the first `length` bytes of its answer to a read, and goes."""
-
-    length = 0
-    go_away: Going = staticmethod(hangs_up)
-
-    def read(self, talk: Talk, request: Request) -> None:
-        data = bytes(self.content[request.offset : request.offset + request.length])
-        header = talk.chunk_header(request, REPLY_OFFSET_DATA, len(data) + 8) + struct.pack(">Q", request.offset)
-        talk.socket.sendall((header + data)[: self.length])
-        self.go_away(talk)
 
 
 @pytest.mark.parametrize("going", GOINGS)
@@ -189,19 +154,6 @@ def test_a_source_that_has_gone_before_the_loop_looks_has_given_all_it_sent(benc
     assert bench.bytes_of(payload) == CONTENT[:1000]
 
 
-class GoesInAWrite(Double):
-    """Takes `length` bytes of a WRITE's payload, and goes."""
-
-    length = 0
-    go_away: Going = staticmethod(hangs_up)
-
-    def answer(self, talk: Talk, request: Request) -> None:
-        if request.command == CMD_WRITE:
-            talk.receive(self.length)
-            self.go_away(talk)
-        super().answer(talk, request)
-
-
 @pytest.mark.parametrize("going", ["hangs up", "resets"])
 @pytest.mark.parametrize("length", [0, 1, 500_000])
 def test_a_destination_that_goes_within_a_payload_is_lost_once(
@@ -275,27 +227,6 @@ def test_the_loop_sleeps_while_a_source_is_silent(bench: LinkBench, tcp: bool) -
         server.released.set()
         bench.done(answer)
         bench.stays_quiet()
-
-
-class PausesInAReply(Double):
-    """Sends `length` bytes of its answer to a read in pieces of `piece`, and the rest when `released` is set."""
-
-    length = 50_000
-    piece = MIB
-
-    def __init__(self, content: bytearray) -> None:
-        super().__init__(content)
-        self.paused = threading.Event()
-        self.released = threading.Event()
-
-    def read(self, talk: Talk, request: Request) -> None:
-        data = bytes(self.content[request.offset : request.offset + request.length])
-        stream = talk.chunk_header(request, REPLY_OFFSET_DATA, len(data) + 8) + struct.pack(">Q", request.offset) + data
-        for at in range(0, self.length, self.piece):
-            talk.socket.sendall(stream[at : min(at + self.piece, self.length)])
-        self.paused.set()
-        assert self.released.wait(WAIT_SECONDS)
-        talk.socket.sendall(stream[self.length :])
 
 
 @pytest.mark.parametrize(("length", "piece"), [(9, MIB), (28, MIB), (50_000, MIB), (50_000, 512)])
