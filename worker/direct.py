@@ -63,7 +63,7 @@ class DirectStream:
     @property
     def idle(self) -> bool:
         """All that was queued is sent."""
-        return not self._out
+        return not self._out and not self._client.has_data_to_send
 
     @property
     def at_rest(self) -> bool:

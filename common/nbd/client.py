@@ -202,6 +202,11 @@ class Client:
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
+    @property
+    def has_data_to_send(self) -> bool:
+        """Something is queued that `data_to_send` has not handed out."""
+        return self._handed < self._queued
+
     def data_to_send(self) -> list[Piece]:
         """What is queued and not handed out yet, in order; header and payload of a WRITE are neighbours.
 

@@ -381,6 +381,21 @@ def test_a_soft_end_with_half_a_payload_received_takes_the_rest_first(bench: Lin
         assert bench.bytes_of(payload) == CONTENT[:MIB]
 
 
+@pytest.mark.parametrize("splice", [True, False], ids=["spliced", "buffered"])
+def test_a_soft_end_that_comes_with_the_last_answer_is_told_to_the_server(
+    bench: LinkBench, tcp: bool, splice: bool
+) -> None:
+    """Who hears of the answer, or of another connection's loss right before it, may have had enough."""
+    server = source_double()
+    with double(server, tcp=tcp) as uri:
+        end = bench.open(uri, "source", splice=splice)
+        end.on_done = lambda _handle: end.link.disconnect()
+        end.read(0, Range.of(0, 1000), bench.room(1000) if splice else memoryview(bytearray(1000)))
+        bench.until("the link to be closed", lambda: end.link.closed)
+        wait_for("the soft disconnect", lambda: server.count(CMD_DISC) == 1, 2.0)
+    assert end.lost == []
+
+
 def test_a_soft_end_that_the_server_does_not_let_come_is_a_hard_one_after_its_time(bench: LinkBench) -> None:
     server = Hesitates(bytearray(SIZE), CMD_WRITE)
     with double(source_double()) as one, double(server) as two:
