@@ -94,7 +94,13 @@ class Rows:
 
     def unanswered(self) -> list[Unanswered]:
         return [
-            Unanswered(cookie, Range.of(self.start[cookie], self.length[cookie]), stretch, self.is_zero[cookie])
+            Unanswered(
+                cookie,
+                Range.of(self.start[cookie], self.length[cookie]),
+                stretch,
+                self.is_zero[cookie],
+                self.spliced[cookie],
+            )
             for cookie, stretch in enumerate(self.of)
             if stretch is not None
         ]

@@ -373,7 +373,7 @@ class Lanes:
                 operation.advance(event)
         operation.parts_left = 1
         operation.advance(OperationEvent.WRITES_SENT)
-        part = Part(operation, where, None if each.is_zero else Gone(), is_zero=each.is_zero)
+        part = Part(operation, where, None if each.is_zero else Gone(each.spliced), is_zero=each.is_zero)
         if pair.ends[1].is_shared:  # a file has answered when it is over: well, but for one that failed or was not done
             is_whole = each.cookie != outcome.failed_write
             error = None if is_whole else pair.ends[1].refusal(outcome.error or ECANCELED)

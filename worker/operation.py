@@ -111,9 +111,12 @@ class Operation:
 
 
 class Gone:
-    """The payload of a WRITE that a lane has sent: there is nothing to send it again from."""
+    """The payload of a WRITE that a lane has sent, `spliced` bytes of it: there is nothing to send it again from."""
 
-    __slots__ = ()
+    __slots__ = ("spliced",)
+
+    def __init__(self, spliced: int) -> None:
+        self.spliced = spliced
 
 
 class Part:

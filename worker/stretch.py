@@ -53,6 +53,7 @@ class Unanswered(msgspec.Struct, frozen=True):
     where: Range
     stretch: Stretch
     is_zero: bool = False  # a WRITE_ZEROES
+    spliced: int = 0  # bytes of its payload that never entered user space
 
 
 class Outcome(msgspec.Struct):

@@ -171,6 +171,8 @@ class Writer:
             lease.copied += min(part.where.end, part.operation.where.end) - part.where.start
             if isinstance(part.payload, PipedPayload):
                 lease.spliced += part.where.length - part.payload.in_memory
+            elif isinstance(part.payload, Gone):
+                lease.spliced += part.payload.spliced
 
     def _part_failed(self, target: Target, part: Part, error: RequestError) -> None:
         operation = part.operation

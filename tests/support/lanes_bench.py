@@ -88,11 +88,13 @@ class ScriptedLane:
         """Begin with the next stretch it was fed."""
         return self.feed.popleft()
 
-    def ask(self, stretch: Stretch, cookie: int, length: int = REQUEST, *, is_zero: bool = False) -> Unanswered:
+    def ask(
+        self, stretch: Stretch, cookie: int, length: int = REQUEST, *, is_zero: bool = False, spliced: int = 0
+    ) -> Unanswered:
         """Send a request for what comes next in `stretch`, and leave it unanswered."""
         where = Range.of(stretch.at, length)
         stretch.at = where.end
-        return Unanswered(cookie, where, stretch, is_zero)
+        return Unanswered(cookie, where, stretch, is_zero, spliced)
 
     def copy(self, stretch: Stretch, length: int | None = None, *, spliced: int = 0) -> None:
         """Copy so much of what comes next, or all that is left."""

@@ -98,7 +98,7 @@ def test_the_data_of_an_adopted_read_is_written_and_an_adopted_write_counts_when
     with lanes_bench() as bench:
         bench.lease(0, LANE_BYTES_MIN)
         stretch = bench.lane.take()
-        write, read = bench.lane.ask(stretch, 0), bench.lane.ask(stretch, 0)
+        write, read = bench.lane.ask(stretch, 0, spliced=REQUEST - 1000), bench.lane.ask(stretch, 0)
         bench.lane.copy(stretch)
         bench.end(Outcome(reads=[read], writes=[write]))
         adopted = bench.target.open[0]
@@ -109,7 +109,8 @@ def test_the_data_of_an_adopted_read_is_written_and_an_adopted_write_counts_when
         assert written.payload == b"x" * REQUEST
         assert bench.told(Written) == []
         bench.reply(adopted)
-        assert bench.told(Written) == [Written(JOB, EPOCH, 1, Counters(copied=LANE_BYTES_MIN, spliced=REQUEST))]
+        spliced = REQUEST + REQUEST - 1000  # of what was adopted
+        assert bench.told(Written) == [Written(JOB, EPOCH, 1, Counters(copied=LANE_BYTES_MIN, spliced=spliced))]
         assert bench.copier.idle
 
 
