@@ -118,6 +118,7 @@ class LinkBench:
 
         def is_lost(_: NbdLink, error: NbdshardError) -> None:
             end.lost.append(error)
+            self.lost_one()
 
         plumbing = self.plumbing if splice else None
         end.link = NbdLink(self.ring, parse_uri(uri), side, TIMEOUTS, is_ready, is_lost, plumbing=plumbing)
@@ -127,6 +128,9 @@ class LinkBench:
         self.until("the link to be ready", lambda: end.ready or end.lost)
         assert not end.lost, end.lost
         return end
+
+    def lost_one(self) -> None:
+        """A link has told of its loss."""
 
     def room(self, length: int) -> PipedPayload:
         """A pipe for `length` bytes."""
