@@ -83,12 +83,15 @@ class Ends:
             line = line.replace(server.uri, server.shown)
         return line
 
-    def settle(self, outcome: Outcome) -> None:
-        """A destination file that this job created stays when it has content, or might still get some."""
+    def settle(self, outcome: Outcome, *, is_resumable: bool) -> None:
+        """A destination file that this job created stays when it has content, or might still get some.
+
+        That is also so where a journal is left: whoever resumes wants to find it.
+        """
         from nbdshard.coordinator.job import Verdict
 
         unwritten = outcome.verdict in (Verdict.FAILED, Verdict.STOPPED) and not outcome.counters.total
-        self._keep_destination = not unwritten
+        self._keep_destination = is_resumable or not unwritten
 
     def _remove_unwritten(self) -> None:
         end = self._local_destination

@@ -61,7 +61,7 @@ def run_copy(args: Namespace, crew: Crew, conclude: Conclude | None = None) -> i
         from nbdshard.cli.jobs import run
 
         ended = run(Setting(args, options, crew, ends, url, launcher, signals), stack)
-        ends.settle(ended.outcome)
+        ends.settle(ended.outcome, is_resumable=bool(ended.resume))
     return (conclude or conclude_copy)(ended, signals.exit_code)
 
 

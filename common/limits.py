@@ -147,6 +147,12 @@ RETURNS_PER_RANGE: Final = 16  # times one range comes back with a lost connecti
 WRITTEN_LEASES_MAX: Final = 4096  # of one worker before it is asked to flush: `Flushed` names them in one message
 CHECKPOINT_SECONDS: Final = 5.0  # between flushes while a copy runs: what a crash costs; a disk writes back as often
 CHECKPOINT_BYTES: Final = 4 * GIB  # or after so much, a second of the fastest copy; a flush then takes 440 s at most
+JOURNAL_DELAY_SECONDS: Final = (
+    0.5  # of a copy, before a journal is made in which nothing is durable: a short one has none
+)
+JOURNAL_PATIENCE_SECONDS: Final = 1.0  # for who folds in the log of a dead run's journal to be done with it
+FOLD_SECONDS_MIN: Final = 0.1  # between two times the journal's log is folded in ...
+FOLD_PAUSE_FACTOR: Final = 50.0  # ... or so often the time it took: 2 % of the coordinator's time
 CHECKPOINT_ASKS_PER_TICK_MAX: Final = 64  # workers asked to flush in one go; a larger crew is asked in turns
 COVERED_LEASES_MAX: Final = 64 * KIB  # covered by a flush while an older one is unanswered, before no new one is asked
 WRITTEN_LEASES_JOB_MAX: Final = 64 * KIB  # of all workers together: about 400 bytes each until a flush covers them
@@ -207,7 +213,7 @@ RATE_WEIGHT: Final = 8  # of a worker that gets on; one that has stalled has 1, 
 
 # -- the socket of `nbdshard ctl` --------------------------------------------------------------------------------------
 ORDER_BYTES_MAX: Final = 1 * KIB
-ANSWER_BYTES_MAX: Final = 16 * KIB
+ANSWER_BYTES_MAX: Final = 64 * KIB  # a path may have 4096 characters, each of which may be an escape of six
 ORDER_CLIENTS_MAX: Final = 8  # at a time; one more, and the oldest is dropped
 ORDER_SECONDS: Final = 2.0  # from a client's connection to its order
 ORDER_ANSWER_SECONDS: Final = 10.0  # for the answer: a coordinator may wait for a disk

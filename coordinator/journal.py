@@ -12,6 +12,7 @@ forked first, and the journal opened then.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import stat
@@ -23,17 +24,16 @@ from typing import Final, Self
 import msgspec
 
 from nbdshard.common.errors import BugError, UserError
+from nbdshard.common.limits import JOURNAL_PATIENCE_SECONDS
 from nbdshard.common.messages import LeafRun
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator import journal_leaves
 from nbdshard.coordinator import journal_schema as schema
 from nbdshard.coordinator.journal_facts import JobFacts, JournalState, encode_facts
 from nbdshard.coordinator.journal_tally import Tallies, Tally
-from nbdshard.coordinator.private_directory import PrivateDirectory
 
-READ_ATTEMPTS: Final = 20  # to copy the files between two commits of a run, which has one every few seconds
-READ_BYTES_MAX: Final = 1 << 30  # more of a journal is not copied to look at it: some fifty million ranges
-COPY_BYTES: Final = 1 << 20  # in one call
+READ_ATTEMPTS: Final = 20  # to read the file while a run does not fold its log in
+_PATIENCE_STEP_SECONDS: Final = 0.02
 
 Clock = Callable[[], int]  # nanoseconds since 1970
 _held: set[tuple[int, int]] = set()  # device and inode of the journals this process has open
@@ -75,6 +75,7 @@ class Journal:
         self._row = contents.row
         self._tallies = contents.tallies
         self._clock = clock
+        self._is_folded = True  # nothing of it is in the log only
         self._broken: UserError | None = None  # why nothing can be written any more
         self._closed = False
         _held.add(inode)
@@ -91,19 +92,12 @@ class Journal:
         row = schema.JobRow(encode_facts(facts), 1, JournalState.RUNNING.value, now, now, now)
         with schema.told(path, "made"):
             _make_folder(os.path.dirname(os.path.abspath(path)))
-            try:
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            except FileExistsError:
-                advice = "go on with that job by --resume, or name another journal"
-                raise UserError("there is a file already", path, advice) from None
+            _put_in_place(path, row)
             try:
                 real_path = os.path.realpath(path)
                 _remove_logs(real_path)  # of a journal that is no more
                 connection = schema.connect(real_path)
                 try:
-                    schema.write_first(connection, row)
-                    schema.fold(connection)
-                    _sync_folder(os.path.dirname(real_path))
                     return cls(path, _inode(real_path), connection, schema.load(connection, path), clock)
                 except BaseException:
                     connection.close()
@@ -120,11 +114,8 @@ class Journal:
         not to be written, DamagedJournal when it is damaged; then it holds what it held.
         """
         with schema.told(path, "opened"):
-            with _looked_at(path, os.O_RDWR) as (_, pid):
-                if pid is not None:
-                    raise schema.in_use(path, pid)
             real_path = os.path.realpath(path)
-            connection = schema.connect(real_path)
+            connection = _locked(path)
             try:
                 journal = cls(path, _inode(real_path), connection, schema.load(connection, path), clock)
             except BaseException:
@@ -133,7 +124,7 @@ class Journal:
         try:
             row = journal._row
             journal._write(msgspec.structs.replace(row, epoch=row.epoch + 1, opened_ns=clock()))
-            schema.fold(connection)
+            journal.fold()
         except BaseException:
             journal.close()
             raise
@@ -141,28 +132,29 @@ class Journal:
 
     @staticmethod
     def read(path: str) -> Snapshot:
-        """Look at a journal, in use or not, without changing it. Raises UserError and DamagedJournal as `open` does.
+        """Look at a journal, in use or not. Raises UserError and DamagedJournal as `open` does.
 
-        SQLite would neither let a second process in, nor look without leaving traces. So it is given a copy of the
-        database and its log, made without a lock. When something was written meanwhile, the copy may not hold
-        together; the seal tells, and another copy is made.
+        The file is read where it is, without a lock and without the digests, so no run is held up. Of a journal in use
+        this is what was folded in (`fold`), a moment ago as a rule. What a run that died left in its log is folded in
+        first, as the next run would do. When something was written meanwhile, what was read may not hold together; the
+        seal tells, and it is read again.
         """
         attempts = 0
         while True:
             attempts += 1
-            with schema.told(path, "read"), PrivateDirectory() as folder:
-                copy = os.path.join(folder.path, "journal")
-                with _looked_at(path, os.O_RDONLY) as (descriptor, pid):
-                    if os.fstat(descriptor).st_size > READ_BYTES_MAX:
-                        raise UserError(f"a journal of more than {READ_BYTES_MAX >> 30} GiB is not looked at", path)
-                    _copy(descriptor, copy)
-                    _copy_log(os.path.realpath(path), copy)
-                    after = schema.holder(descriptor)
+            with schema.told(path, "read"):
+                pid = _who_holds(path)
+                if pid is None:
+                    _fold_in(path)
                 try:
-                    return _snapshot(copy, path, after)
+                    found = _snapshot(path)
                 except UserError:
-                    if (pid is None and after is None) or attempts >= READ_ATTEMPTS:
+                    if (pid is None and _who_holds(path) is None) or attempts >= READ_ATTEMPTS:
                         raise
+                else:
+                    after = _who_holds(path)
+                    if after == pid or attempts >= READ_ATTEMPTS:
+                        return msgspec.structs.replace(found, holder=after)
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 
@@ -242,11 +234,18 @@ class Journal:
             return Tallies(durable, unreadable, digests)
 
         if self._write(self._row, edit):
+            self.fold()
+
+    def fold(self) -> None:
+        """Move what was committed into the database file, where a look sees it. Never raises: the log is as durable."""
+        if not self._is_folded:
+            self._is_folded = True
             schema.fold(self._connection)
 
     def set_state(self, state: JournalState) -> None:
         """Remember how the job stands. Raises as `record` does."""
         self._write(msgspec.structs.replace(self._row, state=state.value))
+        self.fold()
 
     def close(self) -> None:
         """Let go of the journal. Never raises; does nothing the second time."""
@@ -297,13 +296,14 @@ class Journal:
                 raise schema.explain(error, self.path, "written") from error
             raise
         self._row, self._tallies = row, tallies
+        self._is_folded = self._is_folded and not changed
         return changed
 
     def _seal(self, row: schema.JobRow, tallies: Tallies) -> None:
         """Write the job's row, in place of the one we know: never a seal over anything else."""
-        values = (row.epoch, row.state, row.opened_ns, row.changed_ns, schema.seal(row, tallies))
+        values = (row.epoch, row.state, row.opened_ns, row.changed_ns, tallies.as_text(), schema.seal(row, tallies))
         done = self._connection.execute(
-            "UPDATE job SET epoch = ?, state = ?, opened_ns = ?, changed_ns = ?, seal = ? WHERE seal = ?",
+            "UPDATE job SET epoch = ?, state = ?, opened_ns = ?, changed_ns = ?, tallies = ?, seal = ? WHERE seal = ?",
             (*values, schema.seal(self._row, self._tallies)),
         )
         if done.rowcount != 1:
@@ -335,7 +335,7 @@ def _looked_at(path: str, access: int) -> Iterator[tuple[int, int | None]]:
     if not stat.S_ISREG(facts.st_mode):
         raise UserError("is not a journal of nbdshard", path)
     if (facts.st_dev, facts.st_ino) in _held:  # before it is opened: closing it would drop the lock
-        raise schema.in_use(path, os.getpid())
+        raise schema.JournalInUse(path, os.getpid())
     descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         schema.check_header(path, schema.read_header(descriptor))
@@ -356,6 +356,39 @@ def _make_folder(folder: str) -> None:
     _make_folder(os.path.dirname(folder))
     with contextlib.suppress(FileExistsError):  # made just now by another command; or a file, which the next step tells
         os.mkdir(folder, 0o700)
+
+
+def _put_in_place(path: str, row: schema.JobRow) -> None:
+    """Make the file, under a name of its own, and call it `path` when it is whole: none is found half made.
+
+    Raises UserError if there is a file of that name, OSError, sqlite3.Error.
+    """
+    fresh = f"{path}.{os.getpid()}.new"
+    try:
+        os.close(os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        with contextlib.closing(schema.connect(os.path.realpath(fresh))) as connection:
+            schema.write_first(connection, row)
+            schema.fold_or_raise(connection)
+        if os.path.lexists(path) or not _link(fresh, path):
+            advice = "go on with that job by --resume, or name another journal"
+            raise UserError("there is a file already", path, advice)
+        _sync_folder(os.path.dirname(os.path.realpath(path)))
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            _remove(fresh)
+
+
+def _link(fresh: str, path: str) -> bool:
+    """Give `fresh` the name `path`, too; False where that is taken. Raises OSError."""
+    try:
+        os.link(fresh, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        os.rename(fresh, path)  # a file system without links
+    return True
 
 
 def _sync_folder(folder: str) -> None:
@@ -379,31 +412,58 @@ def _remove_logs(real_path: str) -> None:
             os.unlink(real_path + suffix)
 
 
-def _copy(descriptor: int, target: str) -> None:
-    with open(target, "xb") as copy:
-        offset = 0
-        while count := os.sendfile(copy.fileno(), descriptor, offset, COPY_BYTES):
-            offset += count
+def _who_holds(path: str) -> int | None:
+    """As `schema.holder`. Raises UserError for what is no journal."""
+    with _looked_at(path, os.O_RDONLY) as (_, pid):
+        return pid
 
 
-def _copy_log(real_path: str, target: str) -> None:
+def _locked(path: str) -> sqlite3.Connection:
+    """A connection to the journal at `path`, which nobody else has. Raises UserError, OSError, sqlite3.Error.
+
+    Somebody who looks at it may have it for a moment (`_fold_in`); only who keeps it is a run.
+    """
+    until = time.monotonic() + JOURNAL_PATIENCE_SECONDS
+    while True:
+        try:
+            with schema.told(path, "opened"):
+                with _looked_at(path, os.O_RDWR) as (_, pid):
+                    if pid is not None:
+                        raise schema.JournalInUse(path, pid)
+                return schema.connect(os.path.realpath(path))
+        except schema.JournalInUse as error:
+            if error.pid == os.getpid() or time.monotonic() >= until:
+                raise
+            time.sleep(_PATIENCE_STEP_SECONDS)
+
+
+def _fold_in(path: str) -> None:
+    """Bring what a run that died has left in its log into the database file. Raises UserError, OSError, sqlite3.Error.
+
+    It is SQLite's recovery, under its lock, and adds and takes nothing.
+    """
+    real_path = os.path.realpath(path)
     try:
-        descriptor = os.open(real_path + schema.LOG_SUFFIX, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if os.stat(real_path + schema.LOG_SUFFIX).st_size == 0:
+            return
     except FileNotFoundError:
         return
     try:
-        _copy(descriptor, target + schema.LOG_SUFFIX)
-    finally:
-        os.close(descriptor)
+        with schema.told(path, "read"), contextlib.closing(schema.connect(real_path)) as connection:
+            schema.fold_or_raise(connection)
+    except schema.JournalInUse:  # the next run has just begun: it does the same
+        return
 
 
-def _snapshot(copy: str, path: str, pid: int | None) -> Snapshot:
-    with schema.told(path, "read"), contextlib.closing(schema.connect(copy)) as connection:
-        contents = schema.load(connection, path)
+def _snapshot(path: str) -> Snapshot:
+    with schema.told(path, "read"), contextlib.closing(schema.look_into(os.path.realpath(path))) as connection:
+        contents = schema.load(connection, path, digests=False)
         row = contents.row
         durable, unreadable = (_rows(connection, table) for table in (schema.DURABLE, schema.UNREADABLE))
+        # They may have been read from the disk a second time, and nothing kept them as they were.
+        schema.check_ranges(path, contents.tallies, durable, unreadable)
         times = (row.created_ns, row.opened_ns, row.changed_ns)
-        return Snapshot(path, contents.facts, row.epoch, contents.state, durable, unreadable, *times, pid)
+        return Snapshot(path, contents.facts, row.epoch, contents.state, durable, unreadable, *times, None)
 
 
 def _rows(connection: sqlite3.Connection, table: str) -> list[Range]:

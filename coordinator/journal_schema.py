@@ -8,8 +8,10 @@
     leaves      digests of what is durable, in a job with a checksum: coordinator/journal_leaves.py
 
 SQLite finds a broken structure, but keeps no checksums of the pages: a flipped bit in a number goes unseen. So the
-job's row carries a seal, a digest over everything there is: itself, and for each table a mark of all its ranges. The
-mark is the XOR of one digest a range, so that a commit costs what it changes and not what there is.
+job's row carries tallies, for each other table how much it holds and a mark of all its rows, and a seal, a digest over
+the whole row. The mark is the XOR of one digest a range, so that a commit costs what it changes and not what there is.
+Whoever needs some of the tables only compares those with their tallies: a look leaves the digests out, which may be
+gigabytes.
 
 The write-ahead log has checksums, but SQLite takes what is behind a broken one for never written. A lost `record` only
 means more to copy; a lost demotion would mean data that nobody copies. So what takes something back is folded into the
@@ -24,7 +26,7 @@ import hashlib
 import os
 import sqlite3
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 from urllib.parse import quote
 
@@ -38,14 +40,14 @@ from nbdshard.coordinator.journal_facts import JobFacts, JournalState, decode_fa
 from nbdshard.coordinator.journal_tally import Tallies, Tally
 
 APPLICATION_ID: Final = 0x6E626473  # "nbds": file(1) and other programs tell it apart by this
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 LOG_SUFFIX: Final = "-wal"
 DURABLE: Final = "durable"  # the tables of ranges
 UNREADABLE: Final = "unreadable"
 
 _TABLES: Final = (
     "CREATE TABLE job (facts TEXT NOT NULL, epoch INTEGER NOT NULL, state TEXT NOT NULL, created_ns INTEGER NOT NULL, "
-    "opened_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL, seal BLOB NOT NULL)",
+    "opened_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL, tallies TEXT NOT NULL, seal BLOB NOT NULL)",
     "CREATE TABLE leaves (start_byte INTEGER PRIMARY KEY, digests BLOB NOT NULL)",
     *(
         f"CREATE TABLE {table} (start_byte INTEGER PRIMARY KEY, end_byte INTEGER NOT NULL)"
@@ -58,6 +60,7 @@ _HEADER: Final = struct.Struct(">16s44xI4xI28x")  # magic, user_version at 60, a
 _LOCK_START: Final = 0x40000000
 _LOCK_LENGTH: Final = 512
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
+_BROKEN_SEAL: Final = "the seal does not match what it holds"
 _ANEW: Final = "start the copy anew, with another journal"
 
 
@@ -68,8 +71,18 @@ class DamagedJournal(UserError):
         super().__init__(f"the journal is damaged: {printable(reason)}", path, _ANEW)
 
 
+class JournalInUse(UserError):
+    """Somebody else has the journal locked: process `pid`, if that is known."""
+
+    def __init__(self, path: str, pid: int | None = None) -> None:
+        who = f" (process {pid})" if pid else ""
+        what = f"the journal is in use by a running copy{who}"
+        super().__init__(what, path, "stop that one first, or let it finish")
+        self.pid = pid
+
+
 class JobRow(msgspec.Struct, frozen=True):
-    """The job's row without its seal. Times in nanoseconds since 1970."""
+    """The job's row without its tallies and its seal. Times in nanoseconds since 1970."""
 
     facts_text: str
     epoch: int
@@ -89,10 +102,9 @@ class Contents(msgspec.Struct, frozen=True):
 
 
 def seal(row: JobRow, tallies: Tallies) -> bytes:
-    """A digest over everything the journal holds."""
+    """A digest over the job's row, and by its tallies over everything the journal holds."""
     words = (row.facts_text, row.epoch, row.state, row.created_ns, row.opened_ns, row.changed_ns)
-    tables = (tallies.durable, tallies.unreadable, tallies.leaves)
-    whole = repr((FORMAT_VERSION, *words, *((tally.count, tally.total_bytes, tally.mark) for tally in tables)))
+    whole = repr((FORMAT_VERSION, *words, tallies.as_text()))
     return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=32).digest()
 
 
@@ -135,12 +147,6 @@ def holder(descriptor: int) -> int | None:
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def in_use(path: str, pid: int | None = None) -> UserError:
-    """The refusal of a second coordinator."""
-    who = f" (process {pid})" if pid else ""
-    return UserError(f"the journal is in use by a running copy{who}", path, "stop that one first, or let it finish")
-
-
 def cannot(path: str, doing: str, reason: str | None) -> UserError:
     return UserError(f"the journal cannot be {doing}: {reason}", path)
 
@@ -162,7 +168,7 @@ def explain(error: sqlite3.Error, path: str, doing: str) -> UserError:
     """The line for the user that SQLite's `error` means."""
     match primary_code(error):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return in_use(path)
+            return JournalInUse(path)
         case sqlite3.SQLITE_FULL:
             return UserError("there is no room left for the journal", path, "make room on its file system")
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:  # the file itself was looked at
@@ -203,6 +209,23 @@ def connect(real_path: str) -> sqlite3.Connection:
     return connection
 
 
+def look_into(real_path: str) -> sqlite3.Connection:
+    """A connection that reads the database file as it is: no lock, no log, not a byte written. Raises sqlite3.Error.
+
+    "immutable" promises SQLite that nobody writes to the file meanwhile (https://sqlite.org/uri.html). Somebody may:
+    what is read then may not hold together, which the seal and the tallies tell.
+    """
+    connection = sqlite3.connect(
+        f"file:{quote(os.fsencode(real_path))}?mode=ro&immutable=1", isolation_level=None, uri=True
+    )
+    try:
+        connection.execute("PRAGMA cell_size_check=ON").fetchall()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
 def write_first(connection: sqlite3.Connection, row: JobRow) -> None:
     """Make an empty database a journal, in one transaction. Raises sqlite3.Error."""
     connection.execute("BEGIN EXCLUSIVE")
@@ -211,42 +234,65 @@ def write_first(connection: sqlite3.Connection, row: JobRow) -> None:
     for table in _TABLES:
         connection.execute(table)
     values = (row.facts_text, row.epoch, row.state, row.created_ns, row.opened_ns, row.changed_ns)
-    connection.execute("INSERT INTO job VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, seal(row, Tallies())))
+    none = Tallies()
+    connection.execute("INSERT INTO job VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*values, none.as_text(), seal(row, none)))
     connection.execute("COMMIT")
 
 
 def fold(connection: sqlite3.Connection) -> None:
     """Move what the log holds into the database file. Never raises: the log is as durable, and will be tried again."""
     with contextlib.suppress(sqlite3.Error):
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        fold_or_raise(connection)
 
 
-def load(connection: sqlite3.Connection, path: str) -> Contents:
-    """Everything the journal holds, checked. Raises UserError, DamagedJournal among them, and sqlite3.Error."""
-    _check_structure(connection, path)
-    jobs = connection.execute("SELECT * FROM job").fetchall()
-    if len(jobs) != 1:
-        raise DamagedJournal(path, f"it holds {len(jobs)} jobs")
-    *values, found = jobs[0]
-    if [type(value) for value in values] != [str, int, str, int, int, int]:
-        raise DamagedJournal(path, "the job's row has values of wrong types")
-    row = JobRow(*values)
-    loaded = [_load_ranges(connection, path, table) for table in (DURABLE, UNREADABLE)]
-    try:
-        loaded.append(journal_leaves.load(connection))
-    except ValueError as error:
-        raise DamagedJournal(path, str(error)) from None
-    tallies = Tallies(*(tally for tally, _ in loaded))
-    if seal(row, tallies) != found:
-        raise DamagedJournal(path, "the seal does not match what it holds")
+def fold_or_raise(connection: sqlite3.Connection) -> None:
+    """As `fold`, which this is without its mercy. Raises sqlite3.Error."""
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def load(connection: sqlite3.Connection, path: str, *, digests: bool = True) -> Contents:
+    """What the journal holds, checked; not `digests`: but for those of the leaves, which are not looked at.
+
+    Raises UserError, DamagedJournal among them, and sqlite3.Error.
+    """
+    _check_structure(connection, path, whole=digests)
+    row, tallies = _load_job(connection, path)
+    durable, last_durable = _load_ranges(connection, path, DURABLE)
+    unreadable, last_unreadable = _load_ranges(connection, path, UNREADABLE)
+    leaves, last_leaf = tallies.leaves, 0
+    if digests:
+        try:
+            leaves, last_leaf = journal_leaves.load(connection)
+        except ValueError as error:
+            raise DamagedJournal(path, str(error)) from None
+    if Tallies(durable, unreadable, leaves) != tallies:
+        raise DamagedJournal(path, _BROKEN_SEAL)
     try:
         facts, state = decode_facts(row.facts_text), JournalState(row.state)
     except ValueError as error:  # sealed by a journal's writer, so not damage
         raise UserError(f"the journal holds what this nbdshard does not know: {error}", path) from None
-    last = max(end for _, end in loaded)
+    last = max(last_durable, last_unreadable, last_leaf)
     if last > facts.size:
         raise DamagedJournal(path, f"a range ends at {last}, the job at {facts.size}")
     return Contents(row, facts, state, tallies)
+
+
+def _load_job(connection: sqlite3.Connection, path: str) -> tuple[JobRow, Tallies]:
+    """The job's row, under its seal."""
+    jobs = connection.execute("SELECT * FROM job").fetchall()
+    if len(jobs) != 1:
+        raise DamagedJournal(path, f"it holds {len(jobs)} jobs")
+    *values, tallied, found = jobs[0]
+    if [type(value) for value in (*values, tallied)] != [str, int, str, int, int, int, str]:
+        raise DamagedJournal(path, "the job's row has values of wrong types")
+    row = JobRow(*values)
+    try:
+        tallies = Tallies.from_text(tallied)
+    except ValueError:
+        raise DamagedJournal(path, _BROKEN_SEAL) from None
+    if seal(row, tallies) != found:
+        raise DamagedJournal(path, _BROKEN_SEAL)
+    return row, tallies
 
 
 def _load_ranges(connection: sqlite3.Connection, path: str, table: str) -> tuple[Tally, int]:
@@ -260,13 +306,25 @@ def _load_ranges(connection: sqlite3.Connection, path: str, table: str) -> tuple
     return tally, last
 
 
-def _check_structure(connection: sqlite3.Connection, path: str) -> None:
-    problem = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    if problem != "ok":
-        raise DamagedJournal(path, str(problem))
+def check_ranges(path: str, tallies: Tallies, durable: Iterable[Range], unreadable: Iterable[Range]) -> None:
+    """Raise DamagedJournal unless these are what the tallies say."""
+    for pieces, expected in ((durable, tallies.durable), (unreadable, tallies.unreadable)):
+        tally = Tally()
+        for piece in pieces:
+            tally = tally.plus(piece.start, piece.end)
+        if tally != expected:
+            raise DamagedJournal(path, _BROKEN_SEAL)
+
+
+def _check_structure(connection: sqlite3.Connection, path: str, *, whole: bool) -> None:
+    """`whole`: of all tables, free pages and leaves too."""
     _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
     if tuple(sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master ORDER BY rowid")) != _TABLES:
         raise DamagedJournal(path, "its tables are not those of a journal")
+    for what in ("1",) if whole else ("job", DURABLE, UNREADABLE):
+        problem = connection.execute(f"PRAGMA integrity_check({what})").fetchone()[0]
+        if problem != "ok":
+            raise DamagedJournal(path, str(problem))
 
 
 # -- tables of ranges --------------------------------------------------------------------------------------------------

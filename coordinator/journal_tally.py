@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
+from typing import TypeAlias
 
 import msgspec
 
 from nbdshard.common.limits import LEAF_BYTES
+
+_Numbers: TypeAlias = tuple[int, int, int]  # of a Tally
 
 
 class Tally(msgspec.Struct, frozen=True):
@@ -39,6 +43,20 @@ class Tallies(msgspec.Struct, frozen=True):
     durable: Tally = Tally()
     unreadable: Tally = Tally()
     leaves: Tally = Tally()
+
+    def as_text(self) -> str:
+        """For the job's row. Marks have 64 bits, one more than SQLite's integers."""
+        tables = (self.durable, self.unreadable, self.leaves)
+        return json.dumps([(tally.count, tally.total_bytes, tally.mark) for tally in tables], separators=(",", ":"))
+
+    @classmethod
+    def from_text(cls, text: str) -> Tallies:
+        """What `as_text` made. Raises ValueError for anything else."""
+        try:
+            durable, unreadable, leaves = msgspec.json.decode(text, type=tuple[_Numbers, _Numbers, _Numbers])
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            raise ValueError(str(error)) from None
+        return cls(Tally(*durable), Tally(*unreadable), Tally(*leaves))
 
 
 def _mark(start: int, end: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import select
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 import msgspec
 import zmq
@@ -36,6 +37,8 @@ from nbdshard.coordinator.launcher import Departure, Launcher
 from nbdshard.coordinator.progress import Display
 from nbdshard.coordinator.scheduler import Scheduler
 from nbdshard.coordinator.signals import SignalWatch
+
+_NOT_BEGUN: Final = ("opening", "stopping", "done")  # phases in which nothing is copied
 
 
 class Shell(msgspec.Struct, frozen=True):
@@ -227,6 +230,11 @@ class _Loop:
             self._awaited[name] = float("inf")
             self._kill(name)
         self._act(self._scheduler.tick(now))
+        if self._outcome is None and self._shell.keeper is not None:
+            try:
+                self._shell.keeper.look(now)
+            except UserError as error:
+                self._act(self._scheduler.fail(str(error), now))
         if self._outcome is None:
             status = self._scheduler.status()
             self._tell_of_waiting(status)
@@ -251,8 +259,17 @@ class _Loop:
         pending = deque(instructions)
         while pending:
             pending.extend(self._carry_out(pending.popleft()))
+        self._look_whether_it_began()
         for note in self._scheduler.take_notes():
             logs.info(note)  # a local copy's one line says what its user must know; a coordinator's log says these too
+
+    def _look_whether_it_began(self) -> None:
+        keeper, ends = self._shell.keeper, self._scheduler.ends
+        if keeper is None or keeper.has_begun or ends is None or self._outcome is not None:
+            return
+        status = self._scheduler.status()
+        if status.size is not None and status.phase not in _NOT_BEGUN:
+            keeper.begin(ends, status.size, self._clock())
 
     def _carry_out(self, instruction: Instruction) -> list[Instruction]:
         match instruction:

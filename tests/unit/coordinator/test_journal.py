@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import threading
 from pathlib import Path
 
 import msgspec
@@ -14,12 +15,12 @@ from hypothesis import strategies as st
 
 from nbdshard.common.errors import BugError, UserError
 from nbdshard.common.limits import MIB
-from nbdshard.common.messages import JobOptions
+from nbdshard.common.messages import JobOptions, LeafRun
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.journal import Journal
 from nbdshard.coordinator.journal_facts import JournalState, ResultOptions, decode_facts, encode_facts
 from nbdshard.coordinator.journal_schema import DamagedJournal
-from support.journals import answer, facts, mib, program
+from support.journals import answer, facts, fill, mib, program, small_disk
 
 HOLD = """
 import os, sys
@@ -43,6 +44,30 @@ import sys
 from nbdshard.coordinator.journal import Journal
 found = Journal.read(sys.argv[1])
 print(found.state.value, found.epoch, found.durable_bytes >> 20, found.holder, flush=True)
+"""
+LOOK_WITHOUT_MEMORY = f"""
+import resource
+import nbdshard.coordinator.journal
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), resource.RLIM_INFINITY))
+{LOOK}"""
+RECORD_AND_STAY = """
+import os, sys
+from nbdshard.common.ranges import Range
+from nbdshard.coordinator.journal import Journal
+journal = Journal.open(sys.argv[1])
+journal.record([Range(0, 1 << 20)])
+print("recorded", flush=True)
+sys.stdin.read(1)
+os._exit(1)
+"""
+LOCK = """
+import os, sys
+from nbdshard.coordinator import journal_schema
+connection = journal_schema.connect(sys.argv[1])
+print("locked", flush=True)
+sys.stdin.read(1)
 """
 SQLITE = """
 import sqlite3, sys
@@ -293,6 +318,7 @@ def test_a_relative_path_and_a_link_mean_the_same_journal(tmp_path: Path, monkey
     (tmp_path / "link").symlink_to("other/job.journal")
     with Journal.create("other/job.journal", facts()) as journal:
         journal.record([mib(0, 1)])
+        journal.fold()
         assert held_by_others(LOOK, "link") == f"running 1 1 {os.getpid()}"
     with Journal.open("link") as journal:
         assert journal.durable == [mib(0, 1)]
@@ -376,10 +402,14 @@ def test_a_second_run_in_the_same_process_is_refused_and_the_first_keeps_its_loc
         journal.record([mib(0, 1)])
 
 
-def test_a_look_at_a_journal_in_use_sees_the_last_commit(path: str) -> None:
+def test_a_look_at_a_journal_in_use_sees_what_was_folded_in(path: str) -> None:
     with Journal.create(path, facts()) as journal:
         assert held_by_others(LOOK, path) == f"running 1 0 {os.getpid()}"
-        journal.record([mib(0, 10)])
+        journal.record([mib(0, 9)])
+        assert held_by_others(LOOK, path) == f"running 1 0 {os.getpid()}"
+        journal.fold()
+        assert held_by_others(LOOK, path) == f"running 1 9 {os.getpid()}"
+        journal.record([mib(9, 10)])
         journal.set_state(JournalState.PAUSED)
         assert held_by_others(LOOK, path) == f"paused 1 10 {os.getpid()}"
         journal.demote([mib(0, 3)])
@@ -402,6 +432,46 @@ def test_a_look_changes_nothing_and_leaves_nothing(path: str, tmp_path: Path, mo
     assert (found.epoch, found.durable, found.holder) == (2, [mib(0, 1)], None)
     assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.glob("job*")} == before
     assert list(private.iterdir()) == []
+
+
+def test_what_a_run_that_died_left_in_its_log_is_folded_in_by_a_look(path: str) -> None:
+    with Journal.create(path, facts()):
+        pass
+    with program(RECORD_AND_STAY, path) as process:
+        assert answer(process) == "recorded"
+    log = Path(path + "-wal")
+    assert log.stat().st_size > 0
+    found = Journal.read(path)
+    assert (found.state, found.durable, found.holder) == (JournalState.RUNNING, [mib(0, 1)], None)
+    assert not log.exists()
+
+
+def test_a_look_takes_no_copy_and_has_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal has digests; there is no room for a copy of it, on the disk or in memory."""
+    with small_disk(tmp_path / "small", kib=32 << 10) as folder:
+        path = str(folder / "job.journal")
+        with Journal.create(path, facts(1 << 40)) as journal:
+            for n in range(16):
+                journal.record([mib(32768 * n, 32768 * n + 32767)], leaves=[LeafRun(32768 * n * MIB, b"\1" * MIB)])
+            journal.fold()
+            assert os.path.getsize(path) > 16 * MIB
+            fill(folder / "filler")
+            for name in ("TMPDIR", "XDG_RUNTIME_DIR"):
+                monkeypatch.setenv(name, str(folder))
+            assert held_by_others(LOOK_WITHOUT_MEMORY, path) == f"running 1 {16 * 32767} {os.getpid()}"
+
+
+def test_a_look_in_the_middle_of_a_fold_holds_nobody_up_for_long(path: str) -> None:
+    """Who begins a run while somebody folds in the log of one that died waits for that."""
+    with Journal.create(path, facts()):
+        pass
+    with program(LOCK, path) as process:
+        assert answer(process) == "locked"
+        ended = threading.Timer(0.2, process.kill)
+        ended.start()
+        with Journal.open(path) as journal:
+            assert journal.epoch == 2
+        ended.join()
 
 
 def test_a_damaged_journal_is_refused_although_a_run_has_it_open(path: str) -> None:

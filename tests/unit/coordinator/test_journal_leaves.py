@@ -101,13 +101,10 @@ def test_zeroes_take_no_room(tmp_path: Path) -> None:
 def changed(path: str, statement: str) -> str:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute(statement)
-    lines = set()
-    for look in (Journal.open, Journal.read):
-        with pytest.raises(DamagedJournal) as caught:
-            look(path)
-        lines.add(str(caught.value))
-    (line,) = lines
-    return line
+    with pytest.raises(DamagedJournal) as caught:
+        Journal.open(path)
+    assert Journal.read(path).durable == [mib(0, 1)]  # a look has no use for the digests, and does not look at them
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -134,4 +131,4 @@ def test_a_digest_beyond_the_end_of_the_job_is_none_of_it(path: str) -> None:
     with Journal.create(path, facts(MIB)) as journal:
         journal.record([Range(0, MIB)], leaves=[LeafRun(MIB, digest(1))])
     with pytest.raises(UserError, match="a range ends at"):
-        Journal.read(path)
+        Journal.open(path)

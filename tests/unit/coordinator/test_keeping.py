@@ -9,17 +9,24 @@ from pathlib import Path
 import pytest
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.limits import MIB
+from nbdshard.common.limits import JOURNAL_DELAY_SECONDS, MIB
 from nbdshard.common.messages import Counters, EndpointDescription, LeafRun
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Journal as Change
 from nbdshard.coordinator.job import Outcome, Verdict
 from nbdshard.coordinator.journal import Journal
+from nbdshard.coordinator.journal_facts import JournalState
 from nbdshard.coordinator.keeping import Keeper
-from support.journals import SIZE, facts, fill, mib, small_disk
+from support.journals import SIZE, answer, facts, fill, mib, program, small_disk
 
 ENDS = (EndpointDescription("nbd://source.example/disk", SIZE), EndpointDescription("/srv/images/disk.img", SIZE))
 FIRST, SECOND, THIRD = (Change(durable=(mib(n, n + 1),)) for n in range(0, 6, 2))
+
+LOOK = """
+import sys
+from nbdshard.coordinator.journal import Journal
+print(Journal.read(sys.argv[1]).durable_bytes >> 20, flush=True)
+"""
 
 
 @pytest.fixture
@@ -61,6 +68,97 @@ def test_but_one_that_lists_what_could_not_be_read(path: str) -> None:
         again.note(SECOND, ENDS, SIZE, is_last=True)
         again.end(outcome(Verdict.COMPLETE))
     assert Journal.read(path).unreadable == [Range(512, 1024)]
+
+
+@pytest.mark.parametrize("verdict", [Verdict.PAUSED, Verdict.STOPPED, Verdict.FAILED, Verdict.UNFENCED])
+def test_one_that_was_asked_for_is_there_however_the_copy_ends_but_well(path: str, verdict: Verdict) -> None:
+    keeper = keeper_at(path, is_wanted=True)
+    keeper.begin(ENDS, SIZE, 0.0)
+    keeper.end(outcome(verdict))
+    assert keeper.path == path
+    assert Journal.read(path).durable == []
+    with Journal.open(path) as journal:
+        assert journal.epoch == 2
+
+
+def test_a_pause_leaves_one_that_nobody_asked_for_too(path: str) -> None:
+    keeper = keeper_at(path)
+    keeper.begin(ENDS, SIZE, 0.0)
+    keeper.end(outcome(Verdict.PAUSED))
+    assert Journal.read(path).state is JournalState.PAUSED
+
+
+@pytest.mark.parametrize("verdict", [Verdict.STOPPED, Verdict.FAILED, Verdict.COMPLETE])
+def test_no_other_end_leaves_one_in_which_nothing_is_durable(path: str, verdict: Verdict) -> None:
+    keeper = keeper_at(path)
+    keeper.begin(ENDS, SIZE, 0.0)
+    keeper.look(1e9)
+    keeper.end(outcome(verdict))
+    assert not os.path.exists(os.path.dirname(path))
+
+
+@pytest.mark.parametrize("verdict", [Verdict.PAUSED, Verdict.FAILED])
+def test_a_copy_that_never_began_leaves_none(path: str, verdict: Verdict) -> None:
+    keeper = keeper_at(path, is_wanted=True)
+    keeper.look(1e9)
+    keeper.end(outcome(verdict))
+    assert not os.path.exists(os.path.dirname(path))
+
+
+def test_one_that_was_asked_for_is_made_while_the_copy_goes_on_but_not_at_once(path: str) -> None:
+    keeper = keeper_at(path, is_wanted=True)
+    keeper.begin(ENDS, SIZE, 100.0)
+    keeper.look(100.0 + JOURNAL_DELAY_SECONDS / 2)
+    assert not os.path.exists(path)
+    keeper.look(100.0 + JOURNAL_DELAY_SECONDS)
+    assert os.path.exists(path)
+    keeper.end(outcome(Verdict.COMPLETE))
+    assert not os.path.exists(path)
+
+
+def test_one_that_was_asked_for_and_cannot_be_made_ends_the_copy_then() -> None:
+    keeper = keeper_at("/dev/null/job.journal", is_wanted=True)
+    keeper.begin(ENDS, SIZE, 0.0)
+    with pytest.raises(UserError, match="the journal cannot be made"):
+        keeper.look(1.0)
+    keeper.look(2.0)  # once is enough
+    keeper.end(outcome(Verdict.FAILED))
+    assert keeper.path == ""
+
+
+def test_one_that_cannot_be_made_at_the_end_is_told_of(capfd: pytest.CaptureFixture[str]) -> None:
+    keeper = keeper_at("/dev/null/job.journal")
+    keeper.begin(ENDS, SIZE, 0.0)
+    keeper.end(outcome(Verdict.PAUSED))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith("the copy cannot be resumed")
+    assert keeper.path == ""
+
+
+def test_what_is_written_down_is_seen_by_others_soon_after(path: str) -> None:
+    keeper = keeper_at(path)
+    keeper.begin(ENDS, SIZE, 0.0)
+    keeper.note(FIRST, ENDS, SIZE)
+    keeper.look(1.0)
+    with program(LOOK, path) as process:
+        assert answer(process) == "1"
+    keeper.note(SECOND, ENDS, SIZE)
+    keeper.look(1.0)  # not again at once
+    with program(LOOK, path) as process:
+        assert answer(process) == "1"
+    keeper.look(1e9)
+    with program(LOOK, path) as process:
+        assert answer(process) == "2"
+    keeper.end(outcome(Verdict.COMPLETE))
+
+
+def test_who_resumes_lets_go_of_what_was_held_when_the_copy_begins(path: str) -> None:
+    let_go: list[str] = []
+    with Journal.create(path, facts()) as journal:
+        keeper = Keeper(lambda: path, lambda *_: facts(), journal=journal, let_go=lambda: let_go.append("let go"))
+        assert (let_go, keeper.has_begun) == ([], False)
+        keeper.begin(ENDS, SIZE, 0.0)
+        assert (let_go, keeper.has_begun) == (["let go"], True)
 
 
 def test_what_is_demoted_is_not_listed_any_more(path: str) -> None:
