@@ -6,7 +6,7 @@ import os
 import re
 import socket
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -82,15 +82,28 @@ def _listed() -> str:
 
 def _socket_of(job: str) -> str:
     """The socket of the job that `job` means. Raises UserError unless it means exactly one that runs."""
-    begins = Journal.read(job).facts.uuid if os.path.lexists(job) else job
-    there = sockets()
+    is_file = os.path.lexists(job)
+    begins = Journal.read(job).facts.uuid if is_file else job
+    there = sockets(beside=[os.path.dirname(os.path.realpath(job))] if is_file else ())
     found = [uuid for uuid in there if _UUID_BEGINS.fullmatch(begins) and uuid.startswith(begins)]
     if len(found) == 1:
         return there[found[0]]
     if found:
         raise UserError("is the beginning of several running jobs' uuids", job, ", ".join(found[:NAMED_MAX]))
+    if not is_file and (path := _socket_by_journal(job, there)):
+        return path
     running = ", ".join(list(there)[:NAMED_MAX])
     raise UserError("no such job runs", job, f"those that run: {running}" if running else "no copy of yours runs")
+
+
+def _socket_by_journal(job: str, there: Mapping[str, str]) -> str:
+    """The socket of the running job whose journal will be the file `job`, which is not there yet; "": there is none."""
+    wanted = os.path.abspath(job)
+    for path in there.values():
+        with suppress(UserError):
+            if ask(job, path, Order(ORDER_VERSION, "status")).journal == wanted:
+                return path
+    return ""
 
 
 def ask(job: str, path: str, order: Order) -> JobStatus:

@@ -54,7 +54,7 @@ def run(setting: Setting, stack: ExitStack) -> Ended:
     ends = setting.ends
     begun = begin(setting, stack)
     keeper = begun.keeper
-    control = ControlSocket.listen(begun.uuid, time.monotonic())
+    control = ControlSocket.listen(begun.uuid, time.monotonic(), journal=keeper.place if keeper is not None else "")
     if control is not None:
         stack.callback(control.close)
         logs.debug(f"job {begun.uuid}: nbdshard ctl {begun.uuid[:8]} status")
@@ -69,13 +69,20 @@ def run(setting: Setting, stack: ExitStack) -> Ended:
         export = export_command(keeper.path)
     outcome = msgspec.structs.replace(
         outcome,
-        error=ends.in_users_words(outcome.error),
+        error=ends.in_users_words(outcome.error) + _advice(begun, outcome),
         source_peer=ends.in_users_words(outcome.source_peer),
         destination_peer=ends.in_users_words(outcome.destination_peer),
     )
     source, destination = setting.args.operands
     named, is_output = words_of(source, setting.args), destination == "-"
     return Ended(outcome, time.monotonic() - start, resume, export, named, is_output)
+
+
+def _advice(begun: Start, outcome: Outcome) -> str:
+    """For who resumed a copy and whose servers were there for the look at what is durable, but not for the workers."""
+    if begun.durable and outcome.verdict is Verdict.FAILED and outcome.size is None:
+        return "; a server that leaves with its last client (qemu-nbd without -t) must be told to stay before --resume"
+    return ""
 
 
 def _job(setting: Setting, begun: Start) -> Job:

@@ -60,6 +60,7 @@ READING_OPTIONS: Final = frozenset(  # of a copy: what says how the source is re
         "--no-extents",
         "--queue-size",
         "--range-size",
+        "--rate",
         "--reconnect-delay",
         "--request-size",
         "--request-timeout",

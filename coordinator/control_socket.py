@@ -25,7 +25,7 @@ from nbdshard.common.limits import (
     ORDER_SECONDS,
     PACE_SAMPLE_SECONDS,
 )
-from nbdshard.coordinator.control_paths import is_private, reachable, socket_name, usable_places
+from nbdshard.coordinator.control_paths import is_private, reachable, remove_stale, socket_name, usable_places
 from nbdshard.coordinator.job import Pace, Status
 from nbdshard.coordinator.progress import Meter
 
@@ -37,8 +37,9 @@ Obey = Callable[[Pace], Status]  # have the job go at this pace; how it stands t
 class ControlSocket:
     """One socket, from `listen` to `close`. `descriptor` is readable when `hear` has something to do."""
 
-    def __init__(self, uuid: str, path: str, listener: socket.socket, now: float) -> None:
+    def __init__(self, uuid: str, path: str, listener: socket.socket, now: float, journal: str = "") -> None:
         self._uuid = uuid
+        self._journal = journal
         self._path = path
         self._listener = listener
         self._inode = _inode(path)
@@ -50,8 +51,12 @@ class ControlSocket:
         self._sample_at = now
 
     @classmethod
-    def listen(cls, uuid: str, now: float, folders: Sequence[str] | None = None) -> ControlSocket | None:
+    def listen(
+        cls, uuid: str, now: float, folders: Sequence[str] | None = None, *, journal: str = ""
+    ) -> ControlSocket | None:
         """The socket of the job `uuid` in the first of `folders` that is private; None where none can be had.
+
+        `journal`: where that of the job is or will be, which it tells who asks.
 
         A copy does without sooner than not to begin.
         """
@@ -59,8 +64,9 @@ class ControlSocket:
             if not is_private(folder):
                 continue
             path = os.path.join(folder, socket_name(uuid))
+            remove_stale(uuid, folder)
             try:
-                return cls(uuid, path, _listening(path), now)
+                return cls(uuid, path, _listening(path), now, journal)
             except OSError as error:
                 logs.debug(f"{path}: nobody can be listened to: {error.strerror}")
         return None
@@ -144,7 +150,7 @@ class ControlSocket:
         if pace != status.pace:
             status = obey(pace)
         self._meter.take(status, now)
-        return status, encode(Answer(status=describe(self._uuid, status, self._meter, now)))
+        return status, encode(Answer(status=describe(self._uuid, self._journal, status, self._meter, now)))
 
     def _drop(self, client: socket.socket) -> None:
         del self._clients[client.fileno()]

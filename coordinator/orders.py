@@ -6,6 +6,7 @@ Imported when the first order comes: most jobs hear none.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -17,6 +18,7 @@ from nbdshard.coordinator.progress import Meter
 
 ORDER_VERSION: Final = 1
 _TEXT_CHARACTERS_MAX: Final = 1000
+_PATH_CHARACTERS_MAX: Final = 4096
 
 Word = Literal["status", "pause", "continue", "rate"]
 Limit = Annotated[int, msgspec.Meta(ge=RATE_BYTES_MIN, le=(1 << 63) - 1)]
@@ -45,6 +47,7 @@ class JobStatus(msgspec.Struct, frozen=True):
     workers: int
     connections: int
     waiting_for: str | None
+    journal: str | None = None  # where it is, or will be once there is something to resume
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -100,7 +103,7 @@ def pace_after(order: Order, pace: Pace) -> Pace:
             return pace
 
 
-def describe(job: str, status: Status, meter: Meter, now: float) -> JobStatus:
+def describe(job: str, journal: str, status: Status, meter: Meter, now: float) -> JobStatus:
     """`status` as it is told. `meter` has seen it."""
     left = meter.seconds_left(status.size)
     return JobStatus(
@@ -116,4 +119,5 @@ def describe(job: str, status: Status, meter: Meter, now: float) -> JobStatus:
         workers=status.workers,
         connections=status.connections,
         waiting_for=status.waiting_for[:_TEXT_CHARACTERS_MAX] or None,
+        journal=os.fsencode(journal).decode("utf-8", "backslashreplace")[:_PATH_CHARACTERS_MAX] or None,
     )

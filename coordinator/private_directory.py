@@ -1,7 +1,12 @@
-"""A directory only our user can enter, for the sockets of one job; gone when the job is."""
+"""A directory only our user can enter, for the sockets of one job; gone when the job is.
+
+It is among the temporary files, and in $XDG_RUNTIME_DIR only where those have no room for it: that one is removed with
+all that is in it when its user logs out, and then a job that goes on (nohup, tmux) could start no worker any more.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
@@ -16,7 +21,7 @@ PREFIX = "nbdshard-"
 
 
 class PrivateDirectory:
-    """A context manager: a new directory of mode 0700 in $XDG_RUNTIME_DIR, $TMPDIR or /tmp, removed at the end.
+    """A context manager: a new directory of mode 0700 in $TMPDIR, /tmp or $XDG_RUNTIME_DIR, removed at the end.
 
     What is put in there are sockets and plain files; it has no folders of its own.
     """
@@ -68,17 +73,12 @@ class PrivateDirectory:
 
 def _places() -> list[str]:
     """Where to try, best first. $XDG_RUNTIME_DIR must be ours, as its specification says."""
-    places: list[str] = []
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    temporary, runtime = (os.environ.get(name, "") for name in ("TMPDIR", "XDG_RUNTIME_DIR"))
+    places = [temporary] if temporary.startswith("/") else []
+    places.append("/tmp")
     if runtime.startswith("/"):
-        try:
+        with contextlib.suppress(OSError):
             facts = os.stat(runtime)
-        except OSError:
-            pass
-        else:
             if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid():
                 places.append(runtime)
-    temporary = os.environ.get("TMPDIR", "")
-    if temporary.startswith("/"):
-        places.append(temporary)
-    return [*places, "/tmp"]
+    return places

@@ -9,14 +9,14 @@ _nbdshard_coordinator="-C -R -S -T -h -p -v --allocated --allow= --checkpoint= -
 --flush --force-resume --handshake-timeout= --help --insecure --journal= --keep-journal --key= --listen= --loss-timeout= --no-extents --no-flush --progress --progress=bar --progress=json --queue-size= --range-size= --rate= --reconnect-delay=
 --request-size= --request-timeout= --requests= --resume --retries= --salvage --sparse= --synchronous --target-is-zero --threads= --verbose --verify --workers="
 _nbdshard_verify="-C -R -T -h -p -v --connect-timeout= --connections= --handshake-timeout= --help --json --loss-timeout= --no-extents --progress --progress=bar --progress=json
---queue-size= --range-size= --reconnect-delay= --request-size= --request-timeout= --requests= --retries= --ring= --threads= --verbose --workers="
+--queue-size= --range-size= --rate= --reconnect-delay= --request-size= --request-timeout= --requests= --retries= --ring= --threads= --verbose --workers="
 _nbdshard_worker="-h -v --connect= --coordinator-key= --help --key= --ring= --verbose"
 _nbdshard_ctl="-h --help --json"
 _nbdshard_jobs="-h --format= --help --json"
 _nbdshard_keygen="-h --dir= --help"
 _nbdshard_info="-L -h --help --json --list"
 _nbdshard_checksum="-C -R -T -h -p -v --connect-timeout= --connections= --handshake-timeout= --help --json --loss-timeout= --no-extents --progress --progress=bar --progress=json
---queue-size= --range-size= --reconnect-delay= --request-size= --request-timeout= --requests= --retries= --ring= --threads= --verbose --workers="
+--queue-size= --range-size= --rate= --reconnect-delay= --request-size= --request-timeout= --requests= --retries= --ring= --threads= --verbose --workers="
 _nbdshard_map="-h --help --json --totals"
 
 # Words of a command between "[" and "]" belong to that command.

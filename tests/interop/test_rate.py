@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -27,17 +28,17 @@ SLOW = ("--rate", "8M", "--request-size", "256k")
 
 
 def sockets_of(run: Run) -> list[Path]:
-    return sorted((run.folder / "run").glob("nbdshard-*.ctl"))
+    return sorted((run.folder / "state" / "nbdshard").glob("nbdshard-*.ctl"))
 
 
 def uuid_of(run: Run) -> str:
     (path,) = wait_for("the job's socket", lambda: sockets_of(run))
-    return path.name.removeprefix("nbdshard-").removesuffix(".ctl")
+    return path.name.removeprefix("nbdshard-").partition(".")[0]
 
 
 def ctl(run: Run, *words: str, job: str | None = None) -> Outcome:
     """`nbdshard ctl` in the environment of `run`."""
-    return nbdshard("ctl", job or uuid_of(run), *words, env={"XDG_RUNTIME_DIR": str(run.folder / "run")})
+    return nbdshard("ctl", job or uuid_of(run), *words, env={"XDG_STATE_HOME": str(run.folder / "state")})
 
 
 def status(run: Run) -> dict[str, object]:
@@ -169,6 +170,46 @@ def test_ctrl_c_ends_a_copy_that_pauses_and_it_can_be_resumed(tmp_path: Path, ri
             assert "--resume" in outcome.err
         nbdshard(*words, "--resume", source.uri, target.uri).succeeded()
     images.assert_identical(image, destination)
+
+
+def test_a_job_is_reached_after_its_user_has_logged_out(ring: str) -> None:
+    """Which removes the runtime directory with all that is in it; and from then on workers can be started, too."""
+    with under_way(ring, *SLOW) as (run, ends):
+        shutil.rmtree(run.folder / "run")
+        assert "paused" in ctl(run, "pause").succeeded().out
+        lost = run.workers()
+        os.kill(lost[0], signal.SIGKILL)
+        wait_for("another worker", lambda: len(set(run.workers()) - set(lost)) == 1)
+        wait_for("it to be connected", lambda: status(run)["workers"] == 2)
+        ctl(run, "continue").succeeded()
+        finish(run, ends)
+
+
+def test_a_job_is_reached_by_its_journal_before_there_is_one(tmp_path: Path, ring: str) -> None:
+    journal = tmp_path / "journal"
+    with under_way(ring, *SLOW, "--journal", str(journal)) as (run, ends):
+        assert json.loads(ctl(run, "status", "--json").succeeded().out)["journal"] == str(journal)
+        assert uuid_of(run) in ctl(run, "pause", job=str(journal)).succeeded().out
+        wait_for("the journal", journal.exists)
+        assert uuid_of(run) in ctl(run, "status", job=str(journal)).succeeded().out
+        ctl(run, "status", job=str(tmp_path / "another")).failed(1, saying=["no such job runs", uuid_of(run)])
+        ctl(run, "continue").succeeded()
+        finish(run, ends)
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("subcommand", ["verify", "checksum"])
+def test_what_only_reads_has_a_rate_and_can_be_told_to_pause(tmp_path: Path, ring: str, subcommand: str) -> None:
+    image = images.random_image(tmp_path / "image", SIZE)
+    operands = [str(image)] * (2 if subcommand == "verify" else 1)
+    with started(subcommand, "--ring", ring, "--rate", "4M", *operands) as run:
+        wait_for("some progress", lambda: sockets_of(run) and status(run)["bytes_done"])
+        assert status(run)["rate_limit_bytes_per_second"] == 4 * MIB
+        ctl(run, "pause").succeeded()
+        wait_for("a pause", lambda: status(run)["phase"] == "paused")
+        ctl(run, "continue").succeeded()
+        ctl(run, "rate", "off").succeeded()
+        run.wait().succeeded()
 
 
 def test_a_worker_that_is_lost_during_a_pause_is_replaced_by_one_that_pauses(ring: str) -> None:

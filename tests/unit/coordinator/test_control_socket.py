@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdshard.common.limits import MIB, ORDER_BYTES_MAX, ORDER_CLIENTS_MAX, ORDER_SECONDS
+from nbdshard.common.limits import ANSWER_BYTES_MAX, MIB, ORDER_BYTES_MAX, ORDER_CLIENTS_MAX, ORDER_SECONDS
 from nbdshard.common.messages import Counters
 from nbdshard.coordinator.control_paths import reachable, socket_name, sockets, usable_places
 from nbdshard.coordinator.control_socket import ControlSocket
 from nbdshard.coordinator.job import Pace, Status
+from nbdshard.coordinator.orders import decode_answer
 from support.waiting import WAIT_SECONDS
 
 UUID = "6f1c0b1e-0d5e-4d55-9f0e-3a2c2c9d7e11"
@@ -192,12 +193,52 @@ def test_a_folder_whose_path_is_too_long_for_a_socket_will_do(tmp_path: Path) ->
     assert list(deep.iterdir()) == []
 
 
-def test_without_a_runtime_directory_the_folder_of_journals_is_made_and_used(tmp_path: Path) -> None:
-    states = tmp_path / "new" / "state"
-    environment = {"XDG_RUNTIME_DIR": str(tmp_path / "missing"), "XDG_STATE_HOME": str(states)}
-    assert usable_places(environment) == [str(states / "nbdshard")]
+def test_the_folder_of_journals_is_made_and_used_and_not_what_goes_away_at_a_logout(tmp_path: Path) -> None:
+    states, runtime = tmp_path / "new" / "state", tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    environment = {"XDG_RUNTIME_DIR": str(runtime), "XDG_STATE_HOME": str(states)}
+    assert usable_places(environment) == [str(states / "nbdshard"), str(runtime)]
     assert stat.S_IMODE((states / "nbdshard").stat().st_mode) == 0o700
-    assert not (tmp_path / "missing").exists()
+
+
+def test_where_journals_cannot_be_the_runtime_directory_will_do(tmp_path: Path) -> None:
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    (tmp_path / "file").touch()
+    environment = {"XDG_RUNTIME_DIR": str(runtime), "XDG_STATE_HOME": str(tmp_path / "file")}
+    assert usable_places(environment) == [str(runtime)]
+
+
+def test_a_socket_beside_a_journal_is_found_and_none_of_another_machine_on_the_same_home(job: Job) -> None:
+    nowhere = {"XDG_STATE_HOME": "/no/such/folder"}
+    assert sockets(nowhere) == {}
+    assert sockets(nowhere, [str(job.folder)]) == {UUID: str(job.path)}
+    job.path.rename(job.folder / f"nbdshard-{UUID}.00000000.ctl")
+    assert sockets(nowhere, [str(job.folder)]) == {}
+
+
+def test_root_finds_the_jobs_of_a_service_of_another_user(job: Job) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may look")
+    os.chown(job.folder, 65534, 65534)
+    assert usable_places({"STATE_DIRECTORY": str(job.folder)}) == []  # a job of root's own would not listen there
+    assert sockets({"STATE_DIRECTORY": str(job.folder)}) == {UUID: str(job.path)}
+
+
+def test_it_tells_where_the_journal_is_or_will_be(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    name = "/journals/" + "\x01" * 4096 + os.fsdecode(b"\xff")  # the worst there may be
+    found = ControlSocket.listen(UUID, 0.0, [str(tmp_path)], journal=name)
+    assert found is not None
+    with contextlib.closing(found), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end:
+        with reachable(str(tmp_path / socket_name(UUID))) as path:
+            end.connect(path)
+        end.send(order("status"))
+        for _ in range(3):
+            found.hear(STATUS, lambda _: STATUS, 0.0)
+        answer = decode_answer(end.recv(ANSWER_BYTES_MAX + 1))
+    assert answer.status is not None
+    assert answer.status.journal == name[:4096]
 
 
 def test_where_no_folder_can_be_had_there_is_none(tmp_path: Path) -> None:

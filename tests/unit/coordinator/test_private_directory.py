@@ -19,7 +19,7 @@ def only(folder: Path) -> list[str]:
 
 def test_it_is_ours_alone_and_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with private_folder() as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+        monkeypatch.setenv("TMPDIR", str(folder))
         before = os.umask(0)
         try:
             with PrivateDirectory() as directory:
@@ -32,7 +32,7 @@ def test_it_is_ours_alone_and_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -
 
 def test_sockets_and_files_in_it_go_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with private_folder() as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+        monkeypatch.setenv("TMPDIR", str(folder))
         with PrivateDirectory() as directory, socket.socket(socket.AF_UNIX) as listening:
             listening.bind(directory.socket_path("control.sock"))
             Path(directory.path, "file").write_text("x")
@@ -41,7 +41,7 @@ def test_sockets_and_files_in_it_go_with_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_goes_when_an_exception_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     with private_folder() as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+        monkeypatch.setenv("TMPDIR", str(folder))
         with pytest.raises(KeyboardInterrupt), PrivateDirectory():
             raise KeyboardInterrupt
         assert only(folder) == []
@@ -49,7 +49,7 @@ def test_it_goes_when_an_exception_passes(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_removing_it_twice_is_no_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     with private_folder() as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+        monkeypatch.setenv("TMPDIR", str(folder))
         with PrivateDirectory() as directory:
             directory.remove()
     assert capfd.readouterr().err == ""
@@ -59,31 +59,28 @@ def test_what_is_not_ours_to_remove_is_told_and_left(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with private_folder() as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+        monkeypatch.setenv("TMPDIR", str(folder))
         with PrivateDirectory() as directory:
             Path(directory.path, "folder").mkdir()
         assert os.path.isdir(directory.path)
     assert "cannot be removed" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("runtime", ["/no/such/folder", "relative", ""])
-def test_without_a_runtime_directory_it_is_made_in_tmpdir(monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
-    with private_folder() as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+def test_it_is_not_where_it_goes_away_when_its_user_logs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with private_folder() as folder, private_folder() as runtime:
         monkeypatch.setenv("TMPDIR", str(folder))
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
         with PrivateDirectory() as directory:
             assert os.path.dirname(directory.path) == str(folder)
+            assert only(runtime) == []
 
 
-def test_a_place_too_long_for_a_sockets_path_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    with private_folder() as folder:
-        long = folder / ("x" * 90)
-        long.mkdir()
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
-        monkeypatch.setenv("TMPDIR", str(folder))
-        with PrivateDirectory() as directory, socket.socket(socket.AF_UNIX) as listening:
-            assert os.path.dirname(directory.path) == str(folder)
-            listening.bind(directory.socket_path("y" * 20))
+@pytest.mark.parametrize("temporary", ["/no/such/folder", "relative", "", "/" + "x" * 90])
+def test_where_tmpdir_will_not_do_it_is_made_in_tmp(monkeypatch: pytest.MonkeyPatch, temporary: str) -> None:
+    monkeypatch.setenv("TMPDIR", temporary)
+    with PrivateDirectory() as directory, socket.socket(socket.AF_UNIX) as listening:
+        assert os.path.dirname(directory.path) == "/tmp"
+        listening.bind(directory.socket_path("y" * 20))
 
 
 def test_a_name_too_long_is_a_mistake_of_ours() -> None:
