@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Final, Protocol
 
-from nbdshard.cli.facts import local_file
+from nbdshard.cli.facts import difference, is_same_device, local_file
 from nbdshard.cli.journaling import Start
 from nbdshard.cli.options import words_of
 from nbdshard.cli.setting import Setting
@@ -18,6 +18,7 @@ from nbdshard.common.blocking import BlockingClient
 from nbdshard.common.errors import NbdshardError, RequestError, UserError
 from nbdshard.common.limits import RESUME_SAMPLE_BYTES, RESUME_SAMPLES
 from nbdshard.common.messages import EndpointAddress, Side
+from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.uri import parse_uri
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.journal import Journal
@@ -38,15 +39,21 @@ def resumed(setting: Setting, stack: ExitStack) -> Start:
     stack.callback(journal.close)
     facts, durable, unreadable = journal.facts, tuple(journal.durable), tuple(journal.unreadable)
     _check_digests(args, facts)
+    held = stack.enter_context(ExitStack())
     try:
         _check_facts(setting, facts)
-        _check_samples(setting, durable, unreadable)
+        _check_samples(setting, durable, unreadable, held)
     except NbdshardError as error:
         if not args.force_resume:
             raise
         logs.warning(f"{error}; resumed all the same")
     keeper = Keeper(
-        lambda: args.journal, lambda *_: facts, journal=journal, keeps=args.keep_journal, has_leaves=args.checksum
+        lambda: args.journal,
+        lambda *_: facts,
+        journal=journal,
+        keeps=args.keep_journal,
+        has_leaves=args.checksum,
+        let_go=held.close,
     )
     keeper.resume()
     expected = None if args.force_resume else (facts.source.description, facts.destinations[0].description)
@@ -72,14 +79,12 @@ def _check_facts(setting: Setting, facts: JobFacts) -> None:
     for (side, address, operand), then in zip(now, (facts.source, facts.destinations[0]), strict=True):
         named = words_of(operand, setting.args)
         is_command = operand in setting.args.commands
-        if (named != then.named) if is_command else (address.address != then.address.address):
-            raise UserError(f"the journal is about another {side}: {then.named} instead of {named}", path, ADVICE)
         local = local_file(ends, side)
-        if local is not None and then.local is not None:
-            if (local.device, local.inode) != (then.local.device, then.local.inode):
-                raise UserError(f"the {side} is another file than when the copy began", address.address, ADVICE)
-            if side == "source" and local.mtime_ns != then.local.mtime_ns:
-                raise UserError("the source was changed since the copy began", address.address, ADVICE)
+        is_other = named != then.named if is_command else address.address != then.address.address
+        if is_other and not is_same_device(then.local, local):
+            raise UserError(f"the journal is about another {side}: {then.named} instead of {named}", path, ADVICE)
+        if local is not None and then.local is not None and (what := difference(side, then.local, local)):
+            raise UserError(what, address.address, ADVICE)
     for name in ResultOptions.__struct_fields__:
         was, is_now = getattr(facts.options, name), getattr(ResultOptions.of(setting.options), name)
         if was != is_now:
@@ -123,10 +128,11 @@ class _FileReader:
         os.close(self._descriptor)
 
 
-def _check_samples(setting: Setting, durable: Sequence[Range], unreadable: Sequence[Range]) -> None:
+def _check_samples(setting: Setting, durable: Sequence[Range], unreadable: Sequence[Range], held: ExitStack) -> None:
     """Read some of what should be durable from both sides, but not what the source could not read the last time.
 
-    Raises UserError where they differ or cannot be read.
+    A server may leave with its last client. So where others are admitted beside us, which CAN_MULTI_CONN says, `held`
+    keeps the connection until the workers have theirs. Raises UserError where they differ or cannot be read.
     """
     ends, args = setting.ends, setting.args
     readable = RangeSet(durable)
@@ -139,7 +145,7 @@ def _check_samples(setting: Setting, durable: Sequence[Range], unreadable: Seque
         logs.info("what is durable is not compared: a server of `[ CMD ]` may serve one client only")
         return
     with ExitStack() as stack:
-        readers = [_reader(address, stack) for address in (ends.source, ends.destination)]
+        readers = [_reader(address, stack, held) for address in (ends.source, ends.destination)]
         for where in _samples(durable):
             try:
                 source, destination = (_read(reader, where) for reader in readers)
@@ -153,10 +159,11 @@ def _check_samples(setting: Setting, durable: Sequence[Range], unreadable: Seque
                 raise UserError(what, args.journal, "begin the copy anew, without --resume")
 
 
-def _reader(address: EndpointAddress, stack: ExitStack) -> Reader:
+def _reader(address: EndpointAddress, stack: ExitStack, held: ExitStack) -> Reader:
     if address.kind == "file":
         return stack.enter_context(closing(_FileReader(address.address)))
-    return stack.enter_context(closing(BlockingClient.open(parse_uri(address.address), address.address)))
+    client = BlockingClient.open(parse_uri(address.address), address.address)
+    return (held if TransmissionFlag.CAN_MULTI_CONN in client.export.flags else stack).enter_context(closing(client))
 
 
 def _read(reader: Reader, where: Range) -> bytes:

@@ -36,11 +36,18 @@ class JournalState(Enum):
 
 
 class LocalFile(Record, frozen=True):
-    """Which file or device a local end was when the job began (stat(2))."""
+    """Which file or device a local end was when the job began (stat(2)).
+
+    Of a file that is the inode, and while the machine runs the file system's number, which is given anew at the next
+    start. Of a device it is what it calls itself: the inode is that of its node in /dev, and made anew as well.
+    """
 
     device: Unsigned
     inode: Unsigned
     mtime_ns: int  # tells of a source that was written to; a destination's changes with the copy
+    boot: Text = ""  # the machine as it ran then (common.machine)
+    number: Unsigned = 0  # of a block device (st_rdev); 0: a file
+    identity: Text = ""  # of a block device (coordinator.device_identity); "": it has none
 
 
 class JournaledEnd(Record, frozen=True):
