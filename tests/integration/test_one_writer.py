@@ -7,7 +7,6 @@ import select
 import signal
 import socket
 import struct
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,27 +18,27 @@ from nbdshard.coordinator.job import Verdict
 from support import images, processes
 from support.choreography import Choreography, FarWorkers
 from support.command import started
-from support.doubles import CAN_MULTI_CONN, CMD_WRITE, Double, Request, Talk, double
+from support.doubles import CAN_MULTI_CONN, CMD_WRITE, double
+from support.hesitant import Hesitates
 from support.images import MIB
 from support.servers import nbdkit
 from support.sides import RINGS
-from support.waiting import WAIT_SECONDS, wait_for
+from support.waiting import wait_for
 
 SIZE = 32 * MIB
 FIRST_WRITES = 4
 
 
-class OneWriter(Double):
+class OneWriter(Hesitates):
     """Does not say CAN_MULTI_CONN, and sees who is connected, and how many at one time.
 
-    It answers the first writes, and the others when `goes_on` is set. It listens on a unix socket, where a connection
+    It answers the first writes, and the others when it is released. It listens on a unix socket, where a connection
     that was closed is seen to be at once, whatever the machine is busy with.
     """
 
     def __init__(self, content: bytearray) -> None:
-        super().__init__(content)
+        super().__init__(content, CMD_WRITE, first=FIRST_WRITES)
         self.flags &= ~CAN_MULTI_CONN
-        self.goes_on = threading.Event()
         self.clients_most = 0
         self._connections: dict[socket.socket, int] = {}
 
@@ -63,11 +62,6 @@ class OneWriter(Double):
             gone = {number for number, _ in poll.poll(0)}
             return [pid for connection, pid in self._connections.items() if connection.fileno() not in gone]
 
-    def write(self, talk: Talk, request: Request, data: bytes) -> None:
-        if self.count(CMD_WRITE) > FIRST_WRITES:
-            assert self.goes_on.wait(WAIT_SECONDS), "nobody had the destination go on"
-        super().write(talk, request, data)
-
 
 @pytest.mark.parametrize("ring", RINGS)
 def test_the_role_of_a_writer_that_is_stopped_moves_when_it_has_let_go(tmp_path: Path, ring: str) -> None:
@@ -86,7 +80,7 @@ def test_the_role_of_a_writer_that_is_stopped_moves_when_it_has_let_go(tmp_path:
             (writer,) = target.clients()
             os.kill(writer, signal.SIGSTOP)
             wait_for("the writer to stand still", lambda: processes.threads_are(writer, "T"))
-            target.goes_on.set()
+            target.released.set()
             while display.status is None or display.status.destination_connections:
                 assert target.clients() == [writer]
                 yield "the writer to be given up"
@@ -119,7 +113,7 @@ def test_a_local_writer_that_is_stopped_for_too_long_is_killed_and_replaced(tmp_
         (writer,) = target.clients()
         os.kill(writer, signal.SIGSTOP)
         wait_for("the writer to stand still", lambda: processes.threads_are(writer, "T"))
-        target.goes_on.set()
+        target.released.set()
         run.wait().succeeded()
         assert not processes.alive(writer)
     assert target.content == image.read_bytes()

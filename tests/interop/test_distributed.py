@@ -16,6 +16,7 @@ from support import images
 from support.blkhash import blkhash_of
 from support.command import Run, nbdshard, started
 from support.doubles import CMD_WRITE, Double, Request, Talk, double
+from support.hesitant import Hesitates
 from support.servers import nbdkit
 from support.sides import RINGS, serve
 from support.waiting import wait_for
@@ -110,9 +111,9 @@ def test_one_worker_of_each_ring_share_a_job(source_image: Path) -> None:
 
 
 def test_a_worker_may_join_late_and_another_leave(ring: str) -> None:
-    target = Double(bytearray(SIZE))
+    target = Hesitates(bytearray(SIZE), CMD_WRITE, first=2)
     with (
-        nbdkit("pattern", str(SIZE), "rate=128M", filters=["rate"], threads=1, tcp=True) as source,
+        nbdkit("pattern", str(SIZE), threads=1, tcp=True) as source,
         double(target) as destination,
         coordinator(source.uri, destination, "--range-size", "1M", "--queue-size", "2M") as job,
         workers(address_of(job), ring, 1) as early,
@@ -121,6 +122,7 @@ def test_a_worker_may_join_late_and_another_leave(ring: str) -> None:
         connections = target.talks
         with workers(address_of(job), ring, 1):
             wait_for("a write of the late worker", lambda: max(writers(target)) > connections)
+            target.released.set()
             early[0].signal_group(signal.SIGINT)
             early[0].wait().succeeded()
             job.wait().succeeded()
@@ -128,7 +130,7 @@ def test_a_worker_may_join_late_and_another_leave(ring: str) -> None:
 
 
 def test_ctrl_c_at_the_coordinator_ends_its_workers(ring: str) -> None:
-    target = Double(bytearray(SIZE))
+    target = TakesNothingFromOneAlone(bytearray(SIZE))
     with (
         nbdkit("pattern", str(SIZE), "rate=64M", filters=["rate"], threads=1) as source,
         double(target) as destination,
