@@ -14,7 +14,6 @@ from support import images
 from support.blkhash import blkhash, blkhash_of
 from support.command import copy, nbdshard, started
 from support.servers import nbd_server, nbdkit, qemu_nbd
-from support.waiting import wait_for
 
 SIZE = 24 * images.MIB + 513
 
@@ -190,7 +189,7 @@ def test_a_worker_that_is_killed_does_not_change_it(image: Path, tmp_path: Path)
         nbdkit("file", str(copied)) as destination,
         started("copy", *options, source.uri, destination.uri) as run,
     ):
-        wait_for("some of it to be durable", lambda: journal.exists() or run.process.poll() is not None)
+        run.until("some of it to be durable", journal.exists)
         os.kill(run.workers()[0], signal.SIGKILL)
         outcome = run.wait().succeeded()
     assert outcome.out == f"{blkhash_of(image)}  {source.uri}\n"

@@ -37,7 +37,7 @@ def test_the_next_coordinator_goes_on_when_leases_of_the_one_that_was_killed_hav
             return run
 
         first = begin()
-        wait_for("something durable", lambda: durable_bytes(journal) or first.process.poll() is not None)
+        first.until("something to be durable", lambda: durable_bytes(journal))
         os.kill(first.pid, signal.SIGKILL)
         first.process.wait(SECONDS)
         kept = durable_bytes(journal)

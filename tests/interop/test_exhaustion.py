@@ -86,7 +86,7 @@ def test_a_full_disk_under_the_journal_is_told_and_the_copy_goes_on(
         journal = folder / "journal"
         words = ("copy", *OPTIONS, "--keep-journal", "--journal", str(journal), source.uri, server.uri)
         with started(*words) as run:
-            wait_for("something durable", lambda: durable_bytes(journal) or run.process.poll() is not None)
+            run.until("something to be durable", lambda: durable_bytes(journal))
             fill(folder / "filler")
             outcome = run.wait(SECONDS).succeeded()
     images.assert_identical(image, copied)
@@ -105,9 +105,9 @@ def test_what_a_journal_had_before_its_disk_was_full_is_resumed_from(
         journal = folder / "journal"
         words = ("copy", *OPTIONS, "--journal", str(journal), source.uri, server.uri)
         with started(*words) as run:
-            wait_for("something durable", lambda: durable_bytes(journal) or run.process.poll() is not None)
+            run.until("something to be durable", lambda: durable_bytes(journal))
             fill(folder / "filler")
-            wait_for("the line", lambda: "no room left for the journal" in run.err() or run.process.poll() is not None)
+            run.until("the line", lambda: "no room left for the journal" in run.err())
             run.process.kill()
             run.process.wait(SECONDS)
             wait_for("the workers to end", lambda: not run.workers())
@@ -167,7 +167,7 @@ def test_a_lost_server_for_which_there_is_no_descriptor_any_more_pauses_the_copy
         with at_socket(socket, *command) as source:
             words = ("copy", "--ring", ring, "-T", "1", "--loss-timeout", "2", source.uri, destination.uri)
             with started(*words) as run:
-                wait_for("a beginning", lambda: images.allocated_bytes(copied) > images.MIB or run.process.poll())
+                run.until("a beginning", lambda: images.allocated_bytes(copied) > images.MIB)
                 for pid in run.workers():
                     subprocess.run(["prlimit", "--nofile=3:3", "--pid", str(pid)], check=True, timeout=SECONDS)
                 source.kill()

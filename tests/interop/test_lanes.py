@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 
 from support import images
+from support.brakes import Brake
 from support.command import Outcome, copy, started
 from support.servers import at_socket, nbdkit, private_folder, qemu_nbd
-from support.waiting import wait_for
 
 SIZE = 64 * images.MIB
 OLD = 0xEE
-SECONDS = 30.0
-BITS_PER_SECOND = "128M"  # after a first 32 MiB: there is a middle to the copy
 ONE_WORKER = ("--workers", "1")
 
 
@@ -151,24 +149,26 @@ def test_a_server_that_is_killed_in_the_middle_and_comes_back(
     copied = images.empty_image(tmp_path / "copy", SIZE)
     files = (image, copied)
     index = 0 if lost == "source" else 1
+    brake = Brake(sockets[0].parent, SIZE // 2)
     with contextlib.ExitStack() as stack:
         servers = [
-            stack.enter_context(at_socket(sockets[0], *nbdkit_words(sockets[0], image, slowly=True))),
-            stack.enter_context(at_socket(sockets[1], *nbdkit_words(sockets[1], copied, slowly=False))),
+            stack.enter_context(at_socket(sockets[0], *nbdkit_words(sockets[0], image, brake))),
+            stack.enter_context(at_socket(sockets[1], *nbdkit_words(sockets[1], copied, None))),
         ]
         words = ("copy", "--ring", ring, "--range-size", "8M", "--checkpoint", "1")
         run = stack.enter_context(started(*words, servers[0].uri, servers[1].uri))
-        wait_for("the copy to begin", lambda: images.allocated_bytes(copied) > 8 * images.MIB or run.process.poll())
+        run.until("the copy's first bytes", lambda: images.allocated_bytes(copied) > 8 * images.MIB)
         servers[index].kill()
-        wait_for("the loss to be told of", lambda: "waiting for it" in run.err() or run.process.poll() is not None)
-        again = nbdkit_words(sockets[index], files[index], slowly=False)
+        run.until("the loss to be told of", lambda: "waiting for it" in run.err())
+        brake.release()
+        again = nbdkit_words(sockets[index], files[index], None)
         stack.enter_context(at_socket(sockets[index], *again))
-        outcome = run.wait(SECONDS).succeeded()
+        outcome = run.wait().succeeded()
     assert "connected again" in outcome.err
     images.assert_identical(image, copied)
 
 
-def nbdkit_words(socket: Path, image: Path, *, slowly: bool) -> list[str]:
+def nbdkit_words(socket: Path, image: Path, brake: Brake | None) -> list[str]:
     """How nbdkit is started at `socket`."""
-    filters, rate = (["--filter=rate"], [f"rate={BITS_PER_SECOND}"]) if slowly else ([], [])
-    return ["nbdkit", "-f", "-U", str(socket), *filters, "file", str(image), *rate]
+    filters, options = (["--filter=rate"], brake.options) if brake else ([], ())
+    return ["nbdkit", "-f", "-U", str(socket), *filters, "file", str(image), *options]

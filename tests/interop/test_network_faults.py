@@ -15,7 +15,6 @@ from support import images, networks, processes
 from support.command import EXECUTABLE, Run, copy, started
 from support.networks import SERVER_ADDRESS, Network
 from support.servers import Server, at_socket, private_folder, running
-from support.waiting import wait_for
 
 SIZE = 32 * images.MIB
 PORT = 10809
@@ -75,11 +74,7 @@ class Ends:
         """A copy that has begun."""
         words = ("copy", *QUICK, *options, *self.uris)
         with started(*words, executable=[*self.net.inside_client, EXECUTABLE]) as run:
-            begun = 4 * images.MIB
-            wait_for(
-                "some of it", lambda: images.allocated_bytes(self.copied) > begun or run.process.poll() is not None
-            )
-            assert run.process.poll() is None, run.err()
+            run.until("some of it to be copied", lambda: images.allocated_bytes(self.copied) > 4 * images.MIB)
             yield run
 
 
@@ -92,8 +87,7 @@ def ends(request: pytest.FixtureRequest, net: Network, image: Path, tmp_path: Pa
 
 
 def loss_is_told(run: Run) -> None:
-    wait_for("the loss to be told of", lambda: "waiting for it" in run.err() or run.process.poll() is not None, SECONDS)
-    assert run.process.poll() is None, run.err()
+    run.until("the loss to be told of", lambda: "waiting for it" in run.err())
 
 
 def test_a_black_hole_that_ends_is_survived(ends: Ends, ring: str) -> None:

@@ -9,25 +9,23 @@ from pathlib import Path
 import pytest
 
 from support import images
+from support.brakes import Brake
 from support.command import Run, started
 from support.servers import Server, at_socket, private_folder
-from support.waiting import wait_for
 
 SIZE = 64 * images.MIB
-SECONDS = 30.0
-BITS_PER_SECOND = "128M"  # after a first 32 MiB: the copy takes two seconds, so there is a middle to it
 
-Starting = Callable[[Path, Path, bool], contextlib.AbstractContextManager[Server]]  # at a socket, an image, slowly
-
-
-def start_nbdkit(path: Path, image: Path, slow: bool) -> contextlib.AbstractContextManager[Server]:
-    rate = ["--filter=rate"] if slow else []
-    words = ["nbdkit", "-f", "-U", str(path), *rate, "file", str(image), *([f"rate={BITS_PER_SECOND}"] if slow else [])]
-    return at_socket(path, *words)
+# At a socket, an image, and what slows it down.
+Starting = Callable[[Path, Path, Brake | None], contextlib.AbstractContextManager[Server]]
 
 
-def start_qemu_nbd(path: Path, image: Path, slow: bool) -> contextlib.AbstractContextManager[Server]:
-    del slow
+def start_nbdkit(path: Path, image: Path, brake: Brake | None) -> contextlib.AbstractContextManager[Server]:
+    rate, options = (["--filter=rate"], brake.options) if brake else ([], ())
+    return at_socket(path, "nbdkit", "-f", "-U", str(path), *rate, "file", str(image), *options)
+
+
+def start_qemu_nbd(path: Path, image: Path, brake: Brake | None) -> contextlib.AbstractContextManager[Server]:
+    del brake
     return at_socket(path, "qemu-nbd", "-t", "-f", "raw", "-e", "8", "-k", str(path), str(image))
 
 
@@ -42,105 +40,122 @@ def sockets() -> Iterator[tuple[Path, Path]]:
         yield folder / "source", folder / "destination"
 
 
+@pytest.fixture
+def brake(sockets: tuple[Path, Path]) -> Brake:
+    """Half of the copy goes fast, the other half when it is released."""
+    return Brake(sockets[0].parent, SIZE // 2)
+
+
 def in_the_middle(run: Run, copied: Path) -> None:
     """Return when some of it is copied."""
-    wait_for("the copy to begin", lambda: images.allocated_bytes(copied) > 4 * images.MIB or run.process.poll())
-    assert run.process.poll() is None, run.err()
+    run.until("the copy's first bytes", lambda: images.allocated_bytes(copied) > 4 * images.MIB)
+
+
+def loss_is_told(run: Run) -> None:
+    run.until("the loss to be told of", lambda: "waiting for it" in run.err())
 
 
 @pytest.mark.parametrize("path", ["splice", "buffer"])
 @pytest.mark.parametrize("lost", ["source", "destination"])
 @pytest.mark.parametrize("start", [start_nbdkit, start_qemu_nbd])
 def test_a_server_that_comes_back_is_waited_for(
-    image: Path, tmp_path: Path, sockets: tuple[Path, Path], ring: str, path: str, lost: str, start: Starting
+    image: Path,
+    tmp_path: Path,
+    sockets: tuple[Path, Path],
+    brake: Brake,
+    ring: str,
+    path: str,
+    lost: str,
+    start: Starting,
 ) -> None:
     copied = images.empty_image(tmp_path / "copy", SIZE)
     with contextlib.ExitStack() as stack:
         # One side is always nbdkit's, which can be slow.
         kinds = (start, start_nbdkit) if lost == "source" else (start_nbdkit, start)
-        source = stack.enter_context(kinds[0](sockets[0], image, lost == "destination" or start is start_nbdkit))
-        slow_destination = lost == "source" and start is start_qemu_nbd
-        destination = stack.enter_context(kinds[1](sockets[1], copied, slow_destination))
+        is_source_slow = lost == "destination" or start is start_nbdkit
+        source = stack.enter_context(kinds[0](sockets[0], image, brake if is_source_slow else None))
+        destination = stack.enter_context(kinds[1](sockets[1], copied, None if is_source_slow else brake))
         run = stack.enter_context(
             started("copy", "--ring", ring, "--data-path", path, "--range-size", "8M", source.uri, destination.uri)
         )
         in_the_middle(run, copied)
         (source if lost == "source" else destination).kill()
-        wait_for("the loss to be told of", lambda: "waiting for it" in run.err() or run.process.poll() is not None)
+        loss_is_told(run)
+        brake.release()
         index = 0 if lost == "source" else 1
-        stack.enter_context(kinds[index](sockets[index], (image, copied)[index], False))
-        outcome = run.wait(SECONDS).succeeded()
+        stack.enter_context(kinds[index](sockets[index], (image, copied)[index], None))
+        outcome = run.wait().succeeded()
     assert f"{lost} nbd+unix://" in outcome.err.splitlines()[0], str(outcome)
     assert "connected again" in outcome.err
     images.assert_identical(image, copied)
 
 
 def test_a_server_that_does_not_come_back_in_time_pauses_the_copy(
-    image: Path, tmp_path: Path, sockets: tuple[Path, Path]
+    image: Path, tmp_path: Path, sockets: tuple[Path, Path], brake: Brake
 ) -> None:
     copied = images.empty_image(tmp_path / "copy", SIZE)
     with (
-        start_nbdkit(sockets[0], image, True) as source,
-        start_nbdkit(sockets[1], copied, False) as destination,
+        start_nbdkit(sockets[0], image, brake) as source,
+        start_nbdkit(sockets[1], copied, None) as destination,
         started("copy", "--loss-timeout=1", source.uri, destination.uri) as run,
     ):
         in_the_middle(run, copied)
         source.kill()
-        outcome = run.wait(SECONDS).failed(75, saying=["source", "it was waited for 1 s"])
+        outcome = run.wait().failed(75, saying=["source", "it was waited for 1 s"])
     assert "paused at" in outcome.last_line
 
 
 def test_with_a_loss_timeout_of_0_the_copy_fails_at_once(
-    image: Path, tmp_path: Path, sockets: tuple[Path, Path]
+    image: Path, tmp_path: Path, sockets: tuple[Path, Path], brake: Brake
 ) -> None:
     copied = images.empty_image(tmp_path / "copy", SIZE)
     with (
-        start_nbdkit(sockets[0], image, True) as source,
-        start_nbdkit(sockets[1], copied, False) as destination,
+        start_nbdkit(sockets[0], image, brake) as source,
+        start_nbdkit(sockets[1], copied, None) as destination,
         started("copy", "--loss-timeout", "0", source.uri, destination.uri) as run,
     ):
         in_the_middle(run, copied)
         source.kill()
-        run.wait(SECONDS).failed(1, saying=["source nbd+unix:"])
+        run.wait().failed(1, saying=["source nbd+unix:"])
 
 
 def test_another_disk_at_the_same_address_is_not_taken_for_the_old_one(
-    image: Path, tmp_path: Path, sockets: tuple[Path, Path]
+    image: Path, tmp_path: Path, sockets: tuple[Path, Path], brake: Brake
 ) -> None:
     copied = images.empty_image(tmp_path / "copy", SIZE)
     other = images.random_image(tmp_path / "other", SIZE // 2)
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(start_nbdkit(sockets[0], image, True))
-        destination = stack.enter_context(start_nbdkit(sockets[1], copied, False))
+        source = stack.enter_context(start_nbdkit(sockets[0], image, brake))
+        destination = stack.enter_context(start_nbdkit(sockets[1], copied, None))
         run = stack.enter_context(started("copy", source.uri, destination.uri))
         in_the_middle(run, copied)
         source.kill()
-        stack.enter_context(start_nbdkit(sockets[0], other, False))
-        run.wait(SECONDS).failed(1, saying=["source", "differs"])
+        stack.enter_context(start_nbdkit(sockets[0], other, None))
+        run.wait().failed(1, saying=["source", "differs"])
 
 
-def test_ctrl_c_ends_a_copy_that_waits(image: Path, tmp_path: Path, sockets: tuple[Path, Path]) -> None:
+def test_ctrl_c_ends_a_copy_that_waits(image: Path, tmp_path: Path, sockets: tuple[Path, Path], brake: Brake) -> None:
     copied = images.empty_image(tmp_path / "copy", SIZE)
     with (
-        start_nbdkit(sockets[0], image, True) as source,
-        start_nbdkit(sockets[1], copied, False) as destination,
+        start_nbdkit(sockets[0], image, brake) as source,
+        start_nbdkit(sockets[1], copied, None) as destination,
         started("copy", source.uri, destination.uri) as run,
     ):
         in_the_middle(run, copied)
         source.kill()
-        wait_for("the loss to be told of", lambda: "waiting for it" in run.err())
+        loss_is_told(run)
         run.signal_group()
-        run.wait(SECONDS).failed(130, saying=["stopped at"])
+        run.wait().failed(130, saying=["stopped at"])
 
 
 @pytest.mark.parametrize("path", ["splice", "buffer"])
 @pytest.mark.parametrize("lost", ["source", "destination"])
 def test_a_server_that_says_it_shuts_down_is_left_softly_and_waited_for(
-    image: Path, tmp_path: Path, sockets: tuple[Path, Path], ring: str, path: str, lost: str
+    image: Path, tmp_path: Path, sockets: tuple[Path, Path], brake: Brake, ring: str, path: str, lost: str
 ) -> None:
     copied, trouble = images.empty_image(tmp_path / "copy", SIZE), tmp_path / "trouble"
     refusing = ("--filter=error", "--filter=rate", "--threads=1", "file")
-    error = ("error=ESHUTDOWN", "error-rate=100%", f"error-file={trouble}", f"rate={BITS_PER_SECOND}")
+    error = ("error=ESHUTDOWN", "error-rate=100%", f"error-file={trouble}", *brake.options)
     ends = [[str(image)], [str(copied)]]
     plugins = [["file"], ["file"]]
     index = 0 if lost == "source" else 1
@@ -154,8 +169,9 @@ def test_a_server_that_says_it_shuts_down_is_left_softly_and_waited_for(
         run = stack.enter_context(started(*words))
         in_the_middle(run, copied)
         trouble.touch()
-        wait_for("the loss to be told of", lambda: "waiting for it" in run.err() or run.process.poll() is not None)
+        loss_is_told(run)
         trouble.unlink()
-        outcome = run.wait(SECONDS).succeeded()
+        brake.release()
+        outcome = run.wait().succeeded()
     assert "the server is shutting down" in outcome.err
     images.assert_identical(image, copied)

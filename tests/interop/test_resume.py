@@ -12,13 +12,13 @@ import pytest
 
 from support import images
 from support.blkhash import blkhash_of
+from support.brakes import Brake
 from support.command import Outcome, Run, copy, started
 from support.journals import durable_bytes
 from support.servers import at_socket, private_folder
-from support.waiting import wait_for
+from support.waiting import WAIT_SECONDS, wait_for
 
 SIZE = 64 * images.MIB
-SECONDS = 60.0
 OPTIONS = ("--range-size", "4M", "--checkpoint", "0.2", "-C", "1", "-T", "1")
 
 
@@ -28,9 +28,10 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Scene:
-    """A slow source, a destination, and a journal; `kill` ends a copy in the middle as a crash would."""
+    """A source with a brake, a destination, and a journal; `kill` ends a copy in the middle as a crash would."""
 
     def __init__(self, folder: Path, sockets: Path, image: Path) -> None:
+        self.brake = Brake(sockets, SIZE // 4)
         self.image = image
         self.copied = images.empty_image(folder / "copy", SIZE)
         self.journal = folder / "journal"
@@ -47,20 +48,21 @@ class Scene:
         with started(*self.words(*words)) as run:
             self.wait_for_durable(run, before)
             os.kill(run.pid, number)
-            run.process.wait(SECONDS)
+            run.process.wait(WAIT_SECONDS)
             wait_for("the workers to end", lambda: not run.workers())
             return Outcome(run.process.returncode, run.out(), run.err(), run.command)
 
     def wait_for_durable(self, run: Run, before: int = 0) -> None:
         """Return when the journal of `run`, which is still under way, has something, and more than `before` bytes."""
-        wait_for(
-            "something to be durable",
-            lambda: durable_bytes(self.journal) > before or run.process.poll() is not None,
-        )
-        assert run.process.poll() is None, run.err()
+        run.until("something to be durable", lambda: durable_bytes(self.journal) > before)
 
-    def resume(self, *more: str) -> Outcome:
-        return copy(*self.words("--resume", *more)[1:], timeout=SECONDS)
+    def copy(self, *more: str, **how: object) -> Outcome:
+        """Begin, and let the copy come to its end."""
+        self.brake.release()
+        return copy(*self.words(*more)[1:], **how)  # type: ignore[arg-type]
+
+    def resume(self, *more: str, **how: object) -> Outcome:
+        return self.copy("--resume", *more, **how)
 
 
 @pytest.fixture
@@ -77,10 +79,19 @@ def scene(tmp_path: Path, image: Path) -> Iterator[Scene]:
             "--threads=1",
             "file",
             str(image),
-            "rate=128M",
+            *one.brake.options,
         )
         plain = ("nbdkit", "-f", "-U", str(sockets / "d"), "file", str(one.copied))
-        slowly = ("nbdkit", "-f", "-U", str(sockets / "e"), "--filter=rate", "file", str(one.copied), "rate=128M")
+        slowly = (
+            "nbdkit",
+            "-f",
+            "-U",
+            str(sockets / "e"),
+            "--filter=rate",
+            "file",
+            str(one.copied),
+            *one.brake.options,
+        )
         with at_socket(sockets / "s", *slow), at_socket(sockets / "d", *plain), at_socket(sockets / "e", *slowly):
             yield one
 
@@ -99,14 +110,15 @@ def test_a_copy_that_was_stopped_tells_the_command_that_resumes_it(scene: Scene)
     (line,) = [line for line in stopped.err.splitlines() if "to go on: " in line]
     words = shlex.split(line.partition("to go on: ")[2])
     assert words[:5] == ["nbdshard", "copy", "--resume", "--journal", str(scene.journal)]
-    copy(*words[2:], timeout=SECONDS).succeeded()
+    scene.brake.release()
+    copy(*words[2:]).succeeded()
     images.assert_identical(scene.image, scene.copied)
 
 
 def test_a_finished_copy_leaves_a_journal_only_if_asked(scene: Scene) -> None:
-    copy(*scene.words()[1:], timeout=SECONDS).succeeded()
+    scene.copy().succeeded()
     assert not scene.journal.exists()
-    copy(*scene.words("--keep-journal")[1:], timeout=SECONDS).succeeded()
+    scene.copy("--keep-journal").succeeded()
     assert scene.journal.exists()
     again = scene.resume().succeeded()
     assert "0 B copied" in again.last_line
@@ -114,7 +126,7 @@ def test_a_finished_copy_leaves_a_journal_only_if_asked(scene: Scene) -> None:
 
 def test_a_journal_that_is_there_is_not_begun_anew(scene: Scene) -> None:
     scene.kill()
-    copy(*scene.words()[1:]).failed(1, saying=[str(scene.journal), "there is a file already", "--resume"])
+    scene.copy().failed(1, saying=[str(scene.journal), "there is a file already", "--resume"])
 
 
 def test_another_source_is_refused(scene: Scene) -> None:
@@ -134,7 +146,7 @@ def test_a_resumed_copy_has_the_checksum_of_the_whole_image(scene: Scene) -> Non
 
 def test_a_copy_that_is_complete_and_kept_has_its_checksum_in_the_journal(scene: Scene) -> None:
     for again in ((), ("--resume",)):
-        outcome = copy(*scene.words("--checksum", "--keep-journal", *again)[1:], timeout=SECONDS).succeeded()
+        outcome = scene.copy("--checksum", "--keep-journal", *again).succeeded()
         assert outcome.out == f"{blkhash_of(scene.image)}  {scene.source}\n"
     assert "0 B copied" in outcome.last_line
 
@@ -181,10 +193,10 @@ def test_a_file_behind_standard_output_is_not_cut_either(scene: Scene, tmp_path:
     with path.open("wb") as stdout, started(*scene.words(), stdout=stdout.fileno()) as run:
         scene.wait_for_durable(run)
         run.process.kill()
-        run.process.wait(SECONDS)
+        run.process.wait(WAIT_SECONDS)
         wait_for("the workers to end", lambda: not run.workers())
     with path.open("r+b") as stdout:
-        copy(*scene.words("--resume")[1:], stdout=stdout.fileno(), timeout=SECONDS).succeeded()
+        scene.resume(stdout=stdout.fileno()).succeeded()
     images.assert_identical(scene.image, path)
 
 
@@ -207,7 +219,7 @@ def test_a_source_file_that_was_changed_before_the_first_checkpoint_is_refused(s
             file.write(b"changed")
         scene.wait_for_durable(run)
         run.process.kill()
-        run.process.wait(SECONDS)
+        run.process.wait(WAIT_SECONDS)
         wait_for("the workers to end", lambda: not run.workers())
     scene.resume().failed(1, saying=["the source was changed since the copy began"])
 
@@ -218,7 +230,8 @@ def test_a_destination_file_may_be_renamed_in_the_middle(scene: Scene, tmp_path:
         there = Path(scene.destination)
         wait_for("the copy to begin", lambda: there.exists() and images.allocated_bytes(there) > 0)
         there.rename(tmp_path / "moved")
-        run.wait(SECONDS).succeeded()
+        scene.brake.release()
+        run.wait().succeeded()
     images.assert_identical(scene.image, tmp_path / "moved")
 
 
@@ -245,7 +258,7 @@ def test_a_copy_to_null_that_is_stopped_does_not_tell_how_to_go_on(scene: Scene)
     with started(*words, "--progress=json") as run:
         wait_for("the first bytes", lambda: '"bytes_total"' in run.err() or run.process.poll() is not None)
         run.signal_group()
-        outcome = run.wait(SECONDS).failed(130, saying=["stopped at"])
+        outcome = run.wait().failed(130, saying=["stopped at"])
     assert "to go on" not in outcome.err
 
 
@@ -271,7 +284,9 @@ def test_a_journal_that_cannot_be_made_is_told_before_anything_is_copied(
 def test_without_a_state_directory_a_copy_goes_on(scene: Scene) -> None:
     words = ["copy", *OPTIONS, scene.source, scene.destination]
     with started(*words, env={"XDG_STATE_HOME": "/dev/null"}) as run:
-        outcome = run.wait(SECONDS).succeeded()
+        run.until("the first checkpoint", lambda: "cannot be resumed" in run.err())
+        scene.brake.release()
+        outcome = run.wait().succeeded()
     assert "the copy goes on, but cannot be resumed" in outcome.err.splitlines()[0], str(outcome)
     images.assert_identical(scene.image, scene.copied)
 

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from support import images, processes
-from support.command import Outcome, nbdshard, started
+from support.brakes import Brake
+from support.command import Outcome, Run, nbdshard, started
 from support.servers import at_socket, nbdkit, private_folder, running
 from support.sides import KINDS, Blocks, serve
 from support.waiting import wait_for
@@ -327,7 +328,7 @@ def test_what_is_wrong_is_told_in_one_line_and_never_by_1(
 # -- over a bad night --------------------------------------------------------------------------------------------------
 
 SLOW_SIZE = 48 * images.MIB
-SLOWLY = ("rate=128M", "burstiness=2")  # bits a second, after a first burst: there is a middle to it
+HALF = SLOW_SIZE // 2
 STEPS = ("--range-size", "1M", "--request-size", "64k")
 
 
@@ -348,47 +349,63 @@ def changed(large: Path) -> Path:
 FOUND = [sector(70_000, SLOW_SIZE), sector(SLOW_SIZE - 70_000, SLOW_SIZE)]
 
 
+@pytest.fixture
+def brake() -> Iterator[Brake]:
+    """Half of what is compared goes fast, the other half when it is released."""
+    with private_folder() as folder:
+        yield Brake(folder, HALF)
+
+
+def in_the_middle(run: Run) -> None:
+    """Return when some of it is compared, but by no means all."""
+    run.until("the middle", lambda: max(percents(run.out()), default=0) > 40)
+
+
 def percents(text: str) -> list[int]:
     return [int(line.partition("/")[0]) for line in text.splitlines() if line.endswith("/100")]
 
 
 @pytest.mark.parametrize("lost", ["source", "destination"])
-def test_a_server_that_comes_back_is_waited_for(large: Path, changed: Path, ring: str, lost: str) -> None:
+def test_a_server_that_comes_back_is_waited_for(large: Path, changed: Path, brake: Brake, ring: str, lost: str) -> None:
     image, other = (large, changed) if lost == "source" else (changed, large)
-    with private_folder() as folder, nbdkit("file", str(other), *SLOWLY, filters=["rate"], flags=["-r"]) as slow:
+    with private_folder() as folder, nbdkit("file", str(other), *brake.options, filters=["rate"], flags=["-r"]) as slow:
         path = folder / "s"
         words = ("nbdkit", "-f", "-r", "-U", str(path), "file", str(image))
         with at_socket(path, *words) as server:
             ends = (server.uri, slow.uri) if lost == "source" else (slow.uri, server.uri)
             with started("verify", "--progress=1", "--ring", ring, *STEPS, *ends) as run:
-                wait_for("the middle", lambda: max(percents(run.out()), default=0) > 40 or run.process.poll())
+                in_the_middle(run)
                 server.kill()
                 wait_for("the loss", lambda: "waiting for it" in run.err() or run.process.poll() is not None)
+                brake.release()
                 with at_socket(path, *words):
                     outcome = run.wait().failed(DIFFERENT, saying=["different: 1024 bytes"])
     assert [line for line in outcome.out.splitlines() if "differ" in line] == FOUND
     assert "connected again" in outcome.err
 
 
-def test_a_worker_that_is_killed_is_replaced_and_nothing_is_told_twice(large: Path, changed: Path, ring: str) -> None:
+def test_a_worker_that_is_killed_is_replaced_and_nothing_is_told_twice(
+    large: Path, changed: Path, brake: Brake, ring: str
+) -> None:
     with (
-        nbdkit("file", str(large), *SLOWLY, filters=["rate"], flags=["-r"], threads=1) as one,
+        nbdkit("file", str(large), *brake.options, filters=["rate"], flags=["-r"], threads=1) as one,
         nbdkit("file", str(changed), flags=["-r"], threads=1) as two,
         started("verify", "--progress=1", "--ring", ring, "--workers", "2", *STEPS, one.uri, two.uri) as run,
     ):
-        wait_for("the middle", lambda: max(percents(run.out()), default=0) > 40 or run.process.poll())
+        in_the_middle(run)
         os.kill(run.workers()[0], signal.SIGKILL)
+        brake.release()
         outcome = run.wait().failed(DIFFERENT, saying=["different: 1024 bytes"])
     assert [line for line in outcome.out.splitlines() if "differ" in line] == FOUND
 
 
-def test_a_server_that_stays_away_is_no_difference(large: Path, changed: Path) -> None:
+def test_a_server_that_stays_away_is_no_difference(large: Path, changed: Path, brake: Brake) -> None:
     with (
-        nbdkit("file", str(large), *SLOWLY, filters=["rate"], flags=["-r"]) as one,
+        nbdkit("file", str(large), *brake.options, filters=["rate"], flags=["-r"]) as one,
         nbdkit("file", str(changed), flags=["-r"]) as two,
         started("verify", "--progress=1", "--loss-timeout", "0.5", *STEPS, one.uri, two.uri) as run,
     ):
-        wait_for("the middle", lambda: max(percents(run.out()), default=0) > 40 or run.process.poll())
+        in_the_middle(run)
         two.kill()
         outcome = run.wait().failed(75, saying=["destination", "was waited for"])
     # What was found until then is told, but the answer is not known.
@@ -396,13 +413,14 @@ def test_a_server_that_stays_away_is_no_difference(large: Path, changed: Path) -
     assert "to go on" not in outcome.err
 
 
-def test_an_interrupt_ends_it_softly_and_is_no_difference(large: Path, changed: Path) -> None:
+def test_an_interrupt_ends_it_softly_and_is_no_difference(large: Path, changed: Path, brake: Brake) -> None:
     with (
-        nbdkit("file", str(large), *SLOWLY, filters=["rate"], flags=["-r"]) as one,
+        nbdkit("file", str(large), *brake.options, filters=["rate"], flags=["-r"]) as one,
         nbdkit("file", str(changed), flags=["-r"]) as two,
         started("verify", "--progress=1", *STEPS, one.uri, two.uri) as run,
     ):
-        wait_for("the middle", lambda: max(percents(run.out()), default=0) > 40 or run.process.poll())
+        in_the_middle(run)
         run.signal_group(signal.SIGINT)
+        brake.release()
         outcome = run.wait().failed(130, saying=["stopped before the end"])
     assert percents(outcome.out)[-1] < 100

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +95,11 @@ class Run:
         """
         processes.kill_group(self.pid, number)
         wait_for("the signal to be delivered", lambda: not processes.is_pending(self.pid, number))
+
+    def until(self, what: str, condition: Callable[[], object]) -> None:
+        """Return when `condition` holds, while the command runs; it fails the test if it has ended by then."""
+        wait_for(what, lambda: condition() or self.process.poll() is not None)
+        assert self.process.poll() is None, f"the command had ended before the test had seen {what}\n{self.err()}"
 
     def wait(self, seconds: float = RUN_SECONDS) -> Outcome:
         """How it ended. Raises TimeoutError with what it wrote; it is an error to leave anything behind."""
