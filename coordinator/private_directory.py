@@ -40,6 +40,7 @@ class PrivateDirectory:
                 reasons.append(f"{base}: {error.strerror}")
                 continue
             self.path = path
+            self._lock = _keep(path)
             return
         raise UserError(f"no place for a private directory ({'; '.join(reasons)})", advice="set TMPDIR to one")
 
@@ -51,6 +52,9 @@ class PrivateDirectory:
 
     def remove(self) -> None:
         """Remove it and what is in it. Never raises: it is called while other errors are on their way."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
         try:
             with os.scandir(self.path) as entries:
                 names = [entry.path for entry in entries]
@@ -69,6 +73,24 @@ class PrivateDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _keep(path: str) -> int:
+    """A descriptor with a lock, for which systemd-tmpfiles leaves alone what gets old in there (tmpfiles.d(5)).
+
+    -1: it cannot be had, and is not worth to end for.
+    """
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+        else:
+            return descriptor
+    return -1
 
 
 def _places() -> list[str]:

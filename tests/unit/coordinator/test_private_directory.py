@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def test_it_is_not_where_it_goes_away_when_its_user_logs_out(monkeypatch: pytest
         with PrivateDirectory() as directory:
             assert os.path.dirname(directory.path) == str(folder)
             assert only(runtime) == []
+
+
+def test_what_cleans_up_old_temporary_files_is_told_to_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd-tmpfiles skips a directory that is locked: flock(1) tells whether it is."""
+    with private_folder() as folder:
+        monkeypatch.setenv("TMPDIR", str(folder))
+        with PrivateDirectory() as directory:
+            assert subprocess.run(["flock", "--nonblock", directory.path, "true"], check=False).returncode == 1
+            Path(directory.path, "file").touch()
+        assert only(folder) == []
 
 
 @pytest.mark.parametrize("temporary", ["/no/such/folder", "relative", "", "/" + "x" * 90])
