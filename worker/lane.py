@@ -327,19 +327,18 @@ class Lane:
         self._make_room(target, 1, 1, length)
         # First the row, then the clock: whoever ends the lease in between sees that something may be written.
         cookie = writes.take(stretch, start, length, inf)
-        writes.sent[cookie] = self._clock()
+        writes.sent[cookie] = now = self._clock()  # once: it ages also while there is no room for its first byte
         writes.spliced[cookie] = in_pipe
         self._held_at = start + length
         expires = stretch.lease.expires
         while True:
-            now = writes.sent[cookie]
             if now >= expires:
                 expires = self._renewed(stretch, now, (cookie,), half_sent=False)
             count = target.begin(cookie, start, length, rest if not in_pipe else None)
             if count >= 0:
                 break
             self._await_room(target, count, cookie)
-            writes.sent[cookie] = self._clock()
+            now = self._clock()
         if count and rest is not None:
             if count == len(rest):
                 return
@@ -381,7 +380,7 @@ class Lane:
             now = self._clock()
             if now >= expires:
                 expires = self._renewed(stretch, now, cookies, half_sent=has_begun)
-            if not has_begun:
+            if writes.sent[cookies[0]] == inf:
                 for cookie in cookies:
                     writes.sent[cookie] = now
             count = target.gather(pieces)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from math import inf
 
+from nbdshard.common.errors import TimedOut
 from nbdshard.common.limits import LANE_BYTES_MIN
 from nbdshard.common.messages import Counters, ErrorReport, Failed, JobOptions, Lease, Written
 from nbdshard.common.ranges import Range
@@ -26,7 +28,8 @@ from support.link_bench import TURN_SECONDS, End, LinkBench
 WAYS = ("buffers", "pipes", "lanes")
 REQUEST = 256 * KIB  # the shortest that is spliced
 SIZE = LANE_BYTES_MIN + 2 * MIB  # enough to be lent again after a fault in the first half mebibyte
-LEASE_SECONDS = 1000.0
+LEASE_SECONDS = 100_000.0
+AHEAD_SECONDS = 4.0  # in a turn, while a test lets time fly
 OPTIONS = JobOptions(
     request_size=REQUEST, requests=12, queue_size=16 * MIB, sparse_unit=None, extents=False, attempts=3
 )
@@ -46,6 +49,11 @@ class CountedLane(Lane):
         return outcome
 
 
+def is_waiting(lane: Lane) -> bool:
+    """For one of the sides, which cannot show then what the other would do; or for its next loan."""
+    return not lane.is_out or inf in (lane.oldest_read()[0], lane.oldest_write()[0])
+
+
 class CopyBench(LinkBench):
     """One connection to either side, and one lease. `way`: one of WAYS."""
 
@@ -55,6 +63,7 @@ class CopyBench(LinkBench):
         self.lanes: list[CountedLane] = []
         self.remarks: list[str] = []
         self.now = time.monotonic()
+        self._ahead_seconds = 0.0  # of the clock, as the links see it
         self._copier: Copier | None = None
         self._work: LeaseWork | None = None
         self._is_losing = False
@@ -87,7 +96,7 @@ class CopyBench(LinkBench):
         return self._copier
 
     def turn(self, seconds: float = TURN_SECONDS) -> bool:
-        self.now = time.monotonic()
+        self.now = time.monotonic() + self._ahead_seconds
         if self._copier is not None:
             self._copier.collect()
             if not self._is_losing:
@@ -137,6 +146,22 @@ class CopyBench(LinkBench):
         (failed,) = self.told()
         assert isinstance(failed, Failed), failed
         return failed
+
+    def time_out(self) -> End:
+        """As `lose`, by a request that has grown too old: once nothing comes any more, time flies."""
+        self.stays_quiet(0.1)
+        self.until("the lane to wait", lambda: all(is_waiting(lane) for lane in self.lanes))
+
+        def is_over() -> bool:
+            self._ahead_seconds += AHEAD_SECONDS
+            for end in self.ends:
+                end.link.tick(self.now)
+            return any(end.lost for end in self.ends)
+
+        self.until("a request to be given up", is_over)
+        lost = self.lose()
+        assert isinstance(lost.lost[0], TimedOut)
+        return lost
 
     def lose(self) -> End:
         """The end of a copy that was begun, by the loss of one connection. The other was left softly."""

@@ -234,6 +234,25 @@ class Crumbling(Double):
             talk.socket.sendall(stream[at : at + self.piece])
 
 
+class AcknowledgesAhead(Double):
+    """Acknowledges every WRITE when it has its header, and takes nothing more from `goes_on_until` on."""
+
+    goes_on_until = 0
+
+    def __init__(self, content: bytearray) -> None:
+        super().__init__(content)
+        self.released = threading.Event()
+
+    def answer(self, talk: Talk, request: Request) -> None:
+        if request.command != CMD_WRITE:
+            super().answer(talk, request)
+            return
+        talk.done(request)
+        if request.offset >= self.goes_on_until:
+            assert self.released.wait(WAIT_SECONDS)
+        self.content[request.offset : request.offset + request.length] = talk.receive(request.length)
+
+
 class PausesInAReply(Double):
     """Sends `length` bytes of its answer to a read in pieces of `piece`, and the rest when `released` is set."""
 

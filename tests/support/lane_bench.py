@@ -297,6 +297,16 @@ class LaneBench:
         self.ours[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * KIB)
         self.theirs[1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * KIB)
 
+    def fill_up(self) -> int:
+        """Fill the destination's socket, so that not a byte of a header finds room: how many bytes that took."""
+        self.fill_up_soon()
+        sent = 0
+        while True:
+            try:
+                sent += self.ours[1].send(bytes(1))
+            except BlockingIOError:
+                return sent
+
     def until_full(self) -> None:
         """Wait until the destination's socket has no room, so that the lane waits for it."""
         wait_for("the socket to be full", lambda: self.untaken() and not select.select([], [self.ours[1]], [], 0)[1])

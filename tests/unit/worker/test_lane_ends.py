@@ -175,14 +175,7 @@ def test_a_lease_that_is_renewed_inside_a_write_sends_the_rest(content: bytes) -
 
 def test_a_lease_that_ends_while_the_request_waits_for_room_is_not_late() -> None:
     with lane_bench() as bench:
-        bench.fill_up_soon()
-        bench.ours[1].setblocking(False)
-        sent = 0
-        while True:  # somebody has filled the socket before: not a byte of a header finds room
-            try:
-                sent += bench.ours[1].send(bytes(1))
-            except BlockingIOError:
-                break
+        sent = bench.fill_up()
         bench.serve_reads(random_bytes(UNIT))
         bench.begin((0, UNIT))
         wait_for("the write to be tried", lambda: bench.lane.oldest_write()[1] > 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from nbdshard.common.limits import LANE_ROWS_MAX
 from nbdshard.worker.stretch import Outcome
 from support.images import KIB, MIB, random_bytes
@@ -11,6 +13,7 @@ from support.lane_bench import UNIT, lane_bench
 from support.waiting import wait_for
 
 SECTOR = 4 * KIB
+IN_TURN = (b"a" * SECTOR + bytes(SECTOR)) * (UNIT // SECTOR // 2)
 
 
 def test_while_the_destination_takes_nothing_no_read_of_the_source_grows_old() -> None:
@@ -40,6 +43,20 @@ def test_while_half_a_payload_is_awaited_no_write_and_no_flush_grows_old() -> No
         assert bench.lane.oldest_read()[0] == bench.now
         bench.source.send(reply[len(reply) // 2 :])
         wait_for("the first write to age again", lambda: bench.lane.oldest_write()[0] == bench.now)
+
+
+@pytest.mark.parametrize("content", [random_bytes(UNIT), IN_TURN], ids=["one request", "several in one call"])
+def test_a_request_that_finds_no_room_for_its_first_byte_grows_old(content: bytes) -> None:
+    """A destination that has answered everything and takes nothing any more would be waited for without end."""
+    with lane_bench(sparse_unit=SECTOR, zeroes=True) as bench:
+        bench.fill_up()
+        bench.serve_reads(content)
+        bench.begin((0, UNIT))
+        wait_for("the request to be tried", lambda: bench.lane.oldest_write()[0] == 100.0)
+        bench.now = 131.0
+        looks = len(bench.looks)
+        wait_for("it to be tried again", lambda: len(bench.looks) > looks + 1)
+        assert bench.lane.oldest_write()[0] == 100.0
 
 
 def test_a_source_that_says_nothing_is_what_grows_old() -> None:

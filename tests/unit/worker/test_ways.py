@@ -18,6 +18,7 @@ from support.failing import (
     FAILURES,
     GOINGS,
     REFUSALS,
+    AcknowledgesAhead,
     Crumbling,
     FailsFirst,
     GoesInAReply,
@@ -254,7 +255,7 @@ def sleeps(bench: CopyBench) -> None:
     assert time.process_time() - began < (time.monotonic() - wall) / 4
 
 
-@pytest.mark.parametrize(("length", "piece"), [(9, REQUEST), (28, REQUEST), (100_000, REQUEST), (100_000, 512)])
+@pytest.mark.parametrize(("length", "piece"), [(9, REQUEST), (100_000, 512)])
 @EACH_WAY
 def test_nothing_turns_while_a_source_pauses_in_a_payload(ring: str, way: str, length: int, piece: int) -> None:
     """Also when the pipe was full already, and the rest goes into memory."""
@@ -282,3 +283,43 @@ def test_nothing_turns_while_a_destination_takes_nothing(ring: str, way: str, co
         target.released.set()
         bench.finish()
     assert target.content == content
+
+
+# -- servers that are too slow ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [9, 100_000])
+@EACH_WAY
+def test_a_source_that_stops_in_a_payload_is_given_up_by_its_name(ring: str, way: str, length: int) -> None:
+    source, target = PausesInAReply(bytearray(DENSE)), Double(old())
+    source.length = length
+    with copy_bench(ring, way) as bench, double(source) as one, double(target) as two:
+        bench.connect(one, two)
+        bench.begin()
+        bench.until("the pause", source.paused.is_set)
+        assert bench.time_out() is bench.source
+        source.released.set()
+
+
+@EACH_CONTENT
+@EACH_WAY
+def test_a_destination_that_takes_nothing_is_given_up_by_its_name(ring: str, way: str, content: bytes) -> None:
+    source, target = Double(bytearray(content)), Hesitates(old(), CMD_WRITE)
+    with copy_bench(ring, way) as bench, double(source) as one, double(target) as two:
+        bench.connect(one, two)
+        bench.begin()
+        bench.until("the first write", lambda: target.count(CMD_WRITE))
+        assert bench.time_out() is bench.target
+        target.released.set()
+
+
+@EACH_WAY
+def test_a_destination_that_acknowledges_ahead_and_then_takes_nothing_is_given_up(ring: str, way: str) -> None:
+    source, target = Double(bytearray(DENSE)), AcknowledgesAhead(old())
+    target.goes_on_until = FAULT_AT
+    with copy_bench(ring, way) as bench, double(source) as one, double(target) as two:
+        bench.connect(one, two)
+        bench.begin()
+        bench.until("the last that is taken", lambda: target.count(CMD_WRITE) > 2)
+        assert bench.time_out() is bench.target
+        target.released.set()
