@@ -31,7 +31,7 @@ SIZE = LANE_BYTES_MIN + 2 * MIB  # enough to be lent again after a fault in the 
 LEASE_SECONDS = 100_000.0
 AHEAD_SECONDS = 4.0  # in a turn, while a test lets time fly
 OPTIONS = JobOptions(
-    request_size=REQUEST, requests=12, queue_size=16 * MIB, sparse_unit=None, extents=False, attempts=3
+    request_size=REQUEST, requests=64, queue_size=16 * MIB, sparse_unit=None, extents=False, attempts=3
 )
 
 
@@ -56,6 +56,8 @@ def is_waiting(lane: Lane) -> bool:
 
 class CopyBench(LinkBench):
     """One connection to either side, and one lease. `way`: one of WAYS."""
+
+    handles = OPTIONS.requests + 1  # one for a flush
 
     def __init__(self, ring: Ring, way: str) -> None:
         super().__init__(ring, SystemPlumbing(), REQUEST)

@@ -100,11 +100,13 @@ class End:
 class LinkBench:
     """One loop. `activity` counts the waits that ended before their time."""
 
+    handles = HANDLES  # of each link
+
     def __init__(self, ring: Ring, plumbing: SystemPlumbing, pipe_size: int) -> None:
         self.ring = ring
         self.plumbing = plumbing
         self.pool = PipePool(plumbing, pipe_size)
-        self.pool.grow(HANDLES)
+        self.pool.grow(self.handles)
         self.ends: list[End] = []
         self.activity = 0
         self.now = 0.0  # the links' clock stands still unless a test moves it
@@ -124,7 +126,7 @@ class LinkBench:
         end.link = NbdLink(self.ring, parse_uri(uri), side, TIMEOUTS, is_ready, is_lost, plumbing=plumbing)
         end.link.listener = end
         self.ends.append(end)
-        end.link.start(self.now, HANDLES)
+        end.link.start(self.now, self.handles)
         self.until("the link to be ready", lambda: end.ready or end.lost)
         assert not end.lost, end.lost
         return end
