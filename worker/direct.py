@@ -17,7 +17,7 @@ from nbdshard.common.nbd.client import Client, Event
 from nbdshard.common.nbd.payload import Elsewhere, Piece, in_memory
 from nbdshard.common.ring import Descriptor, Kind, Operation, Ring
 from nbdshard.worker.piped import PipedPayload, PipeRun
-from nbdshard.worker.pipes import Plumbing, tell_of_small_pieces
+from nbdshard.worker.pipes import Plumbing, small_pieces
 
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP
 _ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -223,4 +223,4 @@ class DirectStream:
         payload.spill()
         if not self._has_told_of_full_pipe:
             self._has_told_of_full_pipe = True
-            logs.info(tell_of_small_pieces(self._peer, payload.pipe.capacity, payload.pipe.held))
+            logs.info(f"{self._peer}: {small_pieces(payload.pipe.capacity, payload.pipe.held)}")

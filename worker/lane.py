@@ -74,6 +74,7 @@ class Lane:
         self.wants_flush = False
         self.flushed = False  # what was wanted was acknowledged
         self.copied = 0  # bytes, in this loan
+        self.remarks: deque[str] = deque()  # for the log, of the source
         self._stopping = False
         self._sizes = RequestSizes(request_bytes, varies=varies)
         self._sparse_unit = sparse_unit
@@ -81,7 +82,7 @@ class Lane:
         self._clock = clock
         self._wake_copier = wake
         self._has_woken = False
-        self._payload = LanePayload(request_bytes, plumbing)
+        self._payload = LanePayload(request_bytes, plumbing, self.remarks.append)
         rows = min(rows, LANE_ROWS_MAX)
         self._queue_bytes = queue_bytes
         self._reads = Rows(rows // 2, request_bytes, queue_bytes)
@@ -113,11 +114,6 @@ class Lane:
     def prepare(self) -> str:
         """Open what is needed: "" or why there can be no lane."""
         return self._payload.open()
-
-    @property
-    def small_pieces(self) -> int:
-        """Bytes the pipe was full with before a payload's end; 0: that was never so."""
-        return self._payload.small_pieces
 
     def begin(self, source: LaneSource, target: LaneTarget) -> None:
         """Lend the connections; they are the lane's until `outcome` is there, and it is taken."""
@@ -253,7 +249,7 @@ class Lane:
         self._now = self._clock()
         reads.answered(cookie, self._now)
         payload, unit = self._payload, self._sparse_unit
-        if unit and (payload.small_pieces or not self._may_splice):  # what spills has to be searched in memory
+        if unit and (payload.is_poor or not self._may_splice):
             payload.receive(source, start, length, self._await_source)
             self._hold(cookie, stretch, start, length)
             self._write_runs(target, stretch, start, length)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from nbdshard.worker.lending import LaneSource
-from nbdshard.worker.pipes import SAMPLE_BYTES, SAMPLES_MAX, Pipe
+from nbdshard.worker.pipes import NO_LOOK, SAMPLE_BYTES, SAMPLES_MAX, Pipe, small_pieces
 
 _ZERO_SAMPLE: Final = bytes(SAMPLE_BYTES)
 _NO_PIPE: Final = -1
@@ -32,12 +32,14 @@ class Looks(Protocol):
 class LanePayload:
     """Room for `size` bytes. `buffer` is empty until something has to go there."""
 
-    def __init__(self, size: int, plumbing: Looks) -> None:
+    def __init__(self, size: int, plumbing: Looks, tell: Callable[[str], None]) -> None:
+        """`tell`: why not all goes through the pipe, once, for the log."""
         self.pipe = Pipe(_NO_PIPE, _NO_PIPE, 0)
         self.buffer = bytearray(0)
-        self.small_pieces = 0  # bytes the pipe was full with before a payload's end; 0: that was never so
+        self.is_poor = False  # what has to be looked at is better off in the buffer at once
         self._size = size
         self._plumbing = plumbing
+        self._tell = tell
         self._poll = select.poll()
 
     def open(self) -> str:
@@ -70,7 +72,7 @@ class LanePayload:
                 moved += count
                 pipe.held = moved
                 if moved < length and not self._poll.poll(0):
-                    self.small_pieces = self.small_pieces or moved
+                    self._be_poor(small_pieces(self._size, moved))
                     self.receive(source, start, length, stuck, at=moved)
                     return moved
             else:
@@ -87,6 +89,11 @@ class LanePayload:
             else:
                 stuck(count)
 
+    def _be_poor(self, why: str) -> None:
+        if not self.is_poor:
+            self.is_poor = True
+            self._tell(why)
+
     def _memory(self) -> memoryview:
         if not self.buffer:
             self.buffer = bytearray(self._size)
@@ -97,6 +104,8 @@ class LanePayload:
         if in_pipe < length or start % unit or length % unit or length > SAMPLES_MAX * unit:
             return False
         samples = self._plumbing.sample(self.pipe, unit)
+        if not samples:
+            self._be_poor(f"{NO_LOOK}; what is searched for zeroes goes through a buffer")
         return samples != b"" and _ZERO_SAMPLE not in samples
 
     def unload(self) -> None:

@@ -31,7 +31,6 @@ from nbdshard.worker.lease import LeaseWork, Segment
 from nbdshard.worker.lending import LanePort, Lendable
 from nbdshard.worker.operation import Gone, Operation, Part
 from nbdshard.worker.payloads import Payloads
-from nbdshard.worker.pipes import tell_of_small_pieces
 from nbdshard.worker.shape import CopyShape
 from nbdshard.worker.sides import Source, Target
 from nbdshard.worker.states import OperationEvent
@@ -73,7 +72,6 @@ class Pair:
         self.strikes = 0
         self.is_stopping = False
         self.is_fit = True  # else it is not lent any more
-        self.has_told_of_small_pieces = False
 
     @property
     def may_be_lent(self) -> bool:
@@ -272,10 +270,8 @@ class Lanes:
                 self._finished(pair, lane.finished.popleft())
             for stretch in pair.stretches:
                 _credit(stretch)
-            if lane.small_pieces and not pair.has_told_of_small_pieces:
-                pair.has_told_of_small_pieces = True
-                peer = pair.ends[0].description.peer
-                self.remarks.append(tell_of_small_pieces(peer, self._shape.request_size, lane.small_pieces))
+            while lane.remarks:
+                self.remarks.append(f"{pair.ends[0].description.peer}: {lane.remarks.popleft()}")
             if lane.flushed:
                 lane.flushed = False
                 pair.ends[1].lane_flushed()

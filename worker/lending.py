@@ -100,9 +100,7 @@ class LanePort(Protocol):
     wants_flush: bool
     flushed: bool
     copied: int
-
-    @property
-    def small_pieces(self) -> int: ...
+    remarks: deque[str]
 
     def prepare(self) -> str: ...
     def begin(self, source: LaneSource, target: LaneTarget) -> None: ...

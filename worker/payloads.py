@@ -8,6 +8,7 @@ from nbdshard.common.errors import BugError
 from nbdshard.common.limits import SPLICED_BYTES_PER_SECOND, SPLICED_PER_CONNECTION
 from nbdshard.worker.operation import Operation
 from nbdshard.worker.piped import PipePool
+from nbdshard.worker.pipes import NO_LOOK
 from nbdshard.worker.zeroes import Run, find_runs
 
 
@@ -70,7 +71,7 @@ class Payloads:
         runs = find_runs(buffer, length, unit, phase)
         if not is_whole and self._pipes is not None:
             # As if by a rule: the pipe that copies go through is too small.
-            self._pipes.retire("no pipe could be had to look at spliced payload with")
+            self._pipes.retire(NO_LOOK)
         if is_whole and len(runs) == 1:
             self._buffers.give(buffer)
         else:

@@ -74,9 +74,13 @@ class Plumbing(Protocol):
         """Close what it opened for its own use. Idempotent."""
 
 
-def tell_of_small_pieces(peer: str, capacity: int, held: int) -> str:
-    """For the log: a pipe of `capacity` bytes was full when it held less."""
+# For the log, behind a peer's name.
+NO_LOOK: Final = "no pipe could be had to look at spliced payload with"
+
+
+def small_pieces(capacity: int, held: int) -> str:
+    """A pipe of `capacity` bytes was full when it held less."""
     return (
-        f"{peer}: its data comes in small pieces: a pipe of {capacity} bytes was full with {held}; "
+        f"its data comes in small pieces: a pipe of {capacity} bytes was full with {held}; "
         "the rest of such payload goes through a buffer"
     )

@@ -344,10 +344,12 @@ def lane_bench(
     ends: Callable[[], Ends] = unix_ends,
     zeroes: bool = False,
     queue_bytes: int = 16 * MIB,
+    plumbing: Looks | None = None,
 ) -> Iterator[LaneBench]:
     """A lane that is lent when `begin` is called, and closed with its sockets when the block ends."""
     with prepared(ends()) as one, prepared(ends()) as two:
-        bench = LaneBench(mode, unit, sparse_unit, rows, (one, two), SystemPlumbing(), queue_bytes, zeroes=zeroes)
+        plumbing = plumbing or SystemPlumbing()
+        bench = LaneBench(mode, unit, sparse_unit, rows, (one, two), plumbing, queue_bytes, zeroes=zeroes)
         try:
             yield bench
         finally:

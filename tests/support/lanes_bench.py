@@ -34,7 +34,7 @@ class ScriptedLane:
         self.is_out = False
         self.wants_flush = False
         self.flushed = False
-        self.small_pieces = 0
+        self.remarks: deque[str] = deque()
         self.copied = 0
         self.loans = 0
         self.stops = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from errno import ECONNRESET, EPIPE
@@ -9,9 +10,6 @@ from errno import ECONNRESET, EPIPE
 import pytest
 
 from nbdshard.common.ranges import Range
-from nbdshard.worker.lane import Lane
-from nbdshard.worker.pipes import Pipe
-from nbdshard.worker.plumbing import SystemPlumbing
 from nbdshard.worker.stretch import Outcome
 from support.doubles import EIO, ENOSPC, REPLY_OFFSET_HOLE
 from support.images import KIB, MIB, random_bytes
@@ -155,7 +153,12 @@ def test_a_pipe_that_is_full_early_is_told_of_and_the_copy_is_the_same(sparse_un
         for start, end in zeroes:
             held[start:end] = bytes(end - start)
         assert held == content
-        assert 0 < bench.lane.small_pieces < UNIT
+        (remark,) = bench.lane.remarks
+        assert re.fullmatch(
+            r"its data comes in small pieces: a pipe of 65536 bytes was full with \d{4,5}; "
+            "the rest of such payload goes through a buffer",
+            remark,
+        )
         assert bool(zeroes) is bool(sparse_unit)
         assert bench.stretches[0].spliced < bench.stretches[0].copied
 
@@ -426,41 +429,3 @@ def test_a_destination_that_closes_between_two_writes_is_lost() -> None:
         outcome = bench.end()
         assert (outcome.lost, outcome.error, outcome.failed_write) == ("destination", 0, None)
         assert ranges(outcome.writes) == [(0, UNIT)]
-
-
-# -- what a lane needs -------------------------------------------------------------------------------------------------
-
-
-class FewPipes(SystemPlumbing):
-    """A user's share of pipe memory that is used up, or all descriptors."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity = capacity
-        self.open = 0
-
-    def open_pipe(self, size: int) -> Pipe | int:
-        if self.capacity < 0:
-            return self.capacity
-        self.open += 1
-        return super().open_pipe(self.capacity)
-
-    def close_pipe(self, pipe: Pipe) -> None:
-        self.open -= 1
-        super().close_pipe(pipe)
-
-
-@pytest.mark.parametrize(
-    ("capacity", "why"),
-    [
-        (-24, "no pipe can be opened"),
-        (4 * KIB, "a pipe can hold only 4096 bytes (pipe-max-size, pipe-user-pages-soft)"),
-    ],
-)
-def test_without_a_pipe_that_holds_a_request_there_is_no_lane(capacity: int, why: str) -> None:
-    plumbing = FewPipes(capacity)
-    lane = Lane(UNIT, 0, 8, MIB, lambda: 0.0, lambda: None, plumbing)
-    assert lane.prepare() == why
-    lane.close()
-    lane.close()
-    assert plumbing.open == 0

@@ -317,14 +317,13 @@ def test_a_file_takes_zeroes_while_it_is_lent() -> None:
         assert bench.target.made("zero") == [Range(0, MIB)]
 
 
-def test_a_source_whose_data_comes_in_small_pieces_is_told_of_once() -> None:
+def test_what_a_lane_remarks_is_told_once_with_the_name_of_its_source() -> None:
     with lanes_bench() as bench:
         bench.lease(0, 2 * STRETCH)
-        bench.lane.small_pieces = 8192
+        bench.lane.remarks.append("its data is odd")
         bench.turn()
         bench.turn()
-        (remark,) = bench.copier.lanes.remarks
-        assert remark.startswith(f"there: its data comes in small pieces: a pipe of {REQUEST} bytes was full with 8192")
+        assert bench.copier.lanes.remarks == ["there: its data is odd"]
 
 
 # -- faults of our own -------------------------------------------------------------------------------------------------
