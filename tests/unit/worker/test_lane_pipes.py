@@ -66,13 +66,12 @@ class PoorLooks(SystemPlumbing):
         return super().open_pipe(self._size) if self._size > 0 else self._size
 
 
+CONTENTS = {"dense": random_bytes(6 * UNIT), "zeroes": (b"a" * SECTOR + bytes(SECTOR)) * (3 * UNIT // SECTOR)}
+
+
 @pytest.mark.parametrize("size", [4 * KIB, 16 * KIB, -EMFILE])
-@pytest.mark.parametrize(
-    "content", [random_bytes(6 * UNIT), (b"a" * SECTOR + bytes(SECTOR)) * (3 * UNIT // SECTOR)], ids=["dense", "zeroes"]
-)
-def test_a_lane_that_sees_a_part_of_its_pipe_searches_all_of_it_in_memory_and_says_so(
-    content: bytes, size: int
-) -> None:
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
+def test_a_lane_that_sees_only_a_part_of_its_pipe_searches_it_in_memory_and_says_so(content: bytes, size: int) -> None:
     with lane_bench(sparse_unit=SECTOR, zeroes=True, plumbing=PoorLooks(size)) as bench:
         bench.serve_reads(content)
         bench.serve_writes()
