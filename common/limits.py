@@ -150,7 +150,7 @@ CHECKPOINT_BYTES: Final = 4 * GIB  # or after so much, a second of the fastest c
 JOURNAL_DELAY_SECONDS: Final = (
     0.5  # of a copy, before a journal is made in which nothing is durable: a short one has none
 )
-JOURNAL_PATIENCE_SECONDS: Final = 1.0  # for who folds in the log of a dead run's journal to be done with it
+JOURNAL_PATIENCE_SECONDS: Final = 2.0  # for who folds in the log of a dead run's journal to be done with it
 FOLD_SECONDS_MIN: Final = 0.1  # between two times the journal's log is folded in ...
 FOLD_PAUSE_FACTOR: Final = 50.0  # ... or so often the time it took: 2 % of the coordinator's time
 CHECKPOINT_ASKS_PER_TICK_MAX: Final = 64  # workers asked to flush in one go; a larger crew is asked in turns

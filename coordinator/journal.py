@@ -448,6 +448,9 @@ def _fold_in(path: str) -> None:
             return
     except FileNotFoundError:
         return
+    if not os.access(real_path, os.W_OK):
+        what = "a run that died left a part of it in a log, which only who may write to it can fold in"
+        raise UserError(what, path, "look at it as its user")
     try:
         with schema.told(path, "read"), contextlib.closing(schema.connect(real_path)) as connection:
             schema.fold_or_raise(connection)

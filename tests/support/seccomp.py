@@ -8,9 +8,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+PROFILE = Path(__file__).parents[2] / "deploy/container/seccomp.json"
 _ACT_ALLOW = 0x7FFF0000
 _ACT_ERRNO = 0x00050000
 _NR_UNKNOWN = -1
@@ -45,6 +48,22 @@ def load(profile: dict[str, object], without: frozenset[str] = frozenset()) -> N
                 raise RuntimeError(f"seccomp: {name} cannot be allowed")
     if library.seccomp_load(context) < 0:
         raise RuntimeError("seccomp: the profile cannot be loaded")
+
+
+def without(program_text: str, *arguments: str, refused: Sequence[str]) -> str:
+    """What a Python program prints that is refused (EPERM) these system calls, besides what containers refuse."""
+    options = [word for name in refused for word in ("--without", name)]
+    command = [sys.executable, "-m", "support.seccomp", str(PROFILE), *options, "--"]
+    ended = subprocess.run(
+        [*command, sys.executable, "-c", program_text, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 def main() -> None:

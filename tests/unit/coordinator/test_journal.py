@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -20,7 +22,10 @@ from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.journal import Journal
 from nbdshard.coordinator.journal_facts import JournalState, ResultOptions, decode_facts, encode_facts
 from nbdshard.coordinator.journal_schema import DamagedJournal
-from support.journals import answer, facts, mib, program
+from support import seccomp
+from support.journals import answer, facts, fill, mib, program, small_disk
+from support.servers import private_folder
+from support.unprivileged import as_lonely_user
 
 HOLD = """
 import os, sys
@@ -53,6 +58,17 @@ with open("/proc/self/statm") as file:
 resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), resource.RLIM_INFINITY))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
 {LOOK}"""
+CREATE = """
+import sys
+from nbdshard.common.errors import UserError
+from nbdshard.coordinator.journal import Journal
+from nbdshard.coordinator.journal_facts import decode_facts
+try:
+    Journal.create(sys.argv[1], decode_facts(sys.argv[2])).close()
+    print("made")
+except UserError as error:
+    print(error)
+"""
 RECORD_AND_STAY = """
 import os, sys
 from nbdshard.common.ranges import Range
@@ -335,6 +351,15 @@ def test_a_new_journal_takes_the_place_of_no_file(path: str) -> None:
     assert Path(path).read_text() == "mine"
 
 
+def test_without_hard_links_a_journal_is_made_too(path: str) -> None:
+    """As on a FAT; and it takes the place of no file there either."""
+    encoded = encode_facts(facts())
+    for said in ("made", "there is a file already"):
+        assert said in seccomp.without(CREATE, path, encoded, refused=("link", "linkat"))
+    assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
+    assert Journal.read(path).facts == facts()
+
+
 def test_a_log_left_by_another_journal_of_that_name_is_none_of_the_new_one(path: str) -> None:
     with Journal.create(path, facts()) as journal:
         journal.record([mib(0, 1)])
@@ -447,6 +472,62 @@ def test_what_a_run_that_died_left_in_its_log_is_folded_in_by_a_look(path: str) 
     assert not log.exists()
 
 
+def left_with_a_log(path: str) -> None:
+    """A journal whose run died with what it had recorded in the log."""
+    with Journal.create(path, facts()):
+        pass
+    with program(RECORD_AND_STAY, path) as process:
+        assert answer(process) == "recorded"
+
+
+def test_a_log_is_left_to_a_run_that_has_just_begun(path: str) -> None:
+    left_with_a_log(path)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        assert Journal.read(path).durable == []
+    assert Journal.read(path).durable == [mib(0, 1)]
+
+
+def test_a_log_that_cannot_be_folded_in_is_told() -> None:
+    with private_folder() as folder:
+        path = f"{folder}/job.journal"
+        left_with_a_log(path)
+        folder.chmod(0o755)
+        os.chmod(path, 0o644)
+        with as_lonely_user(lambda: line_of(lambda: Journal.read(path))) as line:
+            assert line == (
+                f"{path}: a run that died left a part of it in a log, which only who may write to it can fold in; "
+                "look at it as its user"
+            )
+        assert Journal.read(path).durable == [mib(0, 1)]
+
+
+def test_without_room_a_log_is_left_for_later(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small") as folder:
+        path = str(folder / "job.journal")
+        with Journal.create(path, facts()):
+            pass
+        with program(
+            RECORD_AND_STAY.replace("(0, 1 << 20)]", "(n << 20, n + 1 << 20) for n in range(0, 999, 2)]"), path
+        ) as process:
+            assert answer(process) == "recorded"
+        fill(folder / "filler")
+        assert line_of(lambda: Journal.read(path)) == (
+            f"{path}: there is no room left for the journal; make room on its file system"
+        )
+        (folder / "filler").unlink()
+        assert len(Journal.read(path).durable) == 500
+
+
+def line_of(action: Callable[[], object]) -> str:
+    """The line with which `action` is refused."""
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return "it was not refused"
+
+
 def test_a_look_takes_no_copy_neither_on_the_disk_nor_in_memory(path: str) -> None:
     with Journal.create(path, facts(1 << 40)) as journal:
         for n in range(16):
@@ -462,7 +543,7 @@ def test_a_look_in_the_middle_of_a_fold_holds_nobody_up_for_long(path: str) -> N
         pass
     with program(LOCK, path) as process:
         assert answer(process) == "locked"
-        ended = threading.Timer(0.2, process.kill)
+        ended = threading.Timer(0.1, process.kill)
         ended.start()
         with Journal.open(path) as journal:
             assert journal.epoch == 2

@@ -11,6 +11,7 @@ import pytest
 
 from nbdshard.common.errors import UserError
 from nbdshard.coordinator.private_directory import PrivateDirectory
+from support import seccomp
 from support.servers import private_folder
 
 
@@ -84,6 +85,15 @@ def test_what_cleans_up_old_temporary_files_is_told_to_leave_it(monkeypatch: pyt
             assert subprocess.run(["flock", "--nonblock", directory.path, "true"], check=False).returncode == 1
             Path(directory.path, "file").touch()
         assert only(folder) == []
+
+
+def test_without_locks_it_is_made_all_the_same() -> None:
+    program = """if True:
+        from nbdshard.coordinator.private_directory import PrivateDirectory
+        with PrivateDirectory() as directory:
+            print("made")
+    """
+    assert seccomp.without(program, refused=["flock"]) == "made\n"
 
 
 @pytest.mark.parametrize("temporary", ["/no/such/folder", "relative", "", "/" + "x" * 90])
