@@ -51,15 +51,18 @@ class Deadlines:
         """From now on bytes are to be completed, or at another pace."""
         self._moved_at = now
 
-    def look(self, now: float) -> None:
-        """After every event: who is connected now?"""
+    def look(self, now: float, *, is_paused: bool) -> None:
+        """After every event: who is connected now? `is_paused`: nobody is to complete anything."""
         if self._crew.ready_count == 0:
             self._idle_since = now if self._idle_since is None else self._idle_since
             if self._crew.waiting_count and self._lost_since is None:
                 self._lost_since = now
-        elif self._idle_since is not None:
+            return
+        if self._idle_since is not None:
             self._idle_since = None
             self._moved_at = now
+        if is_paused:
+            self._lost_since = None  # a connection is all that a server can show then
 
     # -- when the time is over -----------------------------------------------------------------------------------------
 

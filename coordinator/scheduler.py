@@ -440,7 +440,7 @@ class Scheduler(Membership):
             self._rates.share(self._now)
         if self._ending is not None and self._phase is Phase.STOPPING:
             self._finish_if_quiet(self._ending)
-        self._deadlines.look(self._now)
+        self._deadlines.look(self._now, is_paused=self.pace.is_paused)
         return self._out.take()
 
     def _press_on(self, copying: Copying) -> None:

@@ -19,7 +19,7 @@ from nbdshard.common.messages import (
 )
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Finish, Instruction, Send
-from nbdshard.coordinator.job import Job, Outcome, Verdict
+from nbdshard.coordinator.job import Job, Outcome, Pace, Verdict
 from nbdshard.coordinator.scheduler import Scheduler
 
 UUID = "6f1c0b1e-0d5e-4d55-9f0e-3a2c2c9d7e11"
@@ -137,6 +137,9 @@ class Stage:
 
     def stop(self) -> list[Instruction]:
         return self._note(self.scheduler.stop("stopped by SIGINT", self.now))
+
+    def set_pace(self, pace: Pace) -> list[Instruction]:
+        return self._note(self.scheduler.set_pace(pace, self.now))
 
     def fail(self, text: str) -> list[Instruction]:
         return self._note(self.scheduler.fail(text, self.now))

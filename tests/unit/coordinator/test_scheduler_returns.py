@@ -13,7 +13,7 @@ from nbdshard.common.limits import (
     RETURNS_PER_RANGE,
 )
 from nbdshard.coordinator.instructions import Instruction, Send
-from nbdshard.coordinator.job import Verdict
+from nbdshard.coordinator.job import Pace, Verdict
 from support.schedules import (
     Stage,
     ended,
@@ -235,3 +235,44 @@ def test_ctrl_c_ends_a_job_that_waits() -> None:
     stage.say("a", open_failed(LOST))
     assert [who for who, _ in stops(stage.stop())] == ["a"]
     assert ended(stage, "a")[0] is Verdict.STOPPED
+
+
+# -- while the user has the job pause ----------------------------------------------------------------------------------
+
+
+def test_a_short_loss_long_after_another_does_not_end_a_job_that_pauses() -> None:
+    """Nothing can be completed in between: a connection that is back is all that can be had."""
+    stage, _ = copying()
+    stage.say("a", open_failed(LOST))
+    until_assigned(stage)
+    stage.say("a", opened(DISK, DISK))
+    stage.set_pace(Pace(is_paused=True))
+    stage.wait(2 * LOSS_SECONDS, "a")
+    stage.say("a", open_failed(LOST))
+    assert stage.scheduler.status().waiting_seconds == 0
+    until_assigned(stage, "a")
+    stage.say("a", opened(DISK, DISK))
+    assert stage.outcomes == []
+    assert stage.scheduler.status().phase == "paused"
+
+
+def test_a_server_that_comes_back_during_a_pause_is_back_when_the_job_goes_on() -> None:
+    stage, _ = copying()
+    stage.set_pace(Pace(is_paused=True))
+    stage.say("a", open_failed(LOST))
+    until_assigned(stage)
+    stage.say("a", opened(DISK, DISK))
+    stage.wait(2 * LOSS_SECONDS, "a")
+    stage.set_pace(Pace())
+    stage.say("a", open_failed(LOST))
+    assert stage.scheduler.status().waiting_seconds == 0
+    assert stops(stage.wait(LOSS_SECONDS / 2, "a")) == []
+
+
+def test_a_server_that_stays_away_during_a_pause_is_waited_for_no_longer_than_else() -> None:
+    stage, _ = copying()
+    stage.set_pace(Pace(is_paused=True))
+    stage.say("a", open_failed(LOST))
+    told = stops(stage.wait(LOSS_SECONDS + 1, "a"))
+    assert [who for who, _ in told] == ["a"]
+    assert ended(stage, "a")[0] is Verdict.PAUSED
