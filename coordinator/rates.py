@@ -98,14 +98,19 @@ class Rates:
             self._outbox.send(worker, Rate(self._job.uuid, self._job.epoch, rate))
 
     def _weight(self, worker: Worker, now: float) -> int:
-        """Look at how far it is: those that get on have equal shares."""
+        """Look at how far it is: those that get on have equal shares.
+
+        One that has stalled is found to have until it gets on: its small share would explain that nothing comes.
+        """
         assert worker.holding is not None
         mark = tuple((number, granted.done.total) for number, granted in worker.holding.leased.items())
         if mark != worker.mark or not worker.rate:
             worker.mark = mark
             worker.moved_at = now
+            worker.has_stalled = False
         patience = RATE_STALL_SECONDS + 2 * self._job.options.request_size / max(1, worker.rate or 1)
-        return 1 if now - worker.moved_at > patience else RATE_WEIGHT
+        worker.has_stalled |= now - worker.moved_at > patience
+        return 1 if worker.has_stalled else RATE_WEIGHT
 
 
 def shares_of(limit: int, weights: Sequence[int]) -> list[int]:

@@ -50,6 +50,7 @@ class Worker(msgspec.Struct, eq=False):
     was_told_rate: bool = False
     mark: tuple[tuple[int, int], ...] = ()  # how far its leases were ...
     moved_at: float = 0.0  # ... when that was seen to have changed
+    has_stalled: bool = False  # ... for too long: a small share is enough to show that it gets on again
     alarm: float = inf  # when the crew looks at it next (its valid entry in the heap)
 
     @property

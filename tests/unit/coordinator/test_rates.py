@@ -142,6 +142,38 @@ def test_who_completes_nothing_for_long_leaves_most_of_its_share_until_it_gets_o
     assert told(stage, "a", "b") == {"a": LIMIT // 2, "b": LIMIT // 2}
 
 
+def test_who_has_stalled_keeps_its_small_share_until_it_gets_on() -> None:
+    """With the small share a request takes so long that it alone would explain that nothing comes."""
+    stage = copying(workers=2, limit=MIB)
+    (one,) = leases_in(stage.say("a", wanted(1)))
+    (other,) = leases_in(stage.say("b", wanted(1)))
+    stage.wait(SOON)
+    shares: list[int | None] = []
+    for second in range(1, 60):
+        stage.say("b", progress(other, second * 1000))
+        shares += [rate for who, rate in rates(stage.wait(1.0, "a", "b")) if who == "a"]
+    assert [share for share, before in zip(shares, [None, *shares], strict=False) if share != before] == [
+        MIB // 2,
+        MIB // (RATE_WEIGHT + 1),
+    ]
+    stage.say("a", progress(one, 1000))
+    stage.wait(SOON, "a", "b")
+    assert told(stage, "a") == {"a": MIB // 2}
+
+
+def test_who_has_stalled_when_a_pause_begins_is_given_another_chance_when_it_ends() -> None:
+    stage = copying(workers=2)
+    (granted,) = leases_in(stage.say("a", wanted(1)))
+    stage.say("b", wanted(1))
+    for second in range(1, int(RATE_STALL_SECONDS) + 3):
+        stage.say("a", progress(granted, second * 1000))
+        stage.wait(1.0, "a", "b")
+    assert told(stage, "b") == {"b": LIMIT // (RATE_WEIGHT + 1)}
+    stage.set_pace(Pace(LIMIT, is_paused=True))
+    stage.set_pace(Pace(LIMIT))
+    assert told(stage, "a", "b") == {"a": LIMIT // 2, "b": LIMIT // 2}
+
+
 def test_who_is_only_slow_because_of_its_share_has_not_stalled() -> None:
     """At 32 KiB a second a request of 1 MiB takes 32 of them."""
     stage = copying(workers=2, limit=RATE_BYTES_MIN)
