@@ -60,7 +60,11 @@ class Leaseholder(Generic[LeasedWork]):
             self.bucket.set(rate, self.now)
 
     def drain(self) -> None:
-        """Begin nothing more; `idle` tells when what was begun is finished."""
+        """Begin nothing more; `idle` tells when what was begun is finished.
+
+        How far the leases are is told: what comes back half done is no range that nobody can copy.
+        """
+        self.report_progress()
         self.draining = True
         for lease in list(self.leases.values()):
             self.abandon(lease, None)

@@ -330,6 +330,15 @@ def test_progress_is_told_once_for_each_step() -> None:
     assert bench.told(Progress) == [Progress(JOB, EPOCH, 1, Counters(compared=UNIT))]
 
 
+def test_who_drains_tells_how_far_its_leases_are() -> None:
+    bench = Bench()
+    bench.lease(0, SIZE)
+    bench.answer(bench.sources[0].open[0])
+    bench.answer(bench.targets[0].open[0])
+    bench.comparer.drain()
+    assert bench.told(Progress) == [Progress(JOB, EPOCH, 1, Counters(compared=UNIT))]
+
+
 def test_buffers_are_used_again() -> None:
     bench = Bench()
     bench.lease(0, SIZE)

@@ -362,6 +362,17 @@ def test_progress_counts_acknowledged_bytes_only() -> None:
     assert bench.told(Progress) == [Progress(JOB, EPOCH, 1, Counters(copied=4096))]
 
 
+def test_who_drains_tells_how_far_its_leases_are() -> None:
+    """It may have lost its connections: then the coordinator gives a range out in parts of which some was done."""
+    bench = Bench()
+    bench.lease(0, 12 * KIB)
+    for call in list(bench.source.open):
+        bench.answer(call)
+    bench.answer(bench.target.open[0])
+    bench.copier.drain()
+    assert bench.told(Progress) == [Progress(JOB, EPOCH, 1, Counters(copied=4096))]
+
+
 def test_a_refused_write_does_not_count() -> None:
     bench = Bench()
     bench.lease(0, 4096)
