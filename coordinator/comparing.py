@@ -49,7 +49,7 @@ class Comparing(Copying):
         sizes = (ends[0].size or 0, ends[1].size or 0) if self._job.options.mode == "compare" else None
         return Comparison(self.ledger.counters, found.total_bytes, found.ranges, found.is_cut, sizes)
 
-    def compared(self, worker: Worker, message: Compared) -> Trouble | None:
+    def compared(self, worker: Worker, message: Compared, now: float) -> Trouble | None:
         if message.lease >= self.ledger.next_number:
             return blame(f"it reported lease {message.lease}, which was never granted")
         granted = self._leased(worker, message.lease)
@@ -59,6 +59,7 @@ class Comparing(Copying):
                 return blame(f"it reported {total} of {whole} bytes of a lease as all of it")
             if not _is_possible(granted, message):
                 return blame("it reported differences that are none of its lease's")
+            worker.tempo.count(message.done.total - granted.done.total, now)
             self.ledger.wrote(granted, message.done, None)
             self.ledger.settle(granted)
             self.moved = True

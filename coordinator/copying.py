@@ -77,13 +77,18 @@ class Copying:
         if self._can_take(worker):
             self._wishing[worker.identity] = worker
 
-    def grant(self) -> None:
-        """Lease pending ranges to the workers that can take some, the longest waiting first."""
+    def grant(self, now: float, share: float | None = None) -> None:
+        """Lease pending ranges to the workers that can take some, the longest waiting first.
+
+        `share`: bytes per second that each may read, if the job has a rate.
+        """
         while self._wishing and self.ledger.pending and not self.must_wait:
             _, worker = self._wishing.popitem(last=False)
             if not self._can_take(worker):
                 continue
-            granted = self.ledger.grant(worker.identity)
+            if worker.holding is None or not worker.holding.leased:
+                worker.tempo.begin(now)
+            granted = self.ledger.grant(worker.identity, worker.tempo.lease_bytes(share))
             worker.holding = self.ledger.holding(worker.identity)
             worker.wanted -= 1
             lease = Lease(
@@ -110,12 +115,13 @@ class Copying:
     def _can_take(self, worker: Worker) -> bool:
         return worker.can_take(self._leases_at_once, self._written_max)
 
-    def progress(self, worker: Worker, message: Progress) -> Trouble | None:
+    def progress(self, worker: Worker, message: Progress, now: float) -> Trouble | None:
         granted = self._leased(worker, message.lease)
         if granted is None:
             return None
         if message.done.total > granted.range.length:
             return blame(f"it reported {message.done.total} bytes of the {granted.range.length} of a lease")
+        worker.tempo.count(message.done.total - granted.done.total, now)
         self.moved |= self.ledger.progress(granted, message.done)
         return None
 
@@ -165,10 +171,11 @@ class Copying:
             # Part of it may have been among what that flush did not bring to the disk; a later one would not tell.
             return self._given_back([granted], "a flush was lost while it was copied")
         end = message.end if granted.until_end else None
+        worker.tempo.count(message.done.total - granted.done.total, now)
         self.ledger.wrote(granted, message.done, end, message.unreadable)
         self.moved = True
         self.flushes.count(message.done.total)
-        self._wrote(worker, now)
+        self._wrote(worker, now, often_lost=self.ledger.often_lost(granted))
         return None
 
     def failed(self, worker: Worker, message: Failed) -> Trouble | None:
@@ -179,7 +186,7 @@ class Copying:
         if message.error.kind != "connection" or not self._plan.repeatable:
             self.ledger.fail(granted)
             return Trouble(text)
-        again = self.ledger.give_back(granted, attempt=False)
+        again = self.ledger.cut_off(granted)
         self.consider(worker)
         return None if again else Trouble(f"{text} ({RETURNS_PER_RANGE} times for {_named(granted)})")
 
@@ -217,7 +224,7 @@ class Copying:
         if not self._plan.repeatable and (holding.leased or holding.written):
             trouble = Trouble(f"{why}; a stream cannot be copied a second time")
         for granted in list(holding.leased.values()):
-            if not self.ledger.give_back(granted, attempt=attempt):
+            if not (self.ledger.give_back(granted, attempt=True) if attempt else self.ledger.cut_off(granted)):
                 most = ATTEMPTS_PER_RANGE if attempt else RETURNS_PER_RANGE
                 trouble = trouble or Trouble(f"{_named(granted)} was lost {most} times: {why}")
         if not (returns and self._lives.keep(worker)):
@@ -337,8 +344,11 @@ class Copying:
                 return Trouble(f"{_named(granted)} was lost {RETURNS_PER_RANGE} times: {why}")
         return None
 
-    def _wrote(self, worker: Worker, now: float) -> None:
-        """`worker` has written leases. Now and then it must flush before the end: each is an object until then."""
+    def _wrote(self, worker: Worker, now: float, *, often_lost: bool = False) -> None:
+        """`worker` has written leases. Now and then it must flush before the end: each is an object until then.
+
+        `often_lost`: one of them was written before, perhaps, and no checkpoint came before its connection was lost.
+        """
         assert worker.holding is not None
         written = worker.holding.written
         is_many = len(written) >= self._flush_after or self._holds_much
@@ -346,7 +356,7 @@ class Copying:
             if is_many:
                 self._settle_all(written)  # the user wants no more than that
         elif worker.flush is None and worker.state is WorkerState.READY:
-            if is_many and not self.flushes.is_full:
+            if (is_many or (often_lost and self._plan.can_flush)) and not self.flushes.is_full:
                 self.flushes.ask(worker, now)
             else:
                 self.flushes.wait(worker, now)

@@ -24,7 +24,13 @@ from heapq import heappop, heappush
 import msgspec
 
 from nbdshard.common.errors import BugError
-from nbdshard.common.limits import ATTEMPTS_PER_RANGE, RANGE_UNITS_MAX, RETURNS_PER_RANGE, UNREADABLE_MAX
+from nbdshard.common.limits import (
+    ATTEMPTS_PER_RANGE,
+    RANGE_UNITS_MAX,
+    RETURNS_BEFORE_FLUSH,
+    RETURNS_PER_RANGE,
+    UNREADABLE_MAX,
+)
 from nbdshard.common.messages import Counters, LeafRun
 from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.planner import Plan
@@ -41,6 +47,7 @@ class Granted(msgspec.Struct, eq=False):
     worker: str
     until_end: bool = False
     state: RangeState = RangeState.PENDING
+    gains_before: int = 0  # of its worker, when it was granted
     done: Counters = NOTHING
     end: int = 0
     unreadable: tuple[Range, ...] = ()  # zeroes were written there for what the source could not read
@@ -75,6 +82,7 @@ class Holding(msgspec.Struct, eq=False):
 
     leased: dict[int, Granted] = msgspec.field(default_factory=dict)
     written: dict[int, Granted] = msgspec.field(default_factory=dict)
+    gains: int = 0  # reports that told of more
     dataless: int = 0  # leases written in a row without any data
 
 
@@ -119,6 +127,7 @@ class Ledger:
         self._returned: list[tuple[int, int]] = []
         self._attempts: dict[int, int] = {}  # by the start of a range that came back
         self._returns: dict[int, int] = {}
+        self._shrunk: dict[int, int] = {}  # at most so many bytes of a range that came back are leased at once
         self._holdings: dict[str, Holding] = {}
         self._failed: list[Granted] = []
         self._settled = Intervals()
@@ -178,16 +187,19 @@ class Ledger:
 
     # -- the way of a range --------------------------------------------------------------------------------------------
 
-    def grant(self, worker: str) -> Granted:
-        """Lease the next pending range to `worker`. There must be one."""
+    def grant(self, worker: str, most: float | None = None) -> Granted:
+        """Lease the next pending range to `worker`, or so much of it as it is to have at a time. There must be one.
+
+        `most`: no more bytes than that, if nobody has asked for ranges of a certain size, and as requests allow it.
+        """
         if self._returned:
-            where = Range(*heappop(self._returned))
+            where = self._again(*heappop(self._returned), most)
         elif self._left:
             if self._cursor == self._gap_end:
                 self._cursor, self._gap_end = self._gaps.pop()
             # Where there is no data a range is over at once: most of what it costs is to be leased.
             units = min(RANGE_UNITS_MAX, 1 << self.holding(worker).dataless)
-            length = self._plan.next_length(self._left, self._cursor, self._gap_end, units)
+            length = self._plan.next_length(self._left, self._cursor, self._gap_end, units, most)
             where = Range.of(self._cursor, length)
             self._cursor = where.end
             self._left -= length
@@ -197,8 +209,19 @@ class Ledger:
         granted.step(RangeEvent.GRANT)
         self.next_number += 1
         self.leased_count += 1
-        self.holding(worker).leased[granted.number] = granted
+        holding = self.holding(worker)
+        granted.gains_before = holding.gains
+        holding.leased[granted.number] = granted
         return granted
+
+    def _again(self, start: int, end: int, most: float | None) -> Range:
+        """The first part of a range that came back; the rest stays with those that did."""
+        bounds = (self._shrunk.pop(start, None), most if self._plan.may_grow else None)
+        smallest = min((bound for bound in bounds if bound is not None), default=None)
+        if smallest is not None and (length := self._plan.again_length(start, end, smallest)) < end - start:
+            heappush(self._returned, (start + length, end))
+            end = start + length
+        return Range(start, end)
 
     def progress(self, granted: Granted, done: Counters) -> bool:
         """Take over how far a lease is; True when that is news."""
@@ -206,6 +229,8 @@ class Ledger:
         self._count(old, -1)
         self._count(done, 1)
         granted.done = done
+        if done != old:
+            self._holdings[granted.worker].gains += 1
         return done != old
 
     def hold(self, granted: Granted, runs: Iterable[LeafRun]) -> None:
@@ -290,8 +315,29 @@ class Ledger:
         if tries[start] >= most:
             self.fail(granted)
             return False
+        if self.often_lost(granted):
+            self._shrunk[start] = granted.range.length // 2
+        self._come_back(granted)
+        return True
+
+    def _come_back(self, granted: Granted) -> None:
         self._take_back(granted, RangeEvent.GIVEN_BACK)
-        heappush(self._returned, (start, granted.range.end))
+        heappush(self._returned, (granted.range.start, granted.range.end))
+
+    def often_lost(self, granted: Granted) -> bool:
+        """Whether a range of a known end came back so often that it is to be tried by halves, and flushed at once."""
+        return self._returns.get(granted.range.start, 0) >= RETURNS_BEFORE_FLUSH and not granted.until_end
+
+    def cut_off(self, granted: Granted) -> bool:
+        """The connection of a leased range is lost. As `give_back`; but where its worker has got on since it was
+        granted, with this range or another, it was too long for a connection that lasts so long: half of it is leased
+        next, and that does not count, until it is one request."""
+        length = granted.range.length
+        has_gained = self._holdings[granted.worker].gains > granted.gains_before
+        if not has_gained or length <= self._plan.lease_size_min or granted.until_end:
+            return self.give_back(granted, attempt=False)
+        self._shrunk[granted.range.start] = length // 2
+        self._come_back(granted)
         return True
 
     def fail(self, granted: Granted) -> None:

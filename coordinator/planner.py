@@ -6,7 +6,9 @@ takes half of its fair share of the rest, so that all finish together::
 
     |      128 MiB      |      128 MiB      |   64 MiB   |   64 MiB   |  32  |  32  | 16 | 16 | 8| 8|4|4|odd tail|
 
-A resumed copy cuts the gaps that are left in the same way, at the same multiples of `range_size`.
+A resumed copy cuts the gaps that are left in the same way, at the same multiples of `range_size`. Where a range would
+take long, because the worker or the job's rate is slow, or came back with some of it done, a part of it is leased at a
+time, of one request at least.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class Plan(msgspec.Struct, frozen=True):
     granularity: int
     range_size: int
     range_size_min: int
+    lease_size_min: int  # of what is slow or comes back again and again: one request, which cannot be done by halves
     may_grow: bool  # nobody has asked for ranges of a certain size
     in_order: bool
     repeatable: bool
@@ -67,9 +70,10 @@ class Plan(msgspec.Struct, frozen=True):
                 taken.add(Range(start, end))
         return taken
 
-    def next_length(self, remaining: int, start: int, gap_end: int, units: int = 1) -> int:
+    def next_length(self, remaining: int, start: int, gap_end: int, units: int = 1, most: float | None = None) -> int:
         """How long the next range is, which begins at `start` and ends at `gap_end` at the latest, when `remaining`
-        bytes are left to hand out in all gaps together. `units`: how many range sizes it may have."""
+        bytes are left to hand out in all gaps together. `units`: how many range sizes it may have. `most`: no more
+        bytes than that, if nobody has asked for ranges of a certain size."""
         if self.size is None:
             return gap_end - start
         whole = length = self.range_size * (units if self.may_grow else 1)
@@ -78,8 +82,20 @@ class Plan(msgspec.Struct, frozen=True):
             while length > share and length > self.range_size_min:
                 length = max(self.range_size_min, length // 2 // self.granularity * self.granularity)
         length = min(length, whole - start % self.range_size)
-        # A rest too short for a range of its own stays with the last one.
-        return gap_end - start if gap_end - start - length < self.granularity else length
+        if most is not None and self.may_grow:
+            length = min(length, self._whole_requests(most))
+        return self._with_rest(start, gap_end, length)
+
+    def again_length(self, start: int, end: int, most: float) -> int:
+        """How much of a range that came back is leased again: no more than `most` bytes."""
+        return self._with_rest(start, end, self._whole_requests(most))
+
+    def _whole_requests(self, most: float) -> int:
+        return max(self.lease_size_min, int(most) // self.lease_size_min * self.lease_size_min)
+
+    def _with_rest(self, start: int, end: int, length: int) -> int:
+        """A rest too short for a range of its own stays with the last one."""
+        return end - start if end - start - length < self.granularity else length
 
 
 def check_job(job: Job, source: EndpointDescription, destination: EndpointDescription) -> Plan:
@@ -195,6 +211,7 @@ def _plan(job: Job, source: EndpointDescription, destination: EndpointDescriptio
         alignment=alignment,
         granularity=granularity,
         range_size=range_size,
+        lease_size_min=min(range_size, _round_up(job.options.request_size, granularity)),
         may_grow=wanted_range is None,
         range_size_min=min(range_size, max(granularity, RANGE_BYTES_TAIL_MIN)),
         in_order=in_order,

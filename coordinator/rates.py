@@ -84,6 +84,11 @@ class Rates:
                 if is_raised == (worker.rate is not None and share > worker.rate):
                     self._tell(worker, share)
 
+    @property
+    def even_share(self) -> float | None:
+        """What each has of the limit when all have work; None without a limit."""
+        return None if self.pace.limit is None else self.pace.limit / max(1, self._crew.ready_count)
+
     def request_seconds(self) -> float:
         """How long it may take until a worker's share is enough for one request; 0.0 without a limit."""
         if self.pace.limit is None:

@@ -84,6 +84,11 @@ class Scheduler(Membership):
         return self._ending is not None and self._ending.verdict is Verdict.COMPLETE
 
     @property
+    def is_ending(self) -> bool:
+        """Whether the verdict is known: nothing that the user orders has any effect but to stop at once."""
+        return self._ending is not None
+
+    @property
     def ends(self) -> tuple[EndpointDescription, EndpointDescription] | None:
         """What the first worker found, once it has; the destination before it was given its size."""
         return self._ends
@@ -234,6 +239,8 @@ class Scheduler(Membership):
         if self._ending is None and pace != self.pace:
             self._deadlines.begin(now)
             self._rates.set(pace, now)
+            for worker in self._crew.workers.values():
+                worker.tempo.begin(now)
         return self._advance()
 
     def fail(self, error: str, now: float) -> list[Instruction]:
@@ -295,7 +302,7 @@ class Scheduler(Membership):
             case Progress() | Leaves() | Written() | Compared() | Failed() | Flushed() if copying is None:
                 self._dropped += 1
             case Progress():
-                trouble = copying.progress(worker, message)
+                trouble = copying.progress(worker, message, self._now)
             case Leaves():
                 trouble = copying.leaves(worker, message)
             case Written():
@@ -304,7 +311,7 @@ class Scheduler(Membership):
             case Compared():
                 worker.losses = 0
                 if isinstance(copying, Comparing):
-                    trouble = copying.compared(worker, message)
+                    trouble = copying.compared(worker, message, self._now)
                 else:
                     trouble = blame("it compared what it was to copy")
             case Failed():
@@ -450,7 +457,7 @@ class Scheduler(Membership):
             self._fail(trouble.text)
             return
         if self._now >= self._grant_from and not self.pace.is_paused:
-            copying.grant()
+            copying.grant(self._now, self._rates.even_share)
         if copying.ledger.unwritten:
             if self._phase is Phase.FLUSHING:
                 self._phase = JOBS.step(self._phase, JobEvent.COPY)

@@ -9,6 +9,7 @@ import msgspec
 from nbdshard.common.messages import Hello
 from nbdshard.coordinator.leases import Granted, Holding
 from nbdshard.coordinator.states import WORKERS, WorkerEvent, WorkerState
+from nbdshard.coordinator.tempo import Tempo
 
 
 class FlushAsked(msgspec.Struct, frozen=True):
@@ -51,6 +52,7 @@ class Worker(msgspec.Struct, eq=False):
     mark: tuple[tuple[int, int], ...] = ()  # how far its leases were ...
     moved_at: float = 0.0  # ... when that was seen to have changed
     has_stalled: bool = False  # ... for too long: a small share is enough to show that it gets on again
+    tempo: Tempo = msgspec.field(default_factory=Tempo)
     alarm: float = inf  # when the crew looks at it next (its valid entry in the heap)
 
     @property

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common.limits import RETURNS_PER_RANGE
 from support import images
 from support.brakes import Brake
 from support.command import Run, started
+from support.doubles import CAN_MULTI_CONN, Double, double
 from support.servers import Server, at_socket, private_folder
 
 SIZE = 64 * images.MIB
@@ -175,3 +177,36 @@ def test_a_server_that_says_it_shuts_down_is_left_softly_and_waited_for(
         outcome = run.wait().succeeded()
     assert "the server is shutting down" in outcome.err
     images.assert_identical(image, copied)
+
+
+class Tiring(Double):
+    """Hangs up on each connection that has written `patience` bytes."""
+
+    patience = images.MIB
+
+    def serve(self, connection):  # type: ignore[no-untyped-def]
+        self.written = 0
+        super().serve(connection)
+
+    def write(self, talk, request, data):  # type: ignore[no-untyped-def]
+        self.written += request.length
+        if self.written > self.patience:
+            talk.hang_up()
+        super().write(talk, request, data)
+
+
+@pytest.mark.parametrize("path", ["splice", "buffer"])
+def test_a_copy_gets_on_though_no_connection_lasts_for_one_range(ring: str, path: str) -> None:
+    """Each does a quarter of one, and less than until a checkpoint: what is lost more often is leased by less, and
+    flushed as soon as it is written."""
+    content = images.random_bytes(8 * images.MIB)
+    tiring = Tiring(bytearray(len(content)), flags=Double.flags & ~CAN_MULTI_CONN)
+    words = ["--ring", ring, "--data-path", path, "--request-size", "64k", "--reconnect-delay", "0.1"]
+    with (
+        double(Double(bytearray(content))) as source,
+        double(tiring) as destination,
+        started("copy", *words, source, destination) as run,
+    ):
+        run.wait(60).succeeded()
+    assert tiring.content == content
+    assert tiring.talks > RETURNS_PER_RANGE

@@ -11,6 +11,7 @@ import dataclasses
 import pytest
 from msgspec.structs import replace
 
+from nbdshard.common.limits import MIB
 from nbdshard.common.messages import ErrorReport, Flushed, Written
 from nbdshard.coordinator import scheduler
 from nbdshard.coordinator.copying import Copying, Trouble
@@ -41,10 +42,11 @@ EVERYTHING = Faults(
 LIVES = dataclasses.replace(EVERYTHING, tells_lives=True, restart_server=0.2, drop_connection=0.1)
 
 
-def resumed_until_complete(seed: int, faults: Faults, **changes: object) -> World:
+def resumed_until_complete(seed: int, faults: Faults, request_size: int = MIB, **changes: object) -> World:
     """The world in which a job was resumed after each crash and failure until it was complete."""
     changes = {"range_size": 4 * UNIT, "checkpoint_seconds": 1.0, **changes}
     job = small_job(**changes)
+    job = replace(job, options=replace(job.options, request_size=request_size))
     world = World(seed, job, small_disk(), small_disk(), faults, remote_workers=0 if job.local_workers else 4)
     for _ in range(RUNS_MAX):
         outcome = world.run(SECONDS_MAX)
@@ -82,6 +84,13 @@ def test_a_coordinator_that_crashes_again_and_again_comes_forward(seed: int) -> 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_server_that_names_its_lives_is_believed_as_far_as_that_proves_something(seed: int) -> None:
     resumed_until_complete(seed, LIVES, loss_seconds=30.0, local_workers=seed % 2 == 0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ranges_that_come_back_and_are_leased_in_parts_cost_no_byte(seed: int) -> None:
+    """They are several requests long."""
+    faults = EVERYTHING if seed % 2 else LIVES
+    resumed_until_complete(seed, faults, UNIT, range_size=8 * UNIT, local_workers=seed % 4 < 2, loss_seconds=30.0)
 
 
 # -- mutants -----------------------------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ NULL = EndpointDescription(peer="null:", size=None, can_multi_conn=True)
 SYNCHRONOUS = replace_record(OPTIONS, synchronous=True)
 
 
-def lengths(plan: Plan) -> list[int]:
-    """The ranges of the whole export, handed out in order."""
+def lengths(plan: Plan, most: float | None = None) -> list[int]:
+    """The ranges of the whole export, handed out in order, `most` bytes at a time."""
     found, start = [], 0
     while start < plan.bound:
-        found.append(plan.next_length(plan.bound - start, start, plan.bound))
+        found.append(plan.next_length(plan.bound - start, start, plan.bound, most=most))
         start += found[-1]
     return found
 
@@ -201,3 +201,37 @@ def test_ranges_are_aligned_bounded_and_cover_every_byte(
     assert plan.source_limit <= connections
     assert plan.destination_limit <= connections
     assert plan.worker_count <= min(plan.source_limit, plan.destination_limit)
+
+
+# -- what is slow ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    size=st.integers(0, 3 * GIB),
+    workers=st.integers(1, 9),
+    minimum=st.sampled_from([1, 4096, 256 * KIB]),
+    request_size=st.sampled_from([64 * KIB, 300 * KIB, MIB, 32 * MIB]),
+    most=st.floats(0, 400 * MIB),
+)
+def test_parts_of_ranges_are_cut_where_every_server_allows_it(
+    size: int, workers: int, minimum: int, request_size: int, most: float
+) -> None:
+    size -= size % minimum
+    end = server(size, block_minimum=minimum)
+    what = job(workers=workers, connections=workers, options=replace(OPTIONS, request_size=request_size))
+    plan = check_job(what, end, end)
+    parts, start = lengths(plan, most), 0
+    assert sum(parts) == size
+    for part in parts:
+        assert start % max(64 * KIB, minimum) == 0
+        assert part <= max(most, plan.lease_size_min) + plan.granularity
+        last = start + part - 1
+        is_rest = start + part == size
+        assert is_rest or start // plan.range_size == last // plan.range_size, "no part crosses a range's end"
+        start += part
+
+
+def test_the_smallest_part_is_a_request_or_the_whole_of_a_smaller_range() -> None:
+    end = server(GIB)
+    assert lengths(check_job(job(), end, end), 0)[0] == OPTIONS.request_size
+    assert check_job(job(range_size=64 * KIB), end, end).lease_size_min == 64 * KIB

@@ -236,9 +236,9 @@ def test_flushes_that_are_lost_for_ever_fail_the_job() -> None:
     for _ in range(RETURNS_PER_RANGE):
         (flush,) = flushes_in(stage.say("a", written(first)))
         line = "destination nbd://b: connection lost while flushing"
-        (first, *_) = leases_in(stage.say("a", wanted(1), flushed(flush, failure=error("connection", line)))) or [first]
+        (first,) = leases_in(stage.say("a", flushed(flush, failure=error("connection", line)), wanted(1))) or [first]
     verdict, text = ended(stage, "a")
     assert (verdict, text) == (
         Verdict.FAILED,
-        f"the range of {UNIT} bytes at offset 0 was lost {RETURNS_PER_RANGE} times: {line}",
+        f"the range of {MIB} bytes at offset 0 was lost {RETURNS_PER_RANGE} times: {line}",
     )

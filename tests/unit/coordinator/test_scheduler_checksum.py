@@ -203,7 +203,7 @@ def test_a_range_that_came_back_is_leased_however_much_is_held(monkeypatch: pyte
     one.say("a", digests(second), written(second), wanted(2))
     assert leases_in(one.say("b", wanted(2))) == []
     again = leases_in(one.say("a", failed(first, "connection", "lost")))
-    assert [lease.range for lease in again] == [first.range]
+    assert (again[0].range.start, again[-1].range.end) == (first.range.start, first.range.end)
 
 
 def test_a_copy_that_fails_or_is_stopped_has_none() -> None:

@@ -185,7 +185,7 @@ def test_a_range_lost_with_a_connection_goes_to_the_next_who_asks() -> None:
     (first,) = leases_in(stage.say("a", wanted(1)))
     stage.say("a", progress(first, 100), failed(first, "connection", "connection reset by peer"))
     assert stage.scheduler.status().counters == Counters()
-    assert leases_in(stage.say("b", wanted(1))) == [lease(2, 0, 4 * MIB)]
+    assert leases_in(stage.say("b", wanted(2))) == [lease(2, 0, 2 * MIB), lease(3, 2 * MIB, 4 * MIB)]
 
 
 def test_reports_under_an_old_lease_are_ignored() -> None:
@@ -206,7 +206,7 @@ def test_a_range_that_comes_back_for_ever_fails_the_job() -> None:
         stage.say("a", failed(granted, "connection", "destination nbd://b: connection reset by peer"))
     assert ended(stage, "a") == (
         Verdict.FAILED,
-        "destination nbd://b: connection reset by peer (16 times for the range of 4194304 bytes at offset 0)",
+        "destination nbd://b: connection reset by peer (16 times for the range of 1048576 bytes at offset 0)",
     )
 
 
@@ -225,7 +225,7 @@ def test_what_was_written_and_not_flushed_is_lost_with_the_connections() -> None
     followed = stage.say("b", wanted(2)) + stage.say("a", open_failed("connection reset by peer"))
     assert [granted.range for granted in leases_in(followed)] == [
         lease(3, 0, 4 * MIB).range,
-        lease(4, 4 * MIB, 8 * MIB).range,
+        lease(4, 4 * MIB, 6 * MIB).range,  # in halves: there was not the time for all of it
     ]
 
 
