@@ -21,6 +21,21 @@ UUID = "6f1c0b1e-0d5e-4d55-9f0e-3a2c2c9d7e11"
 SIZE = 1000 * MIB
 PROCESS_SECONDS = 30.0
 
+HOLD = """
+import os, sys
+from nbdshard.coordinator.journal import Journal
+journal = Journal.open(sys.argv[1])
+print("open", flush=True)
+sys.stdin.read(1)
+journal.close()
+"""
+LOOK = """
+import sys
+from nbdshard.coordinator.journal import Journal
+found = Journal.read(sys.argv[1])
+print(found.state.value, found.epoch, found.durable_bytes >> 20, found.holder, flush=True)
+"""
+
 
 def facts(size: int = SIZE) -> JobFacts:
     """A copy from a server to a local file."""
@@ -62,6 +77,11 @@ def answer(process: subprocess.Popen[bytes]) -> str:
     """The next line that the program prints."""
     assert process.stdout is not None
     return process.stdout.readline().decode().rstrip("\n")
+
+
+def held_by_others(program_text: str, path: str) -> str:
+    with program(program_text, path) as process:
+        return answer(process)
 
 
 @contextlib.contextmanager
