@@ -64,7 +64,7 @@ def run(setting: Setting, stack: ExitStack) -> Ended:
         keeper.end(outcome)
     resume = export = ""
     if keeper is not None and keeper.path and outcome.verdict is not Verdict.COMPLETE:
-        resume = resume_command(setting.args.command_line, keeper.path)
+        resume = resume_command(setting.args.command_line, keeper.path, forced=setting.args.force_resume)
     elif keeper is not None and keeper.path and outcome.unreadable:
         export = export_command(keeper.path)
     outcome = msgspec.structs.replace(

@@ -6,8 +6,9 @@ What is only needed once there is something to write down, or to resume, is impo
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -24,6 +25,7 @@ from nbdshard.coordinator.keeping import Keeper
 if TYPE_CHECKING:
     from nbdshard.coordinator.journal_facts import JobFacts
 
+PROGRAM: Final = "nbdshard"
 _OWN: Final = ("--journal", "--resume", "--force-resume")  # a resumed copy is given its own
 
 
@@ -94,19 +96,36 @@ def _check_new(path: str) -> None:
         raise UserError(f"the journal cannot be made: {folder} cannot be written", path)
 
 
-def resume_command(words: Sequence[str], journal: str) -> str:
-    """The command that goes on where the one of `words` (without the program's name) ended."""
+def resume_command(words: Sequence[str], journal: str, *, forced: bool = False) -> str:
+    """The command that goes on where the one of `words` (without the program's name) ended.
+
+    `forced`: that one was; what it was not stopped by is not as it was the next time either.
+    """
     import shlex
 
-    own = ["--resume", "--journal", os.path.abspath(journal)]
-    return shlex.join(["nbdshard", words[0], *own, *_without_journal(words[1:])])
+    own = ["--force-resume" if forced else "--resume", "--journal", os.path.abspath(journal)]
+    return shlex.join([*_program(), words[0], *own, *_without_journal(words[1:])])
 
 
 def export_command(journal: str) -> str:
     """The command that lists what could not be read."""
     import shlex
 
-    return shlex.join(["nbdshard", "jobs", "export", os.path.abspath(journal)])
+    return shlex.join([*_program(), "jobs", "export", os.path.abspath(journal)])
+
+
+def _program() -> list[str]:
+    """The words by which a shell finds this program: its name, or its path where the name leads nowhere or elsewhere."""
+    import shutil
+
+    path = os.path.abspath(sys.argv[0])
+    if path.endswith(".py"):  # python -m
+        return [sys.executable, "-m", "nbdshard.cli.main"]
+    found = shutil.which(PROGRAM)
+    with suppress(OSError):
+        if found is not None and os.path.samefile(found, path):
+            return [PROGRAM]
+    return [path if os.access(path, os.X_OK) else PROGRAM]
 
 
 def _without_journal(words: Sequence[str]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import images
-from support.command import copy, started
+from support.command import EXECUTABLE, copy, started
 from support.servers import at_socket, nbdkit, private_folder, qemu_nbd
 from support.sides import KINDS, Blocks, eval_methods, serve
 from support.waiting import wait_for
@@ -130,7 +130,7 @@ def test_a_write_that_is_acknowledged_and_dropped_is_found_and_copied_again_when
         with at_socket(path, "nbdkit", "-f", "-U", str(path), "eval", *lying(copied)):
             outcome = copy("--journal", journal, *words)
         outcome.failed(1, saying=[f"differ: offset {DROPPED}, 262144 bytes"])
-        resume = re.search(r"^nbdshard: to go on: nbdshard copy (.*)$", outcome.err, re.MULTILINE)
+        resume = re.search(rf"^nbdshard: to go on: {re.escape(EXECUTABLE)} copy (.*)$", outcome.err, re.MULTILINE)
         assert resume is not None, str(outcome)
         assert images.difference(dense, copied) == DROPPED
         with at_socket(path, "nbdkit", "-f", "-U", str(path), "eval", *eval_methods(copied)):

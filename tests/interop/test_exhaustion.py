@@ -51,7 +51,7 @@ def test_a_full_disk_behind_a_server_fails_the_copy_and_with_more_room_it_is_res
             words = ("--ring", ring, *OPTIONS, "--journal", str(journal))
             outcome = copy(*words, source.uri, server.uri, timeout=SECONDS)
             outcome.failed(1, saying=["destination", "ENOSPC", "at offset"])
-            assert "to go on: nbdshard copy --resume" in outcome.err, str(outcome)
+            assert f"to go on: {EXECUTABLE} copy --resume" in outcome.err, str(outcome)
             kept = durable_bytes(journal)
             assert kept > 0
             more_room(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support import images
-from support.command import Outcome, Run, copy, nbdshard, started
+from support.command import EXECUTABLE, Outcome, Run, copy, nbdshard, started
 from support.doubles import CMD_WRITE, Double, Request, Talk, double
 from support.servers import Server, at_socket, nbdkit, private_folder
 from support.waiting import wait_for
@@ -55,7 +55,7 @@ class Scene:
         """Give the command that `outcome` tells."""
         (line,) = [line for line in outcome.err.splitlines() if "to go on: " in line]
         words = shlex.split(line.partition("to go on: ")[2])
-        assert words[:3] == ["nbdshard", "copy", "--resume"]
+        assert words[:3] == [EXECUTABLE, "copy", "--resume"]
         assert Path(words[4]).exists()
         with self.slow_source():
             return copy(*words[2:], timeout=SECONDS, env={"XDG_STATE_HOME": str(self.states)})

@@ -12,7 +12,7 @@ import pytest
 
 from nbdshard.coordinator.journal import Journal
 from support import images
-from support.command import copy, nbdshard
+from support.command import EXECUTABLE, copy, nbdshard
 from support.devices import loop_device
 from support.servers import Server, at_socket, nbdkit, private_folder
 
@@ -76,7 +76,7 @@ def test_all_but_the_bad_blocks_is_copied(tmp_path: Path, image: Path, ring: str
     summary = next(line for line in outcome.err.splitlines() if "copied" in line)
     assert SUMMARY in summary
     assert summary.endswith("flushed")
-    assert "what could not be read is listed by: nbdshard jobs export /" in outcome.last_line
+    assert f"what could not be read is listed by: {EXECUTABLE} jobs export /" in outcome.last_line
 
 
 def test_without_the_option_the_copy_fails(tmp_path: Path, image: Path, ring: str) -> None:

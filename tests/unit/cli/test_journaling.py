@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
+from pathlib import Path
 
 import pytest
 
 from nbdshard.cli.copy import build_parser
-from nbdshard.cli.journaling import resume_command
+from nbdshard.cli.journaling import export_command, resume_command
 
-OWN = ["nbdshard", "copy", "--resume", "--journal", "/tmp/j"]
+OWN = ["copy", "--resume", "--journal", "/tmp/j"]
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An executable that this process is."""
+    folder = tmp_path / "own bin"
+    folder.mkdir()
+    path = folder / "nbdshard"
+    path.touch(0o755)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    monkeypatch.setenv("PATH", os.defpath)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -29,6 +44,34 @@ OWN = ["nbdshard", "copy", "--resume", "--journal", "/tmp/j"]
 )  # fmt: skip
 def test_the_command_is_that_of_the_copy_with_its_journal(words: list[str], expected: list[str]) -> None:
     command = resume_command(["copy", *words], "/tmp/j")
-    assert shlex.split(command) == [*OWN, *expected]
+    assert shlex.split(command)[1:] == [*OWN, *expected]
     args = build_parser("nbdshard copy").parse_words(shlex.split(command)[2:])
     assert (args.resume, args.force_resume, args.journal, len(args.operands)) == (True, False, "/tmp/j", 2)
+
+
+def test_a_program_that_a_shell_does_not_find_is_told_by_its_path(program: Path) -> None:
+    assert shlex.split(resume_command(["copy", "a", "b"], "/tmp/j")) == [str(program), *OWN, "a", "b"]
+    assert shlex.split(export_command("/tmp/j")) == [str(program), "jobs", "export", "/tmp/j"]
+
+
+def test_a_program_that_a_shell_finds_is_told_by_its_name(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert shlex.split(resume_command(["copy", "a", "b"], "/tmp/j")) == ["nbdshard", *OWN, "a", "b"]
+
+
+def test_another_program_of_that_name_is_not_meant(
+    program: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "nbdshard").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shlex.split(export_command("/tmp/j"))[0] == str(program)
+
+
+def test_a_module_is_told_with_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/there/cli/main.py"])
+    assert shlex.split(export_command("/tmp/j"))[:3] == [sys.executable, "-m", "nbdshard.cli.main"]
+
+
+def test_what_had_to_be_forced_has_to_be_forced_again() -> None:
+    command = shlex.split(resume_command(["copy", "--force-resume", "--journal", "j", "a", "b"], "/tmp/j", forced=True))
+    assert command[1:] == ["copy", "--force-resume", "--journal", "/tmp/j", "a", "b"]
