@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nbdshard.worker.pipes import Pipe
+from nbdshard.worker.pipes import NO_LOOK, Pipe
 from nbdshard.worker.plumbing import SystemPlumbing
 from support import images, processes
 from support.command import EXECUTABLE, Outcome, copy
@@ -272,6 +272,28 @@ def test_without_a_pipe_for_it_there_is_no_lane_and_the_copy_is_identical(
     assert len(said) == 1
     assert re.search(r"a pipe can hold only \d+ bytes \(pipe-max-size, pipe-user-pages-soft\)", said[0])
     assert data_path(outcome) == "buffered"
+
+
+NO_LOOKS = {"lane": ((), "; what is searched"), "pipe": (("-R", "1"), ": the payload of other requests")}
+
+
+@pytest.mark.parametrize(("options", "follows"), NO_LOOKS.values(), ids=NO_LOOKS)
+def test_with_a_pipe_and_none_to_look_with_memory_is_searched_and_it_is_said(
+    tmp_path: Path, ring: str, as_lonely: dict[str, Any], options: tuple[str, ...], follows: str
+) -> None:
+    source = sparse_image(tmp_path / "source", SIZE)
+    destination = images.filled_image(tmp_path / "destination", SIZE, OLD)
+    with (
+        # One for the payload; what a worker needs besides leaves less than another one.
+        as_lonely_user(lambda: take_pipes(2 * images.MIB)),
+        nbdkit("file", str(source), flags=["-r"]) as one,
+        nbdkit("file", str(destination)) as two,
+    ):
+        words = ("-v", "--ring", ring, "--workers", "1", "--connections", "1", "--request-size", "1M")
+        outcome = copy(*words, *options, one.uri, two.uri, **as_lonely).succeeded()
+    images.assert_identical(source, destination)
+    assert len([line for line in outcome.err.splitlines() if NO_LOOK + follows in line]) == 1, outcome
+    assert "without lanes" not in outcome.err
 
 
 def test_a_user_with_a_share_of_pipes_splices(tmp_path: Path, ring: str, as_lonely: dict[str, Any]) -> None:
