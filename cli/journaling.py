@@ -115,7 +115,7 @@ def export_command(journal: str) -> str:
 
 
 def _program() -> list[str]:
-    """The words by which a shell finds this program: its name, or its path where the name leads nowhere or elsewhere."""
+    """The words by which a shell finds this program: its path where its name leads nowhere, or elsewhere."""
     import shutil
 
     path = os.path.abspath(sys.argv[0])
