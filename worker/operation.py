@@ -44,6 +44,12 @@ class Vector(Generic[Entry]):
         self._entries[handle] = entry
         return handle
 
+    def take_longest_unused(self, entry: Entry) -> int:
+        """Put `entry` in the row that was free for the longest time: a reply that is said twice hardly names it."""
+        handle = self._free.pop(0)
+        self._entries[handle] = entry
+        return handle
+
     def take_at(self, handle: int, entry: Entry) -> None:
         """Put `entry` in the row `handle`. Raises BugError where it is taken."""
         if self._entries[handle] is not None:

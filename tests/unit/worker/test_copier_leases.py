@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from math import inf
 
+import pytest
+from msgspec.structs import replace
+
 from nbdshard.common.messages import Counters, EndpointDescription, ErrorReport, Failed, Flushed, JobOptions, Written
 from nbdshard.common.nbd.constants import STATE_ZERO
 from nbdshard.common.ranges import Range
@@ -269,3 +272,16 @@ def test_a_destination_without_flush_says_that_durability_is_unknown() -> None:
     bench.copier.flushes.ask(1)
     assert bench.target.made("flush") == []
     assert bench.told(Flushed) == [Flushed(JOB, EPOCH, 1, [1], durable=False)]
+
+
+@pytest.mark.parametrize("requests", [1, 4])
+def test_a_write_that_is_answered_twice_has_not_answered_the_flush(requests: int) -> None:
+    """The flush has another handle than what was answered last, so the second answer is nobody's."""
+    bench = Bench(replace(OPTIONS, requests=requests))
+    bench.lease(0, 16 * KIB)
+    bench.answer_all()
+    bench.copier.flush(1)
+    (flush,) = bench.target.pending("flush")
+    writes = [call.handle for call in bench.target.calls if call.name == "write"]
+    assert len(writes) == 4
+    assert flush.handle not in writes[-requests:]
