@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from support import images
 from support.command import Outcome, copy, nbdshard
-from support.doubles import CMD_WRITE, CMD_WRITE_ZEROES, Double, double
+from support.doubles import CMD_WRITE, CMD_WRITE_ZEROES, Double, Request, Talk, double
 from support.hostile import (
     BROKEN_GO,
     BROKEN_HANDSHAKES,
@@ -23,6 +24,7 @@ from support.hostile import (
 )
 from support.listening import listening
 from support.servers import free_port, nbdkit
+from support.waiting import WAIT_SECONDS
 
 SIZE = images.MIB
 AT_ONCE = ("--loss-timeout", "0")  # a server that is lost is not waited for
@@ -68,6 +70,16 @@ def test_a_copy_from_a_server_that_lies_in_its_answer_to_go_fails(tmp_path: Path
     assert not (tmp_path / "destination").exists()
 
 
+class Patient(Double):
+    """Answers no write before the source has said all: else the copy may be over before the lie is heard."""
+
+    has_spoken: threading.Event
+
+    def write(self, talk: Talk, request: Request, data: bytes) -> None:
+        assert self.has_spoken.wait(WAIT_SECONDS), "the source did not come to an end"
+        super().write(talk, request, data)
+
+
 @EACH_WAY
 @pytest.mark.parametrize("name", LYING_SOURCES)
 def test_a_source_that_breaks_the_protocol_is_blamed_and_nothing_false_is_written(
@@ -75,7 +87,8 @@ def test_a_source_that_breaks_the_protocol_is_blamed_and_nothing_false_is_writte
 ) -> None:
     size, options = way
     source = LYING_SOURCES[name](bytearray(images.random_bytes(size)))
-    target = Double(bytearray(b"\xee" * size))
+    target = Patient(bytearray(b"\xee" * size))
+    target.has_spoken = source.has_spoken
     with double(source) as one, double(target) as two:
         outcome = copy("--ring", ring, *options, "-S", "0", one, two, timeout=150)
     outcome.failed(1, saying=["source", "protocol"])

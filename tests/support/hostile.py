@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from typing import cast
 
 from support.doubles import (
+    CMD_READ,
     CMD_WRITE,
     CONTEXT_ID,
     EIO,
@@ -144,7 +146,21 @@ BROKEN_GO: dict[str, type[Double]] = {
 
 
 class _Reads(Double):
-    """A double that is wrong in its answer to READ only."""
+    """A double that is wrong in its answer to READ only. `has_spoken`: it has said all it says to the first one.
+
+    What it says is longer than a socket's buffer, so that the client has heard nearly all of it, or has gone.
+    """
+
+    def __init__(self, content: bytearray, **options: bool) -> None:
+        super().__init__(content, **options)  # type: ignore[arg-type]
+        self.has_spoken = threading.Event()
+
+    def answer(self, talk: Talk, request: Request) -> None:
+        try:
+            super().answer(talk, request)
+        finally:
+            if request.command == CMD_READ:
+                self.has_spoken.set()
 
     def read(self, talk: Talk, request: Request) -> None:
         raise NotImplementedError
@@ -296,7 +312,7 @@ class _NeverAnswersReads(_Reads):
 
 
 # Sources that break the protocol in their answer to READ: the peer is blamed.
-LYING_SOURCES: dict[str, type[Double]] = {
+LYING_SOURCES: dict[str, type[_Reads]] = {
     "a reply with an unknown handle": _UnknownHandle,
     "a reply with another magic": _BadMagic,
     "a chunk of 4 GiB": _OversizedChunk,
