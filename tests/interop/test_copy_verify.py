@@ -14,7 +14,7 @@ import pytest
 from support import images
 from support.command import EXECUTABLE, copy, started
 from support.servers import at_socket, nbdkit, private_folder, qemu_nbd
-from support.sides import KINDS, Blocks, eval_methods, serve
+from support.sides import EVAL, KINDS, Blocks, eval_methods, serve
 from support.waiting import wait_for
 
 SIZE = 10_000_384
@@ -197,29 +197,26 @@ def test_a_copy_that_cannot_be_read_back_says_that_it_is_copied(dense: Path, tmp
 # -- over a bad night --------------------------------------------------------------------------------------------------
 
 
-def is_reading_back(err: str) -> bool:
-    return '"phase": "verifying"' in err
-
-
 @pytest.mark.parametrize("what", ["worker", "server"])
 def test_what_is_lost_while_it_is_read_back_is_made_up_for(tmp_path: Path, ring: str, what: str) -> None:
-    large = images.random_image(tmp_path / "one", 24 * images.MIB)
-    copied = images.empty_image(tmp_path / "copy", 24 * images.MIB)
-    # Reads of the destination are slow, so there is a middle to it.
-    slow = ("--filter=delay", "file", str(copied), "delay-read=30ms")
+    large = images.random_image(tmp_path / "one", 8 * images.MIB)
+    copied = images.empty_image(tmp_path / "copy", 8 * images.MIB)
     with private_folder() as folder, qemu_nbd(large, "-r") as one:
-        path = folder / "s"
-        words = ("nbdkit", "-f", "-U", str(path), "--threads=1", *slow)
+        path, asked, answers = folder / "s", folder / "asked", folder / "answers"
+        pread = f": > {asked}; until [ -e {answers} ]; do sleep 0.02; done; {EVAL['pread']}"
+        words = ("nbdkit", "-f", "-U", str(path), "--threads=1", "eval", *eval_methods(copied, pread=pread))
         with at_socket(path, *words) as two:
-            options = ("--verify", "--progress=json", "--ring", ring, "--workers", "2", "--request-size", "128k")
-            with started("copy", *options, "--range-size", "1M", one.uri, two.uri) as run:
-                wait_for("what is read back", lambda: is_reading_back(run.err()) or run.process.poll() is not None)
+            options = ("--verify", "--ring", ring, "--workers", "2", "--request-size", "256k", "--range-size", "1M")
+            with started("copy", *options, one.uri, two.uri) as run:
+                run.until("a read of what was written", asked.exists)
                 if what == "worker":
                     os.kill(run.workers()[0], signal.SIGKILL)
+                    answers.touch()
                     outcome = run.wait()
                 else:
                     two.kill()
-                    wait_for("the loss", lambda: "waiting for it" in run.err() or run.process.poll() is not None)
+                    run.until("the loss to be told of", lambda: "waiting for it" in run.err())
+                    answers.touch()
                     with at_socket(path, *words):
                         outcome = run.wait()
     outcome.succeeded()
@@ -234,9 +231,7 @@ def test_workers_of_a_coordinator_read_back_what_they_wrote(dense: Path, tmp_pat
         nbdkit("eval", *lying(copied), tcp=True) as two,
         started("coordinator", "--listen", "tcp://127.0.0.1:0", "--verify", *SMALL, one, two.uri) as coordinator,
     ):
-        address = wait_for(
-            "the address", lambda: (re.findall(r"listening on (\S+)", coordinator.err()) or [""])[0], 10.0
-        )
+        address = wait_for("the address", lambda: (re.findall(r"listening on (\S+)", coordinator.err()) or [""])[0])
         with started("worker", "--ring", ring, "--connect", address) as worker:
             worker.wait().succeeded()
             outcome = coordinator.wait()

@@ -19,7 +19,7 @@ TRANSPORTS = ("unix", "tcp")
 RINGS = ("io_uring", "epoll")
 LOAD_SECONDS = 60.0
 
-_EVAL = {
+EVAL = {
     "get_size": "stat -Lc %s {image}",
     "pread": "dd bs=256k if={image} skip=$4 count=$3 iflag=skip_bytes,count_bytes,fullblock status=none",
     "pwrite": "dd bs=256k of={image} seek=$4 oflag=seek_bytes conv=notrunc status=none",
@@ -40,7 +40,7 @@ def round_up(size: int, unit: int) -> int:
 
 def eval_methods(image: Path, **replaced: str) -> list[str]:
     """Parameters of nbdkit's eval plugin for a server of `image` in shell; `replaced` methods are other scripts."""
-    return [f"{name}={script.format(image=image)}" for name, script in {**_EVAL, **replaced}.items()]
+    return [f"{name}={script.format(image=image)}" for name, script in {**EVAL, **replaced}.items()]
 
 
 @contextlib.contextmanager
