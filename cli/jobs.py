@@ -31,7 +31,8 @@ class Ended(msgspec.Struct, frozen=True):
     """A job that is over.
 
     `resume`: the command that goes on with it; `export`: the one that lists what could not be read; "" when none can.
-    `source`: as the user named it. `is_output`: the copy itself is standard output.
+    `source`: as the user named it. `is_output`: the copy itself is standard output. `differs`: see Start; "" also once
+    the copy has been verified.
     """
 
     outcome: Outcome
@@ -40,6 +41,7 @@ class Ended(msgspec.Struct, frozen=True):
     export: str
     source: str
     is_output: bool
+    differs: str
 
 
 def run(setting: Setting, stack: ExitStack) -> Ended:
@@ -75,7 +77,8 @@ def run(setting: Setting, stack: ExitStack) -> Ended:
     )
     source, destination = setting.args.operands
     named, is_output = words_of(source, setting.args), destination == "-"
-    return Ended(outcome, time.monotonic() - start, resume, export, named, is_output)
+    differs = "" if setting.args.verify else begun.differs
+    return Ended(outcome, time.monotonic() - start, resume, export, named, is_output, differs)
 
 
 def _advice(begun: Start, outcome: Outcome) -> str:
@@ -137,6 +140,9 @@ def _bar(start: float) -> Display:
 def conclude(ended: Ended, interrupted_code: int, report: Report | None = None) -> int:
     """Say how it ended and how it can be resumed, and choose the exit code. `report`: None for a copy's summary."""
     code = _tell(ended, interrupted_code, report)
+    if ended.differs and ended.outcome.verdict is Verdict.COMPLETE:
+        logs.say(f"different: {ended.differs}; nbdshard verify SOURCE DESTINATION tells where else")
+        code = EXIT_DIFFERENT
     if ended.resume:
         logs.say(f"to go on: {ended.resume}")
     if ended.export:

@@ -39,6 +39,7 @@ class Start(msgspec.Struct, frozen=True):
     unreadable: tuple[Range, ...] = ()  # of them; zeroes are there
     earlier: EarlierLeaves | None = None  # the digests of them
     expected: tuple[EndpointDescription, EndpointDescription] | None = None
+    differs: str = ""  # what of `durable` is known not to be true, and was forced
 
 
 def start(setting: Setting, stack: ExitStack) -> Start:

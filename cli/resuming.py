@@ -7,6 +7,7 @@ import random
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Final, Protocol
 
 from nbdshard.cli.facts import difference, is_same_device, local_file
@@ -27,6 +28,15 @@ from nbdshard.coordinator.keeping import Keeper
 
 SIDES: Final[tuple[Side, Side]] = ("source", "destination")
 ADVICE: Final = "--force-resume goes on all the same"
+# What the fields of ResultOptions are on the command line. One that sets others comes before them.
+OPTIONS: Final = {
+    "checksum": "--checksum",
+    "allocated": "--allocated",
+    "destination_is_zero": "--destination-is-zero",
+    "extents": "--no-extents",
+    "flush": "--no-flush",
+    "sparse_unit": "--sparse",
+}
 
 
 def resumed(setting: Setting, stack: ExitStack) -> Start:
@@ -40,13 +50,17 @@ def resumed(setting: Setting, stack: ExitStack) -> Start:
     facts, durable, unreadable = journal.facts, tuple(journal.durable), tuple(journal.unreadable)
     _check_digests(args, facts)
     held = stack.enter_context(ExitStack())
-    try:
-        _check_facts(setting, facts)
-        _check_samples(setting, durable, unreadable, held)
-    except NbdshardError as error:
-        if not args.force_resume:
-            raise
-        logs.warning(f"{error}; resumed all the same")
+    differs = ""
+    checks = (partial(_check_facts, setting, facts), partial(_check_samples, setting, durable, unreadable, held))
+    for check in checks:
+        try:
+            check()
+        except NbdshardError as error:
+            if not args.force_resume:
+                raise
+            what = UserError(error.what, error.where) if isinstance(error, UserError) else error  # the advice is taken
+            logs.warning(f"{what}; resumed all the same")
+            differs = differs or (error.what if isinstance(error, Different) else "")
     keeper = Keeper(
         lambda: args.journal,
         lambda *_: facts,
@@ -57,7 +71,7 @@ def resumed(setting: Setting, stack: ExitStack) -> Start:
     )
     keeper.resume()
     expected = None if args.force_resume else (facts.source.description, facts.destinations[0].description)
-    return Start(facts.uuid, keeper, journal.epoch, durable, unreadable, journal, expected)
+    return Start(facts.uuid, keeper, journal.epoch, durable, unreadable, journal, expected, differs)
 
 
 def _check_digests(args: Namespace, facts: JobFacts) -> None:
@@ -85,11 +99,20 @@ def _check_facts(setting: Setting, facts: JobFacts) -> None:
             raise UserError(f"the journal is about another {side}: {then.named} instead of {named}", path, ADVICE)
         if local is not None and then.local is not None and (what := difference(side, then.local, local)):
             raise UserError(what, address.address, ADVICE)
-    for name in ResultOptions.__struct_fields__:
-        was, is_now = getattr(facts.options, name), getattr(ResultOptions.of(setting.options), name)
+    options = ResultOptions.of(setting.options)
+    for name in OPTIONS:
+        was, is_now = getattr(facts.options, name), getattr(options, name)
         if was != is_now:
-            option = name.replace("_", "-")
-            raise UserError(f"the copy began with other options: {option} was {was}, and is {is_now}", path, ADVICE)
+            what = f"the copy began {_with_option(name, was)}, and is to go on {_with_option(name, is_now)}"
+            raise UserError(what, path, ADVICE)
+
+
+def _with_option(name: str, value: int | bool | None) -> str:
+    """`value` of the field `name` of ResultOptions, in the words of the command line."""
+    word = OPTIONS[name]
+    if isinstance(value, bool):
+        return f"{'with' if value != word.startswith('--no-') else 'without'} {word}"
+    return f"without {word}" if value is None else f"with {word}={value}"
 
 
 # -- samples of what is durable ----------------------------------------------------------------------------------------
@@ -100,6 +123,10 @@ class Reader(Protocol):
 
     def read(self, where: Range) -> bytes: ...
     def close(self) -> None: ...
+
+
+class Different(UserError):
+    """The two sides differ where they should not."""
 
 
 class Unreadable(UserError):
@@ -156,7 +183,7 @@ def _check_samples(setting: Setting, durable: Sequence[Range], unreadable: Seque
                 continue
             if source != destination:
                 what = f"source and destination differ in {where}, which the journal calls durable"
-                raise UserError(what, args.journal, "begin the copy anew, without --resume")
+                raise Different(what, args.journal, "begin the copy anew, without --resume")
 
 
 def _reader(address: EndpointAddress, stack: ExitStack, held: ExitStack) -> Reader:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.cli import resuming
+from nbdshard.coordinator.journal_facts import ResultOptions
 from support import images
 from support.blkhash import blkhash_of
 from support.brakes import Brake
@@ -167,7 +169,13 @@ def test_a_journal_with_digests_is_not_gone_on_with_without(scene: Scene) -> Non
 
 def test_other_options_are_refused(scene: Scene) -> None:
     scene.kill()
-    scene.resume("--allocated").failed(1, saying=["the copy began with other options", "sparse-unit"])
+    scene.resume("--allocated").failed(1, saying=["began without --allocated, and is to go on with --allocated"])
+    scene.resume("--sparse=0").failed(1, saying=["began without --sparse, and is to go on with --sparse=0; --force"])
+    scene.resume("--no-extents").failed(1, saying=["began without --no-extents, and is to go on with --no-extents"])
+
+
+def test_every_option_that_matters_has_a_word() -> None:
+    assert set(resuming.OPTIONS) == set(ResultOptions.__struct_fields__)
 
 
 def test_what_is_durable_and_differs_is_refused(scene: Scene) -> None:
@@ -175,6 +183,41 @@ def test_what_is_durable_and_differs_is_refused(scene: Scene) -> None:
     with scene.copied.open("r+b") as file:
         file.write(bytes(SIZE))
     scene.resume().failed(1, saying=["source and destination differ", "without --resume"])
+
+
+def test_what_differs_and_is_forced_is_no_success(scene: Scene) -> None:
+    scene.kill()
+    with scene.copied.open("r+b") as file:
+        file.write(bytes(SIZE))
+    outcome = scene.resume("--force-resume")
+    outcome.failed(1, saying=[": source and destination differ in [", "durable; resumed all the same"])
+    assert "different: source and destination differ in [" in outcome.last_line, str(outcome)
+    assert "nbdshard verify" in outcome.last_line
+
+
+def test_what_differs_and_is_forced_is_found_by_verifying(scene: Scene) -> None:
+    scene.kill()
+    with scene.copied.open("r+b") as file:
+        file.write(bytes(SIZE))
+    outcome = scene.resume("--force-resume", "--verify", "--keep-journal").failed(1, saying=["differ: offset "])
+    assert "which the journal calls durable" not in outcome.last_line
+    scene.resume("--verify").succeeded()
+    images.assert_identical(scene.image, scene.copied)
+
+
+def test_what_is_durable_is_compared_also_where_something_else_is_forced(scene: Scene) -> None:
+    scene.kill()
+    scene.copied.write_bytes(bytes(SIZE))
+    outcome = scene.resume("--allocated", "--force-resume")
+    outcome.failed(1, saying=["is to go on with --allocated; resumed all the same"])
+    outcome.failed(1, saying=["source and destination differ in [", "durable; resumed all the same"])
+
+
+def test_other_options_that_are_forced_are_no_failure(scene: Scene) -> None:
+    scene.kill()
+    outcome = scene.resume("--allocated", "--force-resume").succeeded()
+    assert "resumed" in outcome.last_line
+    images.assert_identical(scene.image, scene.copied)
 
 
 def test_a_destination_file_is_neither_made_nor_cut(scene: Scene, tmp_path: Path) -> None:
