@@ -158,7 +158,7 @@ class _FileReader:
 def _check_samples(setting: Setting, durable: Sequence[Range], unreadable: Sequence[Range], held: ExitStack) -> None:
     """Read some of what should be durable from both sides, but not what the source could not read the last time.
 
-    A server may leave with its last client. So where others are admitted beside us, which CAN_MULTI_CONN says, `held`
+    A server may leave with its last client. So where others are admitted beside us (CAN_MULTI_CONN), `held`
     keeps the connection until the workers have theirs. Raises UserError where they differ or cannot be read.
     """
     ends, args = setting.ends, setting.args
@@ -190,7 +190,17 @@ def _reader(address: EndpointAddress, stack: ExitStack, held: ExitStack) -> Read
     if address.kind == "file":
         return stack.enter_context(closing(_FileReader(address.address)))
     client = BlockingClient.open(parse_uri(address.address), address.address)
-    return (held if TransmissionFlag.CAN_MULTI_CONN in client.export.flags else stack).enter_context(closing(client))
+    admits_more = TransmissionFlag.CAN_MULTI_CONN in client.export.flags and _admits_another(address)
+    return (held if admits_more else stack).enter_context(closing(client))
+
+
+def _admits_another(address: EndpointAddress) -> bool:
+    """Whether the server has room for one client more: some advertise what they then refuse."""
+    try:
+        BlockingClient.open(parse_uri(address.address), address.address).close()
+    except NbdshardError:
+        return False
+    return True
 
 
 def _read(reader: Reader, where: Range) -> bytes:

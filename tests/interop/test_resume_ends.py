@@ -49,7 +49,7 @@ def begin(journal: Path, *ends: str | Path) -> None:
 def test_a_device_with_another_name_and_number_is_the_same(image: Path, tmp_path: Path) -> None:
     copied, other = (images.empty_image(tmp_path / name, SIZE) for name in ("copied", "other"))
     journal = tmp_path / "journal"
-    with nbdkit("file", str(image)) as source:
+    with nbdkit("file", str(image), threads=1) as source:
         with loop_device(copied) as first:
             begin(journal, source.uri, first)
         with loop_device(other) as taken, loop_device(copied) as second:
@@ -112,4 +112,13 @@ def test_one_that_leaves_and_admits_nobody_else_has_to_be_told_to_stay(
         outcome.failed(1, saying=["destination", "qemu-nbd without -t", "must be told to stay"])
     with qemu_nbd(sockets / "s", image, "-t", "-r"), qemu_nbd(sockets / "d", copied, "-t"):
         copy("--resume", "--journal", journal, *uris, timeout=SECONDS).succeeded()
+    images.assert_identical(image, copied)
+
+
+def test_one_that_admits_less_than_it_says_is_not_held(image: Path, tmp_path: Path, sockets: Path) -> None:
+    copied, journal = images.empty_image(tmp_path / "copied", SIZE), tmp_path / "journal"
+    words = ["nbdkit", "-f", "--threads=1", "-U", str(sockets / "s"), "--filter=limit", "file", str(image), "limit=1"]
+    with at_socket(sockets / "s", *words) as source, nbdkit("file", str(copied), threads=1) as target:
+        begin(journal, "-C", "1", source.uri, target.uri)
+        copy("-C", "1", "--resume", "--journal", journal, source.uri, target.uri, timeout=SECONDS).succeeded()
     images.assert_identical(image, copied)

@@ -41,7 +41,18 @@ class Scene:
         return ["copy", *NEVER, *more, self.source, str(self.copied)]
 
     def slow_source(self) -> contextlib.AbstractContextManager[Server]:
-        words = ("nbdkit", "-f", "-r", "-U", str(self.socket), "--filter=rate", "file", str(self.image), "rate=64M")
+        words = (
+            "nbdkit",
+            "-f",
+            "-r",
+            "--threads=1",
+            "-U",
+            str(self.socket),
+            "--filter=rate",
+            "file",
+            str(self.image),
+            "rate=64M",
+        )
         return at_socket(self.socket, *words)
 
     def has_begun(self, run: Run) -> None:
