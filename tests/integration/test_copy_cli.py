@@ -18,8 +18,9 @@ import pytest
 
 from nbdshard.common.limits import DRAIN_SECONDS
 from support import processes
+from support.brakes import Brake
 from support.command import Run, copy, started
-from support.servers import nbdkit
+from support.servers import nbdkit, private_folder
 from support.waiting import wait_for
 
 MIB = 1 << 20
@@ -154,7 +155,10 @@ def test_a_progress_that_was_asked_for_is_plain_lines_without_a_terminal() -> No
 
 
 def test_on_a_terminal_there_is_a_bar() -> None:
-    with nbdkit("pattern", "64M", "rate=128M", filters=["rate"]) as server:
+    with (
+        private_folder() as folder,
+        nbdkit("pattern", "64M", *(brake := Brake(folder, 32 << 20)).options, filters=["rate"]) as server,
+    ):
         control, terminal = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, "-m", "nbdshard.cli.main", "copy", server.uri, "null:"],
@@ -168,6 +172,8 @@ def test_on_a_terminal_there_is_a_bar() -> None:
         with contextlib.suppress(OSError):  # EIO: the terminal's last user has left
             while piece := os.read(control, 65536):
                 shown += piece
+                if b"ETA" in shown:
+                    brake.release()
         os.close(control)
         assert process.wait(60) == 0
     assert b"copying" in shown

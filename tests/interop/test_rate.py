@@ -17,7 +17,8 @@ import pytest
 from nbdshard.common.limits import RATE_BURST_SECONDS, REQUEST_BYTES_DEFAULT
 from support import images
 from support.command import Outcome, Run, copy, nbdshard, started
-from support.doubles import CMD_WRITE, Double, double
+from support.doubles import CMD_READ, CMD_WRITE, Double, double
+from support.hesitant import Hesitates
 from support.servers import nbdkit
 from support.waiting import WAIT_SECONDS, wait_for
 
@@ -50,10 +51,10 @@ def status(run: Run) -> dict[str, object]:
 class Ends:
     """A double to write to, whose requests are seen, and what it is to hold in the end."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, target: Double | None = None) -> None:
         self.content = images.random_bytes(size)
         self.source = Double(bytearray(self.content))
-        self.target = Double(bytearray(size))
+        self.target = target or Double(bytearray(size))
 
     def has_begun(self) -> bool:
         return self.target.count(CMD_WRITE) > 0
@@ -64,9 +65,9 @@ class Ends:
 
 
 @contextlib.contextmanager
-def under_way(ring: str, *options: str, size: int = SIZE) -> Iterator[tuple[Run, Ends]]:
+def under_way(ring: str, *options: str, target: Double | None = None) -> Iterator[tuple[Run, Ends]]:
     """A copy that has begun to write."""
-    ends = Ends(size)
+    ends = Ends(SIZE, target)
     with (
         double(ends.source) as source,
         double(ends.target) as target,
@@ -121,7 +122,7 @@ def test_a_copy_that_pauses_writes_nothing_and_goes_on_where_it_was(ring: str, d
 def test_local_files_pause_too(tmp_path: Path, ring: str) -> None:
     image = images.random_image(tmp_path / "source", SIZE)
     destination = tmp_path / "destination"
-    with started("copy", "--ring", ring, "--rate", "16M", image, destination) as run:
+    with started("copy", "--ring", ring, "--rate", "4M", image, destination) as run:
         wait_for("some data", lambda: destination.exists() and images.allocated_bytes(destination))
         ctl(run, "pause").succeeded()
         wait_for("a pause", lambda: status(run)["phase"] == "paused")
@@ -133,9 +134,12 @@ def test_local_files_pause_too(tmp_path: Path, ring: str) -> None:
 
 
 def test_reading_back_has_the_rate_too_and_pauses(ring: str) -> None:
-    with under_way(ring, "--verify", "--request-size", "256k", "--rate", "32M", size=SIZE) as (run, ends):
-        wait_for("the reading back", lambda: status(run)["phase"] == "verifying")
+    target = Hesitates(bytearray(SIZE), CMD_READ)
+    with under_way(ring, "--verify", "--request-size", "256k", "--rate", "64M", target=target) as (run, ends):
+        run.until("the reading back", lambda: target.count(CMD_READ))
+        assert status(run)["phase"] == "verifying"
         ctl(run, "rate", "1M").succeeded()
+        target.released.set()
         assert "paused" in ctl(run, "pause").succeeded().out
         assert status(run)["phase"] == "paused"
         assert "verifying" in ctl(run, "continue").succeeded().out
@@ -161,7 +165,7 @@ def test_ctrl_c_ends_a_copy_that_pauses_and_it_can_be_resumed(tmp_path: Path, ri
     journal = tmp_path / "journal"
     words = ["copy", "--ring", ring, "--range-size", "4M", "--checkpoint", "0.2", "--journal", str(journal)]
     with nbdkit("file", str(image), threads=1) as source, nbdkit("file", str(destination), threads=1) as target:
-        with started(*words, "--rate", "16M", source.uri, target.uri) as run:
+        with started(*words, "--rate", "4M", source.uri, target.uri) as run:
             wait_for("the journal", journal.exists)
             ctl(run, "pause", job=str(journal)).succeeded()
             run.signal_group(signal.SIGINT)
