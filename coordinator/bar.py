@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import suppress
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -13,6 +14,8 @@ from nbdshard.common.limits import DISPLAY_SECONDS
 from nbdshard.common.units import format_bytes, format_rate, format_seconds
 from nbdshard.coordinator.job import Outcome, Status, Verdict
 from nbdshard.coordinator.progress import Meter
+
+BESIDE_FIGURES_COLUMNS: Final = 8  # of the terminal: the spinner, the shortest bar, and what parts them
 
 
 class BarDisplay:
@@ -74,6 +77,9 @@ class BarDisplay:
             return
         if self._closed or not self._takes_more():
             return
+        room = self._console.width - len(phase) - BESIDE_FIGURES_COLUMNS
+        if len(figures) > room > 0:  # rich would take as much away from the phase
+            figures = figures[: room - 1] + "…"
         self._progress.update(
             self._task, description=phase, total=status.size, completed=self._meter.done, figures=figures
         )

@@ -21,10 +21,10 @@ from support.statuses import done as done_of
 MIB = 1 << 20
 
 
-def terminal() -> tuple[Console, io.StringIO]:
+def terminal(width: int = 140) -> tuple[Console, io.StringIO]:
     out = io.StringIO()
     return Console(
-        file=out, force_terminal=True, force_interactive=True, width=140, color_system=None, legacy_windows=False
+        file=out, force_terminal=True, force_interactive=True, width=width, color_system=None, legacy_windows=False
     ), out
 
 
@@ -50,6 +50,17 @@ def test_an_unknown_size_has_neither_end_nor_time_left() -> None:
     display.close()
     assert "25 MiB  5 MiB/s  2 workers" in out.getvalue()
     assert "ETA" not in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_what_is_waited_for_is_told_however_narrow_the_terminal_is(width: int) -> None:
+    console, out = terminal(width)
+    display = BarDisplay(0.0, console)
+    lost = f"destination nbd+unix:///?socket=/run/{'d' * 100}: nobody listens"
+    display.show(replace(done(0), waiting_for=lost, waiting_seconds=2.5, waiting_seconds_max=600.0), 1.0)
+    display.close()
+    assert "waiting " in out.getvalue()
+    assert "2.50 s of 10 min 00 s  destination nbd" in out.getvalue()
 
 
 def test_the_bar_is_not_drawn_more_often_than_it_is_due() -> None:
