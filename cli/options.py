@@ -134,18 +134,19 @@ def progress_choice(text: str) -> ProgressChoice:
 
 def _seconds(text: str) -> float:
     """A number of seconds, or of `m`, `h` or `d`."""
-    match = SECONDS.fullmatch(text)
-    seconds = float(match[1]) * SECONDS_OF[match[2]] if match is not None else -1.0
-    if not 0 <= seconds <= LOSS_SECONDS_MAX:
-        refuse(text, f"a number of seconds up to {LOSS_SECONDS_MAX:g}; 10m, 2h and 1d are understood too")
-    return seconds
+    return _seconds_within(text, 0.0, LOSS_SECONDS_MAX)
 
 
 def _timeout(text: str) -> float:
     """As `_seconds`, for something that has to be answered."""
-    seconds = _seconds(text)
-    if not TIMEOUT_SECONDS_MIN <= seconds <= TIMEOUT_SECONDS_MAX:
-        refuse(text, f"a number of seconds from {TIMEOUT_SECONDS_MIN:g} to {TIMEOUT_SECONDS_MAX:g}")
+    return _seconds_within(text, TIMEOUT_SECONDS_MIN, TIMEOUT_SECONDS_MAX)
+
+
+def _seconds_within(text: str, low: float, high: float) -> float:
+    match = SECONDS.fullmatch(text)
+    seconds = float(match[1]) * SECONDS_OF[match[2]] if match is not None else -1.0
+    if not low <= seconds <= high:
+        refuse(text, f"a number of seconds from {low:g} to {high:.0f}; 10m, 2h and 1d are understood too")
     return seconds
 
 

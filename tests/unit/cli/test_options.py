@@ -74,8 +74,13 @@ def test_times_and_tries_reach_the_job() -> None:
 
 @pytest.mark.parametrize("text", ["0", "0.05", "2d", "-1", "soon", ""])
 def test_a_time_for_an_answer_is_neither_nothing_nor_for_ever(text: str) -> None:
-    with pytest.raises(UsageError, match=r"--request-timeout.*a number of seconds"):
+    with pytest.raises(UsageError, match=r"--request-timeout.*a number of seconds from 0.1 to 86400; 10m"):
         parse(f"--request-timeout={text}")
+
+
+def test_a_wrong_time_is_told_what_a_right_one_is_in_plain_numbers() -> None:
+    with pytest.raises(UsageError, match=r"--loss-timeout.*a number of seconds from 0 to 2592000; 10m"):
+        parse("--loss-timeout=31d")
 
 
 def test_sizes_take_suffixes() -> None:
