@@ -1,6 +1,7 @@
 """Each way that payload can go, on each ring, and each fault of either server: the copy is whole, or says what is not.
 
-The ways: through buffers, by operations of the ring; through pipes, by direct calls; through a lane, by its thread.
+The ways: through buffers, by operations of the ring or by direct calls; through pipes, by direct calls; through a lane,
+by its thread.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 
 from nbdshard.common.errors import ConnectionLost
-from support.copy_bench import OPTIONS, REQUEST, SIZE, WAYS, CopyBench, copy_bench
+from support.copy_bench import BY_CALLS, OPTIONS, REQUEST, SIZE, WAYS, CopyBench, copy_bench
 from support.doubles import CMD_DISC, CMD_READ, CMD_WRITE, EINVAL, EIO, Double, double
 from support.failing import (
     AT_ONCE,
@@ -36,6 +37,7 @@ OLD = 0xEE  # what the destination held before
 FAULT_AT = 2 * REQUEST  # early: a lane is lent again after it
 DENSE = random_bytes(SIZE)
 EACH_WAY = pytest.mark.parametrize("way", WAYS)
+EACH_WAY_AND_BUFFERS_BY_CALLS = pytest.mark.parametrize("way", [*WAYS, BY_CALLS])
 EACH_KIND = pytest.mark.parametrize("kind", ["simple", "structured", "extended"])
 # No search for zeroes: payload that goes through pipes stays there.
 PLAIN = msgspec.structs.replace(OPTIONS, sparse_unit=0)
@@ -69,7 +71,7 @@ def speak(kind: str, *servers: Double) -> None:
 
 def spliced(way: str) -> int:
     """What counts as spliced of a dense copy where nothing had to be tried again."""
-    return 0 if way == "buffers" else SIZE
+    return SIZE if way in ("pipes", "lanes") else 0
 
 
 # -- all goes well ----------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ READ_ERRORS = [("simple", AT_ONCE), *(("structured", name) for name in FAILURES)
 
 
 @pytest.mark.parametrize(("kind", "name"), READ_ERRORS)
-@EACH_WAY
+@EACH_WAY_AND_BUFFERS_BY_CALLS
 def test_a_read_that_fails_wherever_the_error_stands_is_asked_again(ring: str, way: str, kind: str, name: str) -> None:
     source, target = FailsFirst(bytearray(DENSE)), Double(old())
     source.reply, source.fails_at, source.times = FAILURES[name], FAULT_AT, 1
@@ -123,7 +125,7 @@ WRITE_ERRORS = [
 
 
 @pytest.mark.parametrize(("kind", "name"), WRITE_ERRORS)
-@EACH_WAY
+@EACH_WAY_AND_BUFFERS_BY_CALLS
 def test_a_write_that_is_refused_wherever_the_answer_comes_is_made_good(
     ring: str, way: str, kind: str, name: str
 ) -> None:
@@ -140,7 +142,7 @@ def test_a_write_that_is_refused_wherever_the_answer_comes_is_made_good(
     assert done.copied == SIZE
     # What was in a buffer is sent again from it, what was in a pipe has to be read again.
     reads = sum(request.offset == FAULT_AT for request in source.requests if request.command == CMD_READ)
-    assert reads == (1 if way == "buffers" else 2)
+    assert reads == (2 if spliced(way) else 1)
     assert done.spliced == max(0, spliced(way) - REQUEST)
 
 
@@ -194,7 +196,7 @@ def left_softly(server: Double) -> bool:
 
 @pytest.mark.parametrize("going", GOINGS)
 @pytest.mark.parametrize("length", [9, 28 + REQUEST // 2])
-@EACH_WAY
+@EACH_WAY_AND_BUFFERS_BY_CALLS
 def test_a_source_that_goes_with_half_a_payload_received(ring: str, way: str, length: int, going: str) -> None:
     source, target = GoesInAReply(bytearray(DENSE)), Double(old())
     source.length, source.goes_at, source.go_away = length, FAULT_AT, GOINGS[going]
@@ -214,7 +216,7 @@ def test_a_source_that_goes_with_half_a_payload_received(ring: str, way: str, le
 @pytest.mark.parametrize(("tcp", "going"), [(False, "hangs up"), (True, "hangs up"), (True, "resets")])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @EACH_CONTENT
-@EACH_WAY
+@EACH_WAY_AND_BUFFERS_BY_CALLS
 def test_a_destination_that_goes_with_half_a_payload_sent(
     ring: str, way: str, content: bytes, tcp: bool, share: float, going: str
 ) -> None:
