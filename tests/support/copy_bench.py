@@ -191,7 +191,7 @@ class CopyBench(LinkBench):
             assert done.spliced == 0
         if self.way == "lanes":
             (lane,) = self.lanes
-            assert lane.moved > 0
+            assert lane.moved or lane.odd  # all may have been asked, and nothing answered yet, when the fault came
         else:
             assert not self.lanes
 
