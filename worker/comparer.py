@@ -162,7 +162,7 @@ class Comparer(Leaseholder[CompareWork]):
         self.now = now
         self.has_work = False
         self.bucket.ask_again()
-        self._retries.run(now)
+        self._try_again()
         if self.draining or not all(self.readers):
             return
         if not self.bucket.is_closed:
@@ -281,7 +281,7 @@ class Comparer(Leaseholder[CompareWork]):
             else:
                 reader.read(pair, where)
 
-        self.later(attempts, again)
+        self.later(pair.work, attempts, again)
 
     # -- the end of leases ---------------------------------------------------------------------------------------------
 

@@ -183,7 +183,7 @@ class Copier(Leaseholder[LeaseWork]):
         self.has_work = False
         self.bucket.ask_again()
         self.lanes.collect()
-        self._retries.run(now)
+        self._try_again()
         self._writer.pump()
         if not self.draining and self.sources and self.targets:
             if not self.bucket.is_closed:
@@ -335,7 +335,7 @@ class Copier(Leaseholder[LeaseWork]):
                 self.bucket.take(operation.where.length)
                 self.sources[operation.source].read(operation)
 
-        self.later(attempts, again)
+        self.later(operation.lease, attempts, again)
 
     def _stream_read(self, operation: Operation, count: int) -> None:
         """A stream's read: a short one is its end, and the lease ends there."""

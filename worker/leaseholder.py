@@ -44,6 +44,7 @@ class Leaseholder(Generic[LeasedWork]):
         self.earliest_expiry = inf  # never later than the first end of a lease that is not over: then `expire` is due
         self.bucket = Bucket(shape.request_size, now)
         self._retries = Retries()
+        self._due: list[tuple[LeasedWork, Callable[[], None]]] = []  # retries of it whose pause is over
         self._wish = 0  # leases the coordinator knows we want
 
     # -- the shell's side ----------------------------------------------------------------------------------------------
@@ -125,6 +126,16 @@ class Leaseholder(Generic[LeasedWork]):
         if lease.outstanding == 0 and self.leases.pop(lease.lease, None) is not None and lease.error is not None:
             self.outbox.append(Failed(self.job, self.epoch, lease.lease, lease.error))
 
-    def later(self, attempts: int, action: Callable[[], None]) -> None:
-        """Try again after a pause that doubles with each attempt."""
-        self._retries.add(self.now, attempts, action)
+    def later(self, lease: LeasedWork, attempts: int, action: Callable[[], None]) -> None:
+        """Try a request of `lease` again after a pause that doubles with each attempt."""
+        self._retries.add(self.now, attempts, lambda: self._due.append((lease, action)))
+
+    def _try_again(self) -> None:
+        """Try again what is due; while nothing is to be begun, only end what belongs to leases that are given up."""
+        self._retries.run(self.now)
+        due, self._due = self._due, []
+        for lease, action in due:
+            if self.bucket.is_closed and not self.given_up(lease):
+                self._due.append((lease, action))
+            else:
+                action()

@@ -339,6 +339,19 @@ def test_who_drains_tells_how_far_its_leases_are() -> None:
     assert bench.told(Progress) == [Progress(JOB, EPOCH, 1, Counters(compared=UNIT))]
 
 
+def test_nothing_is_tried_again_while_the_rate_is_0() -> None:
+    bench = Bench()
+    bench.lease(0, UNIT)
+    bench.comparer.limit(0)
+    bench.refuse(bench.sources[0].open[0])
+    bench.pump(10.0)
+    assert len(bench.sources[0].calls) == 1
+    assert bench.comparer.deadline() is None
+    bench.comparer.limit(None)
+    bench.pump()
+    assert len(bench.sources[0].calls) == 2
+
+
 def test_buffers_are_used_again() -> None:
     bench = Bench()
     bench.lease(0, SIZE)

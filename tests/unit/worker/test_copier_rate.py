@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from nbdshard.common.limits import LANE_BYTES_MIN, MIB, RATE_STRETCH_SECONDS
-from nbdshard.common.messages import Counters, Written
+from nbdshard.common.messages import Counters, Failed, Written
 from nbdshard.common.nbd.constants import STATE_ZERO
 from nbdshard.common.ranges import Range
 from nbdshard.worker.stretch import Outcome
@@ -115,6 +115,47 @@ def test_a_read_that_is_tried_again_is_paid_for_and_does_not_wait() -> None:
     assert len(bench.source.made("read")) == 2
     bench.pump(1.0)
     assert len(bench.source.made("read")) == 3
+
+
+def failed_once(side: str) -> Bench:
+    """A copier that pauses while a read of its, or a write, waits for another try."""
+    bench = Bench()
+    bench.lease(0, BLOCK, seconds=1000.0)
+    if side == "destination":
+        bench.answer(bench.source.open[0])
+    bench.copier.limit(0)
+    bench.answer((bench.source if side == "source" else bench.target).open[0], EIO)
+    bench.pump(10.0)
+    return bench
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_nothing_is_tried_again_while_the_rate_is_0_and_all_when_it_is_not(side: str) -> None:
+    bench = failed_once(side)
+    recorder, kind = (bench.source, "read") if side == "source" else (bench.target, "write")
+    assert recorder.made(kind) == [Range(0, BLOCK)]
+    assert bench.copier.deadline() is None, "it is not looked at again and again"
+    bench.copier.limit(None)
+    bench.pump()
+    assert recorder.made(kind) == [Range(0, BLOCK)] * 2
+    bench.answer_all()
+    assert len(bench.told(Written)) == 1
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_what_waits_for_another_try_while_the_rate_is_0_does_not_hold_up_the_end(side: str) -> None:
+    bench = failed_once(side)
+    bench.copier.drain()
+    bench.pump()
+    assert bench.copier.idle
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_lease_that_is_revoked_while_the_rate_is_0_is_told_of_though_it_waits_for_another_try(side: str) -> None:
+    bench = failed_once(side)
+    bench.copier.revoke(1)
+    bench.pump()
+    assert len(bench.told(Failed)) == 1
 
 
 def test_a_lease_that_is_given_up_has_nobody_wait() -> None:
