@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 import msgspec
@@ -69,10 +69,11 @@ class CompareWork:
         """Nothing is left to begin."""
         return self.position == self.where.end
 
-    def next_piece(self, unit: int) -> Piece | None:
+    def next_piece(self, unit: int, may_read: Callable[[], bool]) -> Piece | None:
         """Take the next stretch: what is zero on both sides whole, other up to the next multiple of `unit` bytes.
 
-        None while a side's block status is still to come, and when nothing is left.
+        None while a side's block status is still to come, when nothing is left, and when a side would have to be read
+        and `may_read` says no.
         """
         if self.exhausted:
             return None
@@ -82,6 +83,8 @@ class CompareWork:
         first, second = (each for each in stretches if each is not None)
         end, zero = min(first[0], second[0]), (first[1], second[1])
         if not all(zero):
+            if not may_read():
+                return None
             end = min(end, (self.position // unit + 1) * unit)
         piece = Piece(Range(self.position, end), zero)
         self.position = end

@@ -192,9 +192,7 @@ class Comparer(Leaseholder[CompareWork]):
                 readers = [min(side, key=lambda reader: reader.active) for side in self.readers]
                 if any(reader.active >= self.shape.depth for reader in readers):
                     return
-                if not self.bucket.admits(self.shape.request_size, self.now):
-                    return
-                piece = work.next_piece(self.shape.request_size)
+                piece = work.next_piece(self.shape.request_size, self._may_read)
                 if piece is None:
                     break
                 if all(piece.zero):
@@ -202,6 +200,9 @@ class Comparer(Leaseholder[CompareWork]):
                 else:
                     self.bucket.take(piece.where.length)
                     self._begin(work, piece.where, [reader for reader in readers if not piece.zero[reader.side]])
+
+    def _may_read(self) -> bool:
+        return self.bucket.admits(self.shape.request_size, self.now)
 
     def _begin(self, work: CompareWork, where: Range, readers: list[Reader]) -> None:
         pair = Pair(work, where)

@@ -32,16 +32,16 @@ def learn(side: int, into: CompareWork, *extents: tuple[int, int]) -> None:
 
 def pieces(of: CompareWork, unit: int = UNIT) -> list[Piece]:
     found = []
-    while (piece := of.next_piece(unit)) is not None:
+    while (piece := of.next_piece(unit, lambda: True)) is not None:
         found.append(piece)
     return found
 
 
 def test_nothing_is_begun_before_both_sides_have_told() -> None:
     lease = work(Range(0, UNIT), UNIT, UNIT)
-    assert lease.next_piece(UNIT) is None
+    assert lease.next_piece(UNIT, lambda: True) is None
     learn(0, lease, (UNIT, 0))
-    assert lease.next_piece(UNIT) is None
+    assert lease.next_piece(UNIT, lambda: True) is None
     learn(1, lease, (UNIT, 0))
     assert pieces(lease) == [Piece(Range(0, UNIT), (False, False))]
     assert lease.exhausted

@@ -379,6 +379,22 @@ def test_pairs_are_begun_as_the_rate_allows_and_the_comparer_says_when() -> None
     assert bench.comparer.deadline() is None
 
 
+def test_what_both_sides_say_is_zeroes_waits_for_no_token() -> None:
+    bench = Bench(extents=True)
+    bench.pump()
+    bench.comparer.limit(UNIT)
+    bench.lease(0, UNIT, number=1)
+    bench.lease(UNIT, 3 * UNIT, number=2)
+    while questions := [call for call in bench.calls if call.name == "extents"]:
+        start = questions[0].where.start if questions[0].where is not None else 0
+        bench.answer(questions[0], flags=ZERO if start else 0)
+    bench.pump()
+    assert bench.calls == []
+    assert bench.told(Compared) == [Compared(JOB, EPOCH, 2, Counters(skipped=2 * UNIT))]
+    bench.pump(1.001)
+    assert [call.where for call in bench.calls] == [Range(0, UNIT)] * 2
+
+
 def test_a_rate_of_0_begins_no_pair_and_asks_for_no_extents() -> None:
     bench = Bench(extents=True)
     bench.comparer.limit(0)
