@@ -31,7 +31,7 @@ from nbdshard.coordinator.progress import Meter
 
 _CREDENTIALS: Final = struct.Struct("3i")  # unix(7), SO_PEERCRED: pid, uid, gid
 
-Obey = Callable[[Pace], Status]  # have the job go at this pace; how it stands then
+Obey = Callable[[Pace], Status]  # have the job go at this pace; how it stands then. Raises UserError where it cannot
 
 
 class ControlSocket:
@@ -143,12 +143,11 @@ class ControlSocket:
         from nbdshard.coordinator.orders import Answer, decode_order, describe, encode, pace_after
 
         try:
-            order = decode_order(packet)
+            pace = pace_after(decode_order(packet), status.pace)
+            if pace != status.pace:
+                status = obey(pace)
         except UserError as error:
             return status, encode(Answer(error=logs.printable(str(error))))
-        pace = pace_after(order, status.pace)
-        if pace != status.pace:
-            status = obey(pace)
         self._meter.take(status, now)
         return status, encode(Answer(status=describe(self._uuid, self._journal, status, self._meter, now)))
 

@@ -220,6 +220,8 @@ class _Loop:
             control.hear(status, self._obey, now)
 
     def _obey(self, pace: Pace) -> Status:
+        if self._scheduler.is_ending:
+            raise UserError("the job is ending: its rate does not change any more, and it does not pause or go on")
         self._act(self._scheduler.set_pace(pace, self._clock()))
         return self._scheduler.status()
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,6 +268,34 @@ def test_coordinator_and_workers_of_other_processes_have_a_rate_too(tmp_path: Pa
 
 
 # -- orders that cannot be carried out ---------------------------------------------------------------------------------
+
+
+class Stuck(Double):
+    """Answers no write until it may."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(bytearray(size))
+        self.may_answer = threading.Event()
+
+    def write(self, talk, request, data):  # type: ignore[no-untyped-def]
+        assert self.may_answer.wait(60)
+        super().write(talk, request, data)
+
+
+def test_a_job_that_is_ending_says_that_it_takes_no_more_orders(ring: str) -> None:
+    source, target = Double(bytearray(images.random_bytes(4 * MIB))), Stuck(4 * MIB)
+    with (
+        double(source) as one,
+        double(target) as other,
+        started("copy", "--ring", ring, *SLOW, one, other) as run,
+    ):
+        wait_for("a write without an answer", lambda: target.count(CMD_WRITE) > 0)
+        run.signal_group(signal.SIGINT)
+        wait_for("the end to begin", lambda: status(run)["phase"] == "stopping")
+        for words in (["pause"], ["rate", "1M"]):
+            ctl(run, *words).failed(1, saying=["the job is ending"])
+        target.may_answer.set()
+        assert run.wait().code == 130
 
 
 def test_where_no_such_job_runs_that_is_said_in_a_line(tmp_path: Path) -> None:

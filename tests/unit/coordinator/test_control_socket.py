@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common.errors import UserError
 from nbdshard.common.limits import ANSWER_BYTES_MAX, MIB, ORDER_BYTES_MAX, ORDER_CLIENTS_MAX, ORDER_SECONDS
 from nbdshard.common.messages import Counters
 from nbdshard.coordinator.control_paths import reachable, socket_name, sockets, usable_places
@@ -107,6 +108,15 @@ def test_an_order_is_obeyed_and_answered_with_how_the_job_stands(job: Job) -> No
     assert status["job"] == UUID
     assert status["rate_limit_bytes_per_second"] == MIB
     assert (status["phase"], status["bytes_done"], status["workers"]) == ("copying", 1000, 2)
+
+
+def test_an_order_that_cannot_be_carried_out_is_answered_with_one_line(job: Job) -> None:
+    def obey(_: Pace) -> Status:
+        raise UserError("the job is ending")
+
+    job.obey = obey  # type: ignore[method-assign]
+    assert ask(job, order("pause")) == {"version": 1, "error": "the job is ending", "status": None}
+    assert ask(job, order("status"))["error"] == ""
 
 
 def test_each_order_goes_on_from_the_one_before_it_even_in_one_turn(job: Job) -> None:
