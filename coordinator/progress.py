@@ -31,7 +31,7 @@ _END_PHASES = {
     Verdict.DIFFERENT: "different",
     Verdict.FAILED: "failed",
     Verdict.STOPPED: "stopped",
-    Verdict.PAUSED: "paused",
+    Verdict.PAUSED: "lost",  # not "paused", which is what the user had a job do that goes on
     Verdict.UNFENCED: "unfenced",
 }
 

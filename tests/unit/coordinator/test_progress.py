@@ -228,7 +228,7 @@ def test_what_is_read_back_is_the_second_half_of_the_percents(pipe: tuple[int, i
         (Verdict.COMPLETE, "done"),
         (Verdict.FAILED, "failed"),
         (Verdict.STOPPED, "stopped"),
-        (Verdict.PAUSED, "paused"),
+        (Verdict.PAUSED, "lost"),
         (Verdict.UNFENCED, "unfenced"),
     ],
 )
