@@ -6,7 +6,11 @@ when it comes back, what was acknowledged to it is still there; and if the serve
 connection makes it durable::
 
     written under life A  ->  connections lost  ->  back under A:  kept, the next flush of this worker covers it
-    anybody is told of life B, or of none any more  ->  what anybody wrote, or is writing, without a flush: copied again
+                                      ->  back, and told of another or of none:  copied again, as below
+                                      ->  not back when nothing else is left to do:  copied again by others
+    anybody is told of life B, after A  ->  what anybody wrote, or is writing, and no flush has settled: copied again
+
+Who has nothing that is kept, and is told of no life, proves nothing either way.
 """
 
 from __future__ import annotations
