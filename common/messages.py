@@ -86,10 +86,23 @@ class EndpointDescription(Record, frozen=True):
     is_stream: bool = False
     hints: Hints = NO_HINTS  # tell nothing about the export: they may differ from one connection to the next
 
-    def agrees_with(self, other: EndpointDescription, *, any_size: bool = False) -> bool:
-        """Whether both describe the same export; `any_size`: of a file that is still to be given its size."""
-        size = other.size if any_size else self.size
-        return msgspec.structs.replace(self, peer=other.peer, size=size, hints=other.hints) == other
+    def difference(self, other: EndpointDescription, *, any_size: bool = False) -> str:
+        """What is here and not as in `other`, for the user; "" if both describe the same export.
+
+        `any_size`: of a file that is still to be given its size.
+        """
+        told = {"peer", "hints", "size"} if any_size else {"peer", "hints"}
+        for name in self.__struct_fields__:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if name not in told and ours != theirs:
+                return f"{name.removeprefix('can_').replace('_', '-')} {_word(ours)} instead of {_word(theirs)}"
+        return ""
+
+
+def _word(value: int | bool | None) -> str:
+    if value is None:
+        return "unknown"
+    return str(value) if not isinstance(value, bool) else "yes" if value else "no"
 
 
 class JobOptions(Record, frozen=True):

@@ -8,12 +8,12 @@ from nbdshard.worker.opening import OpenConnection
 
 
 def check_agreement(assign: Assign, side: Side, found: EndpointDescription) -> None:
-    """Refuse to work on something else than the job's other workers do. Raises UserError."""
+    """Refuse to work on something else than the job does: what its first worker found. Raises UserError."""
     wanted = assign.expected_source
     if side == "destination":
         wanted = assign.expected_destinations[0] if assign.expected_destinations is not None else None
-    if wanted is not None and not found.agrees_with(wanted, any_size=_grows(assign, side)):
-        raise UserError("differs from what the job's other workers found (size, flags or block sizes)", found.peer)
+    if wanted is not None and (what := found.difference(wanted, any_size=_grows(assign, side))):
+        raise UserError(f"is not what the job began with: {what}", found.peer)
 
 
 def check_likeness(assign: Assign, side: Side, found: EndpointDescription, first: EndpointDescription) -> None:
@@ -22,8 +22,8 @@ def check_likeness(assign: Assign, side: Side, found: EndpointDescription, first
     Raises ConnectionLost where the destination's server was started again in between: what the first one wrote may be
     lost, and only who connects anew says so (coordinator/lives.py).
     """
-    if not found.agrees_with(first, any_size=_grows(assign, side)):
-        raise UserError("differs from one connection to the next (size, flags or block sizes)", found.peer)
+    if what := found.difference(first, any_size=_grows(assign, side)):
+        raise UserError(f"differs from one connection to the next: {what}", found.peer)
     lives = {found.hints.instance, first.hints.instance} - {""}
     if side == "destination" and len(lives) > 1:
         raise ConnectionLost(found.peer, "connecting", "the server was started again meanwhile")

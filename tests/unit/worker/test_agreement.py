@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from nbdshard.common.errors import ConnectionLost, UserError
 from nbdshard.common.messages import Assign, EndpointAddress, EndpointDescription, JobOptions, Side
@@ -37,10 +38,23 @@ def test_a_destination_that_was_started_again_in_between_is_lost() -> None:
 
 
 def test_another_size_is_refused() -> None:
-    with pytest.raises(UserError, match="differs from one connection to the next"):
+    with pytest.raises(UserError, match="nbd://a: differs from one connection to the next: size 8192 instead of 4096"):
         check_likeness(assign(), "source", end(size=8192), end())
-    with pytest.raises(UserError, match="differs from what the job's other workers found"):
+    with pytest.raises(UserError, match="nbd://a: is not what the job began with: size 8192 instead of 4096"):
         check_agreement(assign(end()), "destination", end(size=8192))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"read_only": True}, "read-only yes instead of no"),
+        ({"can_multi_conn": True}, "multi-conn yes instead of no"),
+        ({"block_minimum": 512}, "block-minimum 512 instead of 1"),
+        ({"size": None}, "size unknown instead of 4096"),
+    ],
+)
+def test_what_differs_is_told_in_words(change: dict[str, int | None], told: str) -> None:
+    assert replace(end(), **change).difference(end()) == told
 
 
 def test_a_server_that_was_started_again_since_the_job_began_is_no_other_export() -> None:
