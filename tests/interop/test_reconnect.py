@@ -92,32 +92,35 @@ def test_a_server_that_comes_back_is_waited_for(
     images.assert_identical(image, copied)
 
 
+@contextlib.contextmanager
+def without_its_source(
+    image: Path, copied: Path, sockets: tuple[Path, Path], brake: Brake, *options: str
+) -> Iterator[Run]:
+    """A copy whose source has been killed in the middle of it."""
+    with (
+        start_nbdkit(sockets[0], image, brake) as source,
+        start_nbdkit(sockets[1], copied, None) as destination,
+        started("copy", *options, source.uri, destination.uri) as run,
+    ):
+        in_the_middle(run, copied)
+        source.kill()
+        yield run
+
+
 def test_a_server_that_does_not_come_back_in_time_pauses_the_copy(
     image: Path, tmp_path: Path, sockets: tuple[Path, Path], brake: Brake
 ) -> None:
     copied = images.empty_image(tmp_path / "copy", SIZE)
-    with (
-        start_nbdkit(sockets[0], image, brake) as source,
-        start_nbdkit(sockets[1], copied, None) as destination,
-        started("copy", "--loss-timeout=1", source.uri, destination.uri) as run,
-    ):
-        in_the_middle(run, copied)
-        source.kill()
+    with without_its_source(image, copied, sockets, brake, "--loss-timeout=1") as run:
         outcome = run.wait().failed(75, saying=["source", "it was waited for 1 s"])
-    assert "paused at" in outcome.last_line
+    outcome.failed(75, saying=["paused at"])
 
 
 def test_with_a_loss_timeout_of_0_the_copy_fails_at_once(
     image: Path, tmp_path: Path, sockets: tuple[Path, Path], brake: Brake
 ) -> None:
     copied = images.empty_image(tmp_path / "copy", SIZE)
-    with (
-        start_nbdkit(sockets[0], image, brake) as source,
-        start_nbdkit(sockets[1], copied, None) as destination,
-        started("copy", "--loss-timeout", "0", source.uri, destination.uri) as run,
-    ):
-        in_the_middle(run, copied)
-        source.kill()
+    with without_its_source(image, copied, sockets, brake, "--loss-timeout", "0") as run:
         run.wait().failed(1, saying=["source nbd+unix:"])
 
 
@@ -126,25 +129,13 @@ def test_another_disk_at_the_same_address_is_not_taken_for_the_old_one(
 ) -> None:
     copied = images.empty_image(tmp_path / "copy", SIZE)
     other = images.random_image(tmp_path / "other", SIZE // 2)
-    with contextlib.ExitStack() as stack:
-        source = stack.enter_context(start_nbdkit(sockets[0], image, brake))
-        destination = stack.enter_context(start_nbdkit(sockets[1], copied, None))
-        run = stack.enter_context(started("copy", source.uri, destination.uri))
-        in_the_middle(run, copied)
-        source.kill()
-        stack.enter_context(start_nbdkit(sockets[0], other, None))
+    with without_its_source(image, copied, sockets, brake) as run, start_nbdkit(sockets[0], other, None):
         run.wait().failed(1, saying=["source", "differs"])
 
 
 def test_ctrl_c_ends_a_copy_that_waits(image: Path, tmp_path: Path, sockets: tuple[Path, Path], brake: Brake) -> None:
     copied = images.empty_image(tmp_path / "copy", SIZE)
-    with (
-        start_nbdkit(sockets[0], image, brake) as source,
-        start_nbdkit(sockets[1], copied, None) as destination,
-        started("copy", source.uri, destination.uri) as run,
-    ):
-        in_the_middle(run, copied)
-        source.kill()
+    with without_its_source(image, copied, sockets, brake) as run:
         loss_is_told(run)
         run.signal_group()
         run.wait().failed(130, saying=["stopped at"])

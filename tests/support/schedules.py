@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from nbdshard.common import messages
-from nbdshard.common.limits import MIB
+from nbdshard.common.limits import GIB, MIB
 from nbdshard.common.messages import (
     Counters,
     EndpointAddress,
@@ -28,6 +28,10 @@ OPTIONS = JobOptions(request_size=MIB, requests=64, queue_size=16 * MIB, sparse_
 SOURCE = EndpointAddress("nbd", "nbd://source.example/disk")
 DESTINATION = EndpointAddress("nbd", "nbd://destination.example/disk")
 SERVER = EndpointDescription(peer="nbd://server", size=None, can_multi_conn=True, can_flush=True, can_zero=True)
+
+
+DISK = replace(SERVER, size=8 * MIB)
+BIG = replace(SERVER, size=GIB)
 
 
 def job(**changes: object) -> Job:
@@ -194,6 +198,11 @@ def without_beats(instructions: list[Instruction]) -> list[Instruction]:
 def lease(number: int, start: int, end: int, seconds: float = 86_400.0, *, until_end: bool = False) -> messages.Lease:
     """The message that grants [start, end)."""
     return messages.Lease(UUID, EPOCH, number, Range(start, end), seconds, until_end)
+
+
+def stop(worker: str, reason: str, *, now: bool = False) -> Send:
+    """The instruction to tell `worker` to stop."""
+    return Send(worker, messages.Stop(UUID, EPOCH, reason, now))
 
 
 def stops(followed: list[Instruction]) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Forget, Kill, Start
 from nbdshard.coordinator.job import Verdict
 from support.schedules import (
+    DISK,
     EPOCH,
     UUID,
     Stage,
@@ -23,15 +24,12 @@ from support.schedules import (
     open_failed,
     opened,
     progress,
-    server,
     stops,
     streaming,
     wanted,
     without_beats,
     written,
 )
-
-DISK = server(8 * MIB)
 
 
 def blamed(stage: Stage, *said: messages.FromWorker) -> str:

@@ -12,6 +12,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Instruction, Journal, Send
 from nbdshard.coordinator.job import Comparison, Verdict
 from support.schedules import (
+    DISK,
     EPOCH,
     OPTIONS,
     UUID,
@@ -32,7 +33,6 @@ from support.schedules import (
     written,
 )
 
-DISK = server(8 * MIB)
 HALF = 4 * MIB
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from nbdshard.common import messages
-from nbdshard.common.limits import MIB
 from nbdshard.common.messages import Counters
 from nbdshard.coordinator.instructions import Finish, Forget, Kill, Send, Start
 from nbdshard.coordinator.job import Verdict
 from support.schedules import (
+    DISK,
     EPOCH,
     UUID,
     Stage,
@@ -21,12 +21,11 @@ from support.schedules import (
     opened,
     progress,
     server,
+    stop,
     wanted,
     without_beats,
     written,
 )
-
-DISK = server(8 * MIB)
 
 
 def at_work(*, local: bool = True) -> Stage:
@@ -37,10 +36,6 @@ def at_work(*, local: bool = True) -> Stage:
     first, _ = leases_in(stage.say("a", wanted(2)))
     stage.say("a", progress(first, 1000))
     return stage
-
-
-def stop(worker: str, reason: str, *, now: bool = False) -> Send:
-    return Send(worker, messages.Stop(UUID, EPOCH, reason, now))
 
 
 def test_a_user_s_stop_drains_and_tells_how_far_it_got() -> None:

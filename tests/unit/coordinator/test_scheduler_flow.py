@@ -15,6 +15,7 @@ from nbdshard.coordinator.job import Outcome, Verdict
 from nbdshard.coordinator.planner import OFFSET_MAX
 from support.schedules import (
     DESTINATION,
+    DISK,
     EPOCH,
     OPTIONS,
     SOURCE,
@@ -31,12 +32,12 @@ from support.schedules import (
     opened,
     progress,
     server,
+    stop,
     wanted,
     without_beats,
     written,
 )
 
-DISK = server(8 * MIB)
 STREAM = EndpointDescription(peer="standard input", size=None, is_stream=True)
 
 
@@ -54,10 +55,6 @@ def assign(
             UUID, EPOCH, SOURCE, [DESTINATION], OPTIONS, *connections, 2.0, lease_seconds, source, destinations
         ),
     )
-
-
-def stop(worker: str, reason: str, *, now: bool = False) -> Send:
-    return Send(worker, messages.Stop(UUID, EPOCH, reason, now))
 
 
 def copy_all(stage: Stage, worker: str, followed: list[Instruction]) -> list[Instruction]:

@@ -11,6 +11,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.coordinator.instructions import Forget, Journal, Start
 from nbdshard.coordinator.job import Verdict
 from support.schedules import (
+    DISK,
     EPOCH,
     UUID,
     Stage,
@@ -22,14 +23,10 @@ from support.schedules import (
     flushes_in,
     lease,
     leases_in,
-    server,
     streaming,
     wanted,
     written,
 )
-
-DISK = server(8 * MIB)
-
 
 # -- streams -----------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from nbdshard.common.messages import Counters, EndpointAddress
 from nbdshard.coordinator.instructions import Forget, Kill, Prepare, Send, Start
 from nbdshard.coordinator.job import Verdict
 from support.schedules import (
+    BIG,
+    DISK,
     EPOCH,
     UUID,
     Stage,
@@ -39,10 +41,6 @@ from support.schedules import (
     without_beats,
     written,
 )
-
-DISK = server(8 * MIB)
-BIG = server(GIB)
-
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from nbdshard.common import messages
 from nbdshard.common.limits import (
     GIB,
-    MIB,
 )
 from nbdshard.coordinator.instructions import Forget, Instruction, Send
 from nbdshard.coordinator.job import Verdict
 from support.schedules import (
+    BIG,
+    DISK,
     EPOCH,
     UUID,
     Stage,
@@ -28,10 +29,6 @@ from support.schedules import (
     without_beats,
     written,
 )
-
-DISK = server(8 * MIB)
-BIG = server(GIB)
-
 
 # -- remote workers ----------------------------------------------------------------------------------------------------
 

@@ -22,26 +22,9 @@ from support.doubles import (
 from support.failing import FAILURES, Crumbling, FailsFirst, RefusesFirst
 from support.images import KIB, MIB, random_bytes
 from support.link_bench import LinkBench, link_bench
-from support.local_driver import RINGS
 
 SIZE = 4 * MIB
 CONTENT = random_bytes(SIZE)
-
-
-@pytest.fixture(params=RINGS)
-def ring(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def bench(ring: str) -> Iterator[LinkBench]:
-    with link_bench(ring) as one:
-        yield one
-
-
-@pytest.fixture(params=[False, True], ids=["unix", "tcp"])
-def tcp(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
 
 
 def source_double() -> Double:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -30,27 +29,10 @@ from support.hesitant import Hesitates
 from support.hostile import LYING_DESTINATIONS, LYING_SOURCES
 from support.images import KIB, MIB, random_bytes
 from support.link_bench import Answer, End, LinkBench, link_bench
-from support.local_driver import RINGS
 from support.waiting import WAIT_SECONDS, wait_for
 
 SIZE = 8 * MIB  # more than the buffers of a socket take
 CONTENT = random_bytes(SIZE)
-
-
-@pytest.fixture(params=RINGS)
-def ring(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def bench(ring: str) -> Iterator[LinkBench]:
-    with link_bench(ring) as one:
-        yield one
-
-
-@pytest.fixture(params=[False, True], ids=["unix", "tcp"])
-def tcp(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
 
 
 def source_double() -> Double:
