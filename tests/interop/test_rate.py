@@ -20,7 +20,7 @@ from support import images
 from support.command import Outcome, Run, copy, nbdshard, started
 from support.doubles import CMD_READ, CMD_WRITE, Double, double
 from support.hesitant import Hesitates
-from support.servers import nbdkit
+from support.servers import at_socket, nbdkit, private_folder
 from support.waiting import WAIT_SECONDS, wait_for
 
 MIB = images.MIB
@@ -227,6 +227,37 @@ def test_a_worker_that_is_lost_during_a_pause_is_replaced_by_one_that_pauses(rin
         assert status(run)["phase"] == "paused"
         ctl(run, "continue").succeeded()
         finish(run, ends)
+
+
+def told(run: Run, words: str) -> int:
+    """How often that was said, by a copy that has not ended."""
+    assert run.process.poll() is None, run.err()
+    return run.err().count(words)
+
+
+def test_short_losses_far_apart_do_not_end_a_copy_that_pauses(tmp_path: Path, ring: str) -> None:
+    """Nothing is completed between them, for longer than a server is waited for."""
+    image = images.random_image(tmp_path / "source", SIZE)
+    destination = images.empty_image(tmp_path / "destination", SIZE)
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(private_folder()) / "source"
+        words = ("nbdkit", "-f", "-U", str(path), "file", str(image))
+        source = stack.enter_context(at_socket(path, *words))
+        options = ("--ring", ring, "--rate", "16M", "--loss-timeout", "3", "--reconnect-delay", "0.2")
+        run = stack.enter_context(started("copy", *options, source.uri, destination))
+        wait_for("some data", lambda: images.allocated_bytes(destination))
+        ctl(run, "pause").succeeded()
+        for losses in (1, 2):
+            source.kill()
+            wait_for("the loss", lambda count=losses: told(run, "waiting for it") == count)
+            source = stack.enter_context(at_socket(path, *words))
+            wait_for("the connection", lambda count=losses: told(run, "connected again") == count)
+            back = status(run)["elapsed_seconds"]
+            wait_for("time to pass", lambda since=back: status(run)["elapsed_seconds"] > since + 3)
+        ctl(run, "continue").succeeded()
+        ctl(run, "rate", "off").succeeded()
+        run.wait().succeeded()
+    images.assert_identical(image, destination)
 
 
 class SlowToFlush(Double):
