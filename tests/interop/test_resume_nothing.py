@@ -56,11 +56,7 @@ class Scene:
         return at_socket(self.socket, *words)
 
     def has_begun(self, run: Run) -> None:
-        wait_for(
-            "the copy to begin",
-            lambda: (self.copied.exists() and images.allocated_bytes(self.copied)) or run.process.poll() is not None,
-        )
-        assert run.process.poll() is None, run.err()
+        run.until("the copy to begin", lambda: self.copied.exists() and images.allocated_bytes(self.copied))
 
     def resume(self, outcome: Outcome) -> Outcome:
         """Give the command that `outcome` tells."""
