@@ -89,9 +89,10 @@ class EndpointDescription(Record, frozen=True):
     def difference(self, other: EndpointDescription, *, any_size: bool = False) -> str:
         """What is here and not as in `other`, for the user; "" if both describe the same export.
 
+        Two machines may spell `peer` differently, `rotational` only tunes, and hints tell nothing about the export.
         `any_size`: of a file that is still to be given its size.
         """
-        told = {"peer", "hints", "size"} if any_size else {"peer", "hints"}
+        told = {"peer", "rotational", "hints"} | ({"size"} if any_size else set())
         for name in self.__struct_fields__:
             ours, theirs = getattr(self, name), getattr(other, name)
             if name not in told and ours != theirs:

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from nbdshard.common.endpoints import is_remote_reachable
 from nbdshard.common.errors import UserError
 from nbdshard.common.messages import PROTOCOL_VERSION, EndpointAddress, EndpointDescription, Hello
 from nbdshard.coordinator.job import Job
-
-# Not `peer`, which two machines may spell differently, nor `rotational`, which only tunes.
-_COMPARED: Final = (
-    "read_only",
-    "can_multi_conn",
-    "can_flush",
-    "can_fua",
-    "can_zero",
-    "can_extents",
-    "block_minimum",
-    "block_preferred",
-    "block_maximum",
-    "is_stream",
-)
 
 
 def refusal(job: Job, hello: Hello) -> str | None:
@@ -54,14 +38,5 @@ def disagreement(
     expected: EndpointDescription, found: EndpointDescription, side: str, *, size_matters: bool
 ) -> str | None:
     """How what a worker `found` differs from what the job is about, in one line; None if it does not."""
-    if size_matters and found.size != expected.size:
-        return f"another {side} was found: size {_size(found.size)} instead of {_size(expected.size)}"
-    for what in _COMPARED:
-        was, now = getattr(expected, what), getattr(found, what)
-        if was != now:
-            return f"another {side} was found: {what} is {now} instead of {was}"
-    return None
-
-
-def _size(size: int | None) -> str:
-    return "unknown" if size is None else str(size)
+    what = found.difference(expected, any_size=not size_matters)
+    return f"another {side} was found: {what}" if what else None

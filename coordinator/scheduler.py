@@ -356,12 +356,13 @@ class Scheduler(Membership):
         """The first worker has opened both ends: can the job be done, and how?"""
         self._ends = (source, destination)
         if self._job.expected is not None:
-            found = disagreement(self._job.expected[0], source, "source", size_matters=True) or disagreement(
-                self._job.expected[1], destination, "destination", size_matters=not self._job.destination_grows
-            )
-            if found is not None:
-                self._fail(f"{found}; it is not what the journal is about")
-                return
+            for end, then, any_size in zip(
+                self._ends, self._job.expected, (False, self._job.destination_grows), strict=True
+            ):
+                if what := end.difference(then, any_size=any_size):
+                    text = f"{end.peer}: is not what the journal is about: {what}"
+                    self._fail(f"{text}; --force-resume goes on all the same")
+                    return
         try:
             plan = check_job(self._job, source, destination)
         except UserError as error:

@@ -485,7 +485,7 @@ class NbdLink(Dialing, Lendable):
         if self.state is LinkState.LEAVING:
             self.close()
         elif self._client is not None:
-            self._client.end_of_stream()
+            self._client.end_of_stream("copying")  # if not this connection, its lane, or another one
         elif self._connecter is not None:
             self._connecter.end_of_stream()
 
@@ -493,5 +493,5 @@ class NbdLink(Dialing, Lendable):
         doing = "negotiating"
         if self._client is not None:
             pending = self._client.pending
-            doing = f"waiting for {pending} {'reply' if pending == 1 else 'replies'}" if pending else "idle"
+            doing = f"waiting for {pending} {'reply' if pending == 1 else 'replies'}" if pending else "copying"
         return ConnectionLost(self.peer, doing, os.strerror(-result).lower())

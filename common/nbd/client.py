@@ -283,8 +283,10 @@ class Client:
             self._blame(str(error))
         return events
 
-    def end_of_stream(self) -> list[int]:
+    def end_of_stream(self, doing: str = "idle") -> list[int]:
         """The server closed the connection: [] if that was asked for and nothing is pending.
+
+        `doing`: what nothing pending means here, for the error.
 
         Raises ConnectionLost otherwise; `pending_handles()` tells whose requests died with it.
         """
@@ -294,7 +296,6 @@ class Client:
         self._go(ClientState.CLOSED)
         if asked and not self.pending:
             return []
-        doing = "idle"
         if self.pending:
             doing = f"waiting for {self.pending} {'reply' if self.pending == 1 else 'replies'}"
         raise ConnectionLost(self.peer, doing, "the server closed the connection")

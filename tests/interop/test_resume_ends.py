@@ -124,3 +124,28 @@ def test_one_that_admits_less_than_it_says_is_not_held(image: Path, tmp_path: Pa
         begin(journal, "-C", "1", source.uri, target.uri)
         copy("-C", "1", "--resume", "--journal", journal, source.uri, target.uri, timeout=SECONDS).succeeded()
     images.assert_identical(image, copied)
+
+
+# -- servers of something else -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "words", "what"),
+    [
+        (images.MIB, (), f"size {SIZE + images.MIB} instead of {SIZE}"),
+        (0, ("--filter=nozero",), "zero no instead of yes"),
+    ],
+)
+def test_a_destination_that_is_not_what_it_was_is_told_with_what_differs(
+    image: Path, tmp_path: Path, sockets: Path, more: int, words: Sequence[str], what: str
+) -> None:
+    copied, journal, socket = images.empty_image(tmp_path / "copied", SIZE), tmp_path / "journal", sockets / "copied"
+    uri = f"nbd+unix:///?socket={socket}"
+    command = ("nbdkit", "-f", "-U", str(socket), "file", str(copied))
+    with at_socket(socket, *command):
+        copy("--journal", journal, "--keep-journal", image, uri, timeout=SECONDS).succeeded()
+    os.truncate(copied, SIZE + more)
+    with at_socket(socket, *command, *words):
+        resumed = copy("--resume", "--journal", journal, image, uri, timeout=SECONDS)
+        resumed.failed(1, saying=[uri, "is not what the journal is about", what, "--force-resume"])
+        copy("--force-resume", "--journal", journal, image, uri, timeout=SECONDS).succeeded()

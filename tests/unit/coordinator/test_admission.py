@@ -73,7 +73,7 @@ def test_the_size_of_a_growing_file_may_differ() -> None:
 def test_another_flag_is_told(what: str) -> None:
     ours, theirs = server(10, **{what: False}), server(10, **{what: True})
     assert disagreement(ours, theirs, "destination", size_matters=True) == (
-        f"another destination was found: {what} is True instead of False"
+        f"another destination was found: {what.removeprefix('can_').replace('_', '-')} yes instead of no"
     )
 
 
@@ -81,5 +81,5 @@ def test_another_flag_is_told(what: str) -> None:
 def test_another_block_size_is_told(what: str) -> None:
     ours, theirs = server(10, **{what: 512}), server(10, **{what: 4096})
     assert disagreement(ours, theirs, "source", size_matters=True) == (
-        f"another source was found: {what} is 4096 instead of 512"
+        f"another source was found: {what.replace('_', '-')} 4096 instead of 512"
     )
