@@ -121,7 +121,7 @@ def test_what_is_not_flushed_is_listed_all_the_same(tmp_path: Path, image: Path)
 def test_a_copy_that_failed_is_gone_on_with_and_the_list_is_kept(tmp_path: Path, image: Path) -> None:
     """What the first run could not read is readable by then, and not read again."""
     journal, target = tmp_path / "journal", tmp_path / "copy"
-    one_by_one = ("--checkpoint", "0", "--range-size", "1M", "-C", "1", "-T", "1")
+    one_by_one = ("--checkpoint", "0", "--range-size", "1M", "-C", "1", "-T", "1", "--synchronous")
     with private_folder() as folder:
         words = ["copy", *LITTLE_PATIENCE, *one_by_one, "--journal", journal, "--salvage"]
         ends = [f"nbd+unix:///?socket={folder / 's'}", target]
