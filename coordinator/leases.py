@@ -331,12 +331,13 @@ class Ledger:
     def cut_off(self, granted: Granted) -> bool:
         """The connection of a leased range is lost. As `give_back`; but where its worker has got on since it was
         granted, with this range or another, it was too long for a connection that lasts so long: half of it is leased
-        next, and that does not count, until it is one request."""
-        length = granted.range.length
+        next, and that does not count, until it cannot be halved."""
+        start, end, half = granted.range.start, granted.range.end, granted.range.length // 2
         has_gained = self._holdings[granted.worker].gains > granted.gains_before
-        if not has_gained or length <= self._plan.lease_size_min or granted.until_end:
+        is_shortest = self._plan.again_length(start, end, half) == end - start  # one request, and an odd end with it
+        if not has_gained or is_shortest or granted.until_end:
             return self.give_back(granted, attempt=False)
-        self._shrunk[granted.range.start] = length // 2
+        self._shrunk[start] = half
         self._come_back(granted)
         return True
 

@@ -179,6 +179,23 @@ def test_a_server_that_dies_of_one_place_fails_the_job_after_all() -> None:
     assert line == f"{RESET} ({RETURNS_PER_RANGE} times for the range of {MIB} bytes at offset {bad})"
 
 
+def test_a_server_that_dies_of_the_odd_end_of_a_disk_fails_the_job_too() -> None:
+    """The end is leased with the request before it, so no lease of it is ever as short as one request."""
+    odd = server(4 * MIB + 512)
+    stage = Stage(job(workers=1, connections=1, range_size=64 * MIB, loss_seconds=600.0))
+    stage.start()
+    stage.join("a", odd, odd)
+    losses = 0
+    while not stage.scheduler.is_ending and losses < 10 * RETURNS_PER_RANGE:
+        granted = one_lease(stage)
+        if granted.range.end > 4 * MIB:
+            lose(stage, granted, 4 * MIB - granted.range.start)
+            losses += 1
+        else:
+            stage.say("a", written(granted))
+    assert losses <= RETURNS_PER_RANGE + 6
+
+
 def test_what_was_written_and_lost_before_a_checkpoint_twice_is_halved_and_flushed_at_once() -> None:
     stage = copying(range_size=64 * MIB)
     first = one_lease(stage)
