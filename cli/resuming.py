@@ -206,6 +206,9 @@ def _admits_another(address: EndpointAddress) -> bool:
 def _read(reader: Reader, where: Range) -> bytes:
     if not isinstance(reader, BlockingClient):
         return reader.read(where)
+    if where.end > reader.export.size:
+        what = f"its size is {reader.export.size} bytes, but the bytes up to {where.end} are said to be copied already"
+        raise UserError(what, reader.peer, ADVICE)
     unit = reader.export.block_sizes.minimum
     start, end = where.start - where.start % unit, min(where.end + -where.end % unit, reader.export.size)
     try:

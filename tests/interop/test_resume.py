@@ -185,6 +185,12 @@ def test_what_is_durable_and_differs_is_refused(scene: Scene) -> None:
     scene.resume().failed(1, saying=["source and destination differ", "without --resume"])
 
 
+def test_an_export_too_short_for_what_is_durable_is_refused(scene: Scene) -> None:
+    scene.kill()
+    os.truncate(scene.copied, 4096)
+    scene.resume().failed(1, saying=["its size is 4096 bytes, but the bytes up to", "said to be copied already"])
+
+
 def test_what_differs_and_is_forced_is_no_success(scene: Scene) -> None:
     scene.kill()
     with scene.copied.open("r+b") as file:
