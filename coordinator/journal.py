@@ -95,7 +95,6 @@ class Journal:
             _put_in_place(path, row)
             try:
                 real_path = os.path.realpath(path)
-                _remove_logs(real_path)  # of a journal that is no more
                 connection = schema.connect(real_path)
                 try:
                     return cls(path, _inode(real_path), connection, schema.load(connection, path), clock)
@@ -359,7 +358,8 @@ def _make_folder(folder: str) -> None:
 
 
 def _put_in_place(path: str, row: schema.JobRow) -> None:
-    """Make the file, under a name of its own, and call it `path` when it is whole: none is found half made.
+    """Make the file, under a name of its own, and call it `path` when it is whole: none is found half made, or with
+    the log of another.
 
     Raises UserError if there is a file of that name, OSError, sqlite3.Error.
     """
@@ -369,7 +369,10 @@ def _put_in_place(path: str, row: schema.JobRow) -> None:
         with contextlib.closing(schema.connect(os.path.realpath(fresh))) as connection:
             schema.write_first(connection, row)
             schema.fold_or_raise(connection)
-        if os.path.lexists(path) or not _link(fresh, path):
+        is_free = not os.path.lexists(path)
+        if is_free:
+            _remove_logs(os.path.realpath(path))  # of a journal that is no more: it would be taken for this one's
+        if not is_free or not _link(fresh, path):
             advice = "go on with that job by --resume, or name another journal"
             raise UserError("there is a file already", path, advice)
         _sync_folder(os.path.dirname(os.path.realpath(path)))

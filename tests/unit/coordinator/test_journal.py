@@ -19,7 +19,7 @@ from nbdshard.common.ranges import Range, RangeSet
 from nbdshard.coordinator.journal import Journal
 from nbdshard.coordinator.journal_facts import JournalState, ResultOptions, decode_facts, encode_facts
 from support import seccomp
-from support.journals import HOLD, LOOK, answer, facts, held_by_others, mib, program
+from support.journals import HOLD, LOOK, PROCESS_SECONDS, answer, facts, held_by_others, mib, program
 
 OPEN = """
 import sys
@@ -40,6 +40,26 @@ try:
     print("made")
 except UserError as error:
     print(error)
+"""
+DIE_WHEN_MADE = """
+import os, sys
+from nbdshard.coordinator.journal import Journal
+from nbdshard.coordinator.journal_facts import decode_facts
+seen = []
+def look(event, arguments):
+    if event == "os.link":
+        seen.append(event)
+    elif seen:
+        os._exit(1)
+sys.addaudithook(look)
+Journal.create(sys.argv[1], decode_facts(sys.argv[2]))
+"""
+RECORD_AND_DIE = """
+import os, sys
+from nbdshard.common.ranges import Range
+from nbdshard.coordinator.journal import Journal
+Journal.open(sys.argv[1]).record([Range(0, 1 << 20)])
+os._exit(1)
 """
 SQLITE = """
 import sqlite3, sys
@@ -376,3 +396,14 @@ def test_a_second_run_in_the_same_process_is_refused_and_the_first_keeps_its_loc
             assert str(caught.value) == in_use(path, os.getpid())
         assert held_by_others(OPEN, path) == in_use(path, os.getpid())
         journal.record([mib(0, 1)])
+
+
+def test_the_log_of_a_journal_that_was_removed_is_never_taken_for_that_of_the_next(path: str) -> None:
+    Journal.create(path, facts()).close()
+    with program(RECORD_AND_DIE, path) as process:
+        process.wait(PROCESS_SECONDS)
+    assert os.path.getsize(path + "-wal")
+    os.unlink(path)  # by hand, and the log stays
+    with program(DIE_WHEN_MADE, path, encode_facts(facts())) as process:
+        process.wait(PROCESS_SECONDS)
+    assert Journal.read(path).durable == []
