@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-ROUNDS_SHARE = 0.9  # of a part's time may be over when its last timed round ends; the copy is still to be proven
+ROUNDS_SHARE = 0.95  # of a part's time may be over when its last timed round ends; the copy is still to be proven
 
 Item = TypeVar("Item")
 

@@ -49,7 +49,7 @@ class Plan:
     names: Sequence[str] = NAMES
     quick: bool = False
     rounds: int = 5
-    seconds: float = 880.0
+    seconds: float = 885.0
     size_max: int | None = None
 
     def limited(self, size: int) -> int:

@@ -119,7 +119,7 @@ FIRST: Final = Row(
     NULL,
     8 * GIB,
     Figure(speed_min=1.5, cpu_share_max=0.45),
-    weight=96,
+    weight=104,
     variants=(("--ring", "epoll"), ("--data-path=buffer",)),
 )
 
@@ -132,7 +132,7 @@ ROWS: Final[Sequence[Row]] = (
         NULL,
         8 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.75),
-        weight=70,
+        weight=78,
         detects_zeroes=True,
     ),
     Row(
@@ -179,7 +179,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         4 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.7),
-        weight=50,
+        weight=46,
     ),
     Row(
         "to-file",
@@ -228,7 +228,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         8 * GIB,
         Figure(speed_min=1.0),
-        weight=134,
+        weight=128,
         data_share=0.5,
         detects_zeroes=True,
         is_compared_whole=True,
