@@ -191,7 +191,11 @@ def _reader(address: EndpointAddress, stack: ExitStack, held: ExitStack) -> Read
         return stack.enter_context(closing(_FileReader(address.address)))
     client = BlockingClient.open(parse_uri(address.address), address.address)
     admits_more = TransmissionFlag.CAN_MULTI_CONN in client.export.flags and _admits_another(address)
-    return (held if admits_more else stack).enter_context(closing(client))
+    if admits_more:
+        held.callback(client.close, waits=False)  # in the middle of the copy, which is not to wait for it
+    else:
+        stack.callback(client.close)
+    return client
 
 
 def _admits_another(address: EndpointAddress) -> bool:

@@ -150,6 +150,7 @@ class Journal:
                 except UserError:
                     if (pid is None and _who_holds(path) is None) or attempts >= READ_ATTEMPTS:
                         raise
+                    time.sleep(_PATIENCE_STEP_SECONDS)  # a disk may be slow to take what is folded in
                 else:
                     after = _who_holds(path)
                     if after == pid or attempts >= READ_ATTEMPTS:
@@ -169,13 +170,13 @@ class Journal:
     def durable(self) -> list[Range]:
         """The durable ranges, in order and merged: none touches another."""
         with schema.told(self.path, "read"):
-            return _rows(self._connection, schema.DURABLE)
+            return _rows(self._connection, self.path, schema.DURABLE)
 
     @property
     def unreadable(self) -> list[Range]:
         """Where zeroes are for what the source could not read, in order and merged."""
         with schema.told(self.path, "read"):
-            return _rows(self._connection, schema.UNREADABLE)
+            return _rows(self._connection, self.path, schema.UNREADABLE)
 
     def leaves(self, where: Range) -> list[LeafRun]:
         """The digests of what is durable in `where`, which begins where a leaf does, in a job with a checksum.
@@ -238,8 +239,7 @@ class Journal:
     def fold(self) -> None:
         """Move what was committed into the database file, where a look sees it. Never raises: the log is as durable."""
         if not self._is_folded:
-            self._is_folded = True
-            schema.fold(self._connection)
+            self._is_folded = schema.fold(self._connection)
 
     def set_state(self, state: JournalState) -> None:
         """Remember how the job stands. Raises as `record` does."""
@@ -465,12 +465,16 @@ def _snapshot(path: str) -> Snapshot:
     with schema.told(path, "read"), contextlib.closing(schema.look_into(os.path.realpath(path))) as connection:
         contents = schema.load(connection, path, digests=False)
         row = contents.row
-        durable, unreadable = (_rows(connection, table) for table in (schema.DURABLE, schema.UNREADABLE))
+        durable, unreadable = (_rows(connection, path, table) for table in (schema.DURABLE, schema.UNREADABLE))
         # They may have been read from the disk a second time, and nothing kept them as they were.
         schema.check_ranges(path, contents.tallies, durable, unreadable)
         times = (row.created_ns, row.opened_ns, row.changed_ns)
         return Snapshot(path, contents.facts, row.epoch, contents.state, durable, unreadable, *times, None)
 
 
-def _rows(connection: sqlite3.Connection, table: str) -> list[Range]:
-    return [Range(*row) for row in connection.execute(f"SELECT start_byte, end_byte FROM {table} ORDER BY start_byte")]
+def _rows(connection: sqlite3.Connection, path: str, table: str) -> list[Range]:
+    rows = connection.execute(f"SELECT start_byte, end_byte FROM {table} ORDER BY start_byte")
+    try:
+        return [Range(*row) for row in rows]
+    except (TypeError, ValueError):  # they were checked; so they were written to since
+        raise schema.DamagedJournal(path, "its ranges are none") from None

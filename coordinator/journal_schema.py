@@ -239,10 +239,12 @@ def write_first(connection: sqlite3.Connection, row: JobRow) -> None:
     connection.execute("COMMIT")
 
 
-def fold(connection: sqlite3.Connection) -> None:
-    """Move what the log holds into the database file. Never raises: the log is as durable, and will be tried again."""
+def fold(connection: sqlite3.Connection) -> bool:
+    """Move what the log holds into the database file; whether that worked. Never raises: the log is as durable."""
     with contextlib.suppress(sqlite3.Error):
         fold_or_raise(connection)
+        return True
+    return False
 
 
 def fold_or_raise(connection: sqlite3.Connection) -> None:

@@ -22,7 +22,7 @@ TEMPORARY_FOLDER_VARIABLE = "PYTEST_DEBUG_TEMPROOT"  # where pytest makes each t
 def pytest_configure() -> None:
     """Make the tests the same wherever they are started."""
     _keep_off_memory()
-    _hear_ctrl_c()
+    _hear_signals()
 
 
 def _keep_off_memory() -> None:
@@ -31,10 +31,14 @@ def _keep_off_memory() -> None:
         os.environ.setdefault(TEMPORARY_FOLDER_VARIABLE, "/var/tmp")
 
 
-def _hear_ctrl_c() -> None:
-    """What a shell starts in the background ignores SIGINT, and all it starts itself: no test of Ctrl-C would pass."""
+def _hear_signals() -> None:
+    """What a shell starts in the background ignores SIGINT, what nohup(1) starts SIGHUP, and so does all that this
+    starts itself: no test of Ctrl-C or of a terminal that goes away would pass.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _file_system(folder: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import MIB
 from nbdshard.common.messages import LeafRun
+from nbdshard.coordinator import journal_schema
 from nbdshard.coordinator.journal import Journal
 from nbdshard.coordinator.journal_facts import JournalState
 from nbdshard.coordinator.journal_schema import DamagedJournal
@@ -51,6 +52,20 @@ sys.stdin.read(1)
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     return str(tmp_path / "job.journal")
+
+
+def test_what_could_not_be_folded_in_is_folded_in_the_next_time(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_connection: sqlite3.Connection) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with Journal.create(path, facts()) as journal:
+        journal.record([mib(0, 9)])
+        with monkeypatch.context() as patch:
+            patch.setattr(journal_schema, "fold_or_raise", fail)
+            journal.fold()
+        assert held_by_others(LOOK, path) == f"running 1 0 {os.getpid()}"
+        journal.fold()
+        assert held_by_others(LOOK, path) == f"running 1 9 {os.getpid()}"
 
 
 def test_a_look_at_a_journal_in_use_sees_what_was_folded_in(path: str) -> None:
