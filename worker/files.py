@@ -11,6 +11,8 @@ from functools import partial
 import msgspec
 
 from nbdshard.common.errors import BugError, RequestError, TimedOut, UserError
+from nbdshard.common.file_calls import NEVER, zero_device, zero_file
+from nbdshard.common.file_map import FileMap
 from nbdshard.common.limits import (
     BLOCK_BYTES_MAX_DEFAULT,
     FILE_OPERATIONS_MAX,
@@ -21,8 +23,6 @@ from nbdshard.common.limits import (
 from nbdshard.common.messages import EndpointDescription, Side
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Kind, Operation, Splice
-from nbdshard.worker.file_calls import NEVER, zero_device, zero_file
-from nbdshard.worker.file_map import FileMap
 from nbdshard.worker.lane_ends import FileSource, FileTarget
 from nbdshard.worker.lending import LaneAge, LanePort, LaneSource, LaneTarget, Lendable
 from nbdshard.worker.local import Life, LocalConnection, Request, Task, refusal

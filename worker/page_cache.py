@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from nbdshard.common.file_calls import cached_bytes, drop_pages, read_by_pages, start_write_back
 from nbdshard.common.limits import (
     CACHE_HINTS_MAX,
     CACHE_LOOK_AHEAD_BYTES,
@@ -19,7 +20,6 @@ from nbdshard.common.limits import (
     PAGES_TOGETHER_BYTES,
 )
 from nbdshard.common.ranges import Range, RangeSet
-from nbdshard.worker.file_calls import cached_bytes, drop_pages, read_by_pages, start_write_back
 
 Batch = list[Range]
 Hint = Callable[[], None]

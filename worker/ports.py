@@ -12,11 +12,12 @@ from typing import Protocol, TypeAlias
 
 from nbdshard.common.errors import RequestError
 from nbdshard.common.messages import EndpointDescription
+from nbdshard.common.nbd import extents
 from nbdshard.common.ranges import Range
 from nbdshard.worker.piped import PipedPayload
 
 Payload: TypeAlias = memoryview | PipedPayload  # in memory, or spliced
-Extents = list[tuple[Range, int]]  # NBD_CMD_BLOCK_STATUS: ranges in order without gaps, each with its state flags
+Extents: TypeAlias = extents.Extents
 
 
 class Listener(Protocol):

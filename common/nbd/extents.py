@@ -16,6 +16,8 @@ from nbdshard.common.nbd.wire import (
 )
 from nbdshard.common.ranges import Range
 
+Extents = list[tuple[Range, int]]  # ranges in order without gaps, each with its state flags
+
 _KNOWN_FLAGS: Final = STATE_HOLE | STATE_ZERO  # "clients MUST ignore unknown flags"
 
 

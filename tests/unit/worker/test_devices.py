@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common import file_calls
 from nbdshard.common.limits import CACHE_WINDOW_BYTES, MIB
 from nbdshard.common.ranges import Range
-from nbdshard.worker import file_calls
 from support.local_driver import RINGS, Driver, driver, file_address
 
 SIZE = 16 * MIB

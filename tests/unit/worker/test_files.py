@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common import file_calls, file_map
 from nbdshard.common.errors import TimedOut, UserError
 from nbdshard.common.limits import KIB, MIB
 from nbdshard.common.messages import EndpointAddress, Side
 from nbdshard.common.ranges import Range
 from nbdshard.common.ring import Kind, Operation, Ring
-from nbdshard.worker import file_calls, file_map, files
+from nbdshard.worker import files
 from support.local_driver import RINGS, Driver, driver, file_address
 
 HOLE, DATA = 3, 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common import file_calls
 from nbdshard.common.limits import (
     CACHE_HINTS_MAX,
     CACHE_LOOK_AHEAD_BYTES,
@@ -17,7 +18,7 @@ from nbdshard.common.limits import (
     MIB,
 )
 from nbdshard.common.ranges import Range
-from nbdshard.worker import file_calls, page_cache
+from nbdshard.worker import page_cache
 from nbdshard.worker.page_cache import PageCache
 from support.local_driver import RINGS, driver, file_address
 

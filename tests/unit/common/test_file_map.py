@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common.file_calls import zero_file
+from nbdshard.common.file_map import FileMap
 from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO
 from nbdshard.common.ranges import Range
-from nbdshard.worker.file_calls import zero_file
-from nbdshard.worker.file_map import FileMap
 from support.images import KIB
 
 HOLE = STATE_HOLE | STATE_ZERO

@@ -7,8 +7,8 @@ import os
 
 from nbdshard.common.limits import FILE_EXTENTS_MAX
 from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO
+from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
-from nbdshard.worker.ports import Extents
 
 
 class FileMap:
