@@ -245,3 +245,13 @@ JSON_PROGRESS_SECONDS: Final = 1.0
 RATE_WINDOW_SECONDS: Final = 10.0  # what the rate shown, and so the ETA, is averaged over
 RATE_SAMPLES_MAX: Final = 100
 LAST_PROGRESS_SECONDS: Final = 1.0  # for the reader of the last line to make room for it
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+OPTION_DATA_BYTES_MAX: Final = 64 * KIB  # of an option that is looked at: an export's name and some hundred queries
+OPTION_DATA_BYTES_SKIPPED_MAX: Final = MIB  # of one that is refused as too big; who sends more is cut off
+OPTIONS_MAX: Final = 256  # of one client before it has chosen: each may have so many replies
+SERVED_REQUESTS_MAX: Final = 128  # of one connection that are not answered yet; then it is not listened to
+SERVED_BYTES_MAX: Final = 64 * MIB  # of their payload and of answers that are not sent yet
+SERVED_PAYLOAD_SKIPPED_MAX: Final = 64 * MIB  # of a request that is refused for its size; who sends more is cut off
+EXTENTS_TOLD_MAX: Final = 8192  # in one answer: 64 KiB, or twice that with extended headers

@@ -77,6 +77,23 @@ def parse_hints(name: str) -> Hints | None:
     )
 
 
+def pack_hints(hints: Hints) -> str:
+    """The context's name that says `hints`; `parse_hints` reads it."""
+    fields = [QUERY, f"v={_VERSION}"]
+    for key, seconds in (("request_ms", hints.request), ("loss_ms", hints.loss)):
+        if seconds is not None:
+            fields.append(f"{key}={_milliseconds(seconds)}")
+    if hints.backoff_min is not None and hints.backoff_max is not None:
+        fields.append(f"backoff_ms={_milliseconds(hints.backoff_min)}-{_milliseconds(hints.backoff_max)}")
+    if hints.instance:
+        fields.append(f"instance={hints.instance}")
+    return ";".join(fields)
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
 def _fields(text: str) -> dict[str, str]:
     """By key; without those that come twice."""
     fields: dict[str, str] = {}

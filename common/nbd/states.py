@@ -53,13 +53,14 @@ class Row(msgspec.Struct, frozen=True):
     after: frozenset[Enum]
 
 
-def _row(sentence: str, *after: Enum) -> Row:
+def row(sentence: str, *after: Enum) -> Row:
+    """One row of a table of states."""
     return Row(sentence, frozenset(after))
 
 
 _C = ConnecterState
 CONNECTER_STATES: Final[Mapping[ConnecterState, Row]] = {
-    _C.GREETING: _row(
+    _C.GREETING: row(
         "The server's greeting is awaited.",
         _C.REPLY_HEADER,
         _C.EXPORT_NAME_REPLY,
@@ -67,7 +68,7 @@ CONNECTER_STATES: Final[Mapping[ConnecterState, Row]] = {
         _C.PARTED,
         _C.FAILED,
     ),
-    _C.REPLY_HEADER: _row(
+    _C.REPLY_HEADER: row(
         "An option was sent; the header of its next reply is awaited.",
         _C.REPLY_HEADER,
         _C.REPLY_PAYLOAD,
@@ -78,7 +79,7 @@ CONNECTER_STATES: Final[Mapping[ConnecterState, Row]] = {
         _C.PARTED,
         _C.FAILED,
     ),
-    _C.REPLY_PAYLOAD: _row(
+    _C.REPLY_PAYLOAD: row(
         "The header of an option reply is there; its payload is awaited.",
         _C.REPLY_HEADER,
         _C.EXPORT_NAME_REPLY,
@@ -88,71 +89,71 @@ CONNECTER_STATES: Final[Mapping[ConnecterState, Row]] = {
         _C.PARTED,
         _C.FAILED,
     ),
-    _C.EXPORT_NAME_REPLY: _row(
+    _C.EXPORT_NAME_REPLY: row(
         "EXPORT_NAME was sent; size and flags are awaited, or the end of the stream, which is its refusal.",
         _C.NEGOTIATED,
         _C.PARTED,
         _C.FAILED,
     ),
-    _C.HAGGLED: _row(
+    _C.HAGGLED: row(
         "What was wished for is known and no transmission phase was asked for; an ABORT is owed.",
         _C.ABORTING,
         _C.PARTED,
     ),
-    _C.NEGOTIATED: _row(
+    _C.NEGOTIATED: row(
         "The transmission phase has begun: the connection belongs to a client now.",
         _C.PARTED,
     ),
-    _C.ABORTING: _row(
+    _C.ABORTING: row(
         "ABORT was sent; the server may acknowledge it or just close the connection.",
         _C.PARTED,
         _C.FAILED,
     ),
-    _C.PARTED: _row("Nothing more is said on this connection; only its end may come."),
-    _C.FAILED: _row("The server broke the protocol or is gone; the connection is of no more use."),
+    _C.PARTED: row("Nothing more is said on this connection; only its end may come."),
+    _C.FAILED: row("The server broke the protocol or is gone; the connection is of no more use."),
 }
 
 _T = ClientState
 CLIENT_STATES: Final[Mapping[ClientState, Row]] = {
-    _T.RUNNING: _row(
+    _T.RUNNING: row(
         "Requests may be queued, and their replies are taken.",
         _T.DISCONNECTING,
         _T.CLOSED,
         _T.FAILED,
     ),
-    _T.DISCONNECTING: _row(
+    _T.DISCONNECTING: row(
         "DISC is queued behind every request; replies are still taken, nothing may be queued.",
         _T.CLOSED,
         _T.FAILED,
     ),
-    _T.CLOSED: _row("The stream has ended; pending requests will never be answered here."),
-    _T.FAILED: _row("The server broke the protocol; not another byte of it is looked at."),
+    _T.CLOSED: row("The stream has ended; pending requests will never be answered here."),
+    _T.FAILED: row("The server broke the protocol; not another byte of it is looked at."),
 }
 
 _R = ReceiveState
 RECEIVE_STATES: Final[Mapping[ReceiveState, Row]] = {
-    _R.HEADER: _row(
+    _R.HEADER: row(
         "A reply header, or the rest of one, comes next.",
         _R.HEADER,
         _R.BODY,
         _R.PAYLOAD,
     ),
-    _R.BODY: _row(
+    _R.BODY: row(
         "The payload of a chunk that the machine itself reads comes next: a hole, extents, an error.",
         _R.HEADER,
         _R.SURPLUS,
     ),
-    _R.PAYLOAD: _row(
+    _R.PAYLOAD: row(
         "Data that belongs in the sink of a READ comes next.",
         _R.HEADER,
     ),
-    _R.SURPLUS: _row(
+    _R.SURPLUS: row(
         "Extents beyond the number that is kept come next; they are dropped as they arrive.",
         _R.HEADER,
     ),
 }
 
-_State = TypeVar("_State", ConnecterState, ClientState, ReceiveState)
+_State = TypeVar("_State", bound=Enum)
 
 
 def advance(table: Mapping[_State, Row], machine: str, state: _State, to: _State) -> _State:

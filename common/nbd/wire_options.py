@@ -187,7 +187,7 @@ def unpack_meta_context(payload: Buffer) -> tuple[int, str]:
     if len(payload) < LENGTH.size:
         raise Malformed(f"a metadata context of {len(payload)} bytes")
     (context,) = LENGTH.unpack_from(payload)
-    return context, _text(payload[LENGTH.size :], "a metadata context name")
+    return context, text(payload[LENGTH.size :], "a metadata context name")
 
 
 def pack_info_export(size: int, flags: int) -> bytes:
@@ -248,10 +248,10 @@ def _unpack_string(data: Buffer, at: int, what: str) -> tuple[str, int]:
     end = at + LENGTH.size + length
     if end > len(data):
         raise Malformed(f"{what} of {length} bytes where {len(data) - at - LENGTH.size} are left")
-    return _text(data[at + LENGTH.size : end], what), end
+    return text(data[at + LENGTH.size : end], what), end
 
 
-def _text(data: Buffer, what: str) -> str:
+def text(data: Buffer, what: str) -> str:
     if len(data) > EXPORT_NAME_BYTES_MAX:
         raise Malformed(f"{what} of {len(data)} bytes, at most {EXPORT_NAME_BYTES_MAX} are allowed")
     try:
