@@ -51,6 +51,7 @@ SUBCOMMANDS: Final = {
     "coordinator": ("nbdshard.cli.coordinator", "run a copy whose workers may be on several machines"),
     "worker": ("nbdshard.cli.worker", "work for a coordinator"),
     "verify": ("nbdshard.cli.verify", "compare two exports or files, and say where they differ"),
+    "serve": ("nbdshard.cli.serve", "export files, devices and memory over NBD"),
     "info": ("nbdshard.cli.info", "show what a server says about an export"),
     "map": ("nbdshard.cli.map", "show which parts of an export are data, holes and zeroes"),
     "checksum": ("nbdshard.cli.checksum", "print the checksum of an export or a file"),

@@ -13,6 +13,7 @@ _nbdshard_verify="-C -R -T -h -p -v --connect-timeout= --connections= --handshak
 _nbdshard_worker="-h -v --connect= --coordinator-key= --help --key= --ring= --verbose"
 _nbdshard_ctl="-h --help --json"
 _nbdshard_jobs="-h --format= --help --json"
+_nbdshard_serve="-e -h -v --export= --help --max-connections= --tcp= --unix= --verbose"
 _nbdshard_keygen="-h --dir= --help"
 _nbdshard_info="-L -h --help --json --list"
 _nbdshard_checksum="-C -R -T -h -p -v --connect-timeout= --connections= --handshake-timeout= --help --json --loss-timeout= --no-extents --progress --progress=bar --progress=json
@@ -35,7 +36,7 @@ _nbdshard() {
     local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} subcommand=${COMP_WORDS[1]}
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
-        mapfile -t COMPREPLY < <(compgen -W "copy coordinator worker verify info map checksum ctl jobs keygen --help --version" -- "$word")
+        mapfile -t COMPREPLY < <(compgen -W "copy coordinator worker verify serve info map checksum ctl jobs keygen --help --version" -- "$word")
         return
     fi
     if _nbdshard_in_brackets; then

@@ -1,0 +1,56 @@
+"""What the server asks of a backend. Blocking calls, which any thread may make at any time.
+
+An error is an OSError: its errno is what the client is told (`handling.py`). Ranges are within the export, and not
+empty: the device has checked them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from nbdshard.common.nbd.constants import TransmissionFlag
+from nbdshard.common.nbd.extents import Extents
+from nbdshard.common.nbd.payload import Piece
+from nbdshard.common.ranges import Range
+from nbdshard.server.device import Hole
+
+
+class Backend(Protocol):
+    """One export's bytes."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    @property
+    def flags(self) -> TransmissionFlag:
+        """What it can do, READ_ONLY if it is; CAN_MULTI_CONN where a flush covers every connection's writes."""
+
+    @property
+    def block_size(self) -> int:
+        """What requests should fit to be fast, in bytes: a power of two of at least 512."""
+
+    def read(self, where: Range) -> Sequence[Piece | Hole]:
+        """What is there, in order."""
+
+    def write(self, where: Range, data: memoryview) -> None:
+        """Put `data` there. It is durable after the next `flush` that begins when this has returned."""
+
+    def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
+        """Make it read as zeroes. `fast`: fail with ENOTSUP rather than be as slow as a write."""
+
+    def trim(self, where: Range) -> None:
+        """What is there is not needed any more."""
+
+    def cache(self, where: Range) -> None:
+        """It will be read soon."""
+
+    def flush(self) -> None:
+        """Make every write durable that has returned. An error is told to one flush at least, and never forgotten."""
+
+    def extents(self, where: Range) -> Extents:
+        """What is known of it, from its start on; not necessarily to its end."""
+
+    def close(self) -> None:
+        """Nothing is asked any more."""

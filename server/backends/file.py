@@ -1,0 +1,118 @@
+"""A regular file or a block device as an export: what is there is there, in the file's own layout."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from nbdshard.common.errors import UserError
+from nbdshard.common.file_calls import NEVER, zero_device, zero_file
+from nbdshard.common.file_map import FileMap
+from nbdshard.common.nbd.constants import TransmissionFlag
+from nbdshard.common.nbd.extents import Extents
+from nbdshard.common.nbd.payload import Piece
+from nbdshard.common.ranges import Range
+from nbdshard.server.device import Hole
+
+_WRITES: Final = (
+    TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_FAST_ZERO
+)
+_READS: Final = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_DF
+    | TransmissionFlag.SEND_CACHE
+    | TransmissionFlag.CAN_MULTI_CONN  # one page cache is behind every connection
+)
+
+
+class FileBackend:
+    """The file at `path`, open for as long as the backend is. Raises UserError where it cannot be opened."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        try:
+            self._number = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"cannot be opened: {error.strerror}", str(path)) from None
+        found = os.fstat(self._number)
+        self._is_device = stat.S_ISBLK(found.st_mode)
+        if not self._is_device and not stat.S_ISREG(found.st_mode):
+            os.close(self._number)
+            raise UserError("is neither a regular file nor a block device", str(path))
+        self.size = os.lseek(self._number, 0, os.SEEK_END)
+        self.flags = _READS | (TransmissionFlag.READ_ONLY if read_only else _WRITES)
+        self.block_size = max(found.st_blksize, 512)
+        self._map = FileMap(self._number)
+        self._flushing = threading.Lock()
+        self._lost: OSError | None = None
+
+    def read(self, where: Range) -> Sequence[Piece | Hole]:
+        data = bytearray(where.length)
+        view, at = memoryview(data), 0
+        while at < where.length:
+            count = os.preadv(self._number, [view[at:]], where.start + at)
+            if not count:
+                raise OSError(errno.EIO, "the file has become shorter")
+            at += count
+        return (view,)
+
+    def write(self, where: Range, data: memoryview) -> None:
+        at = 0
+        while at < where.length:
+            at += os.pwrite(self._number, data[at:], where.start + at)
+
+    def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
+        try:
+            (zero_device if self._is_device else zero_file)(self._number, where, not may_punch)
+        except OSError as error:
+            if error.errno not in NEVER:
+                raise
+            if fast:
+                raise OSError(errno.ENOTSUP, "zeroes are written here") from None
+            self._write_zeroes(where)
+
+    def _write_zeroes(self, where: Range) -> None:
+        zeroes = memoryview(bytes(min(where.length, 1 << 20)))
+        at = where.start
+        while at < where.end:
+            at += os.pwrite(self._number, zeroes[: where.end - at], at)
+
+    def trim(self, where: Range) -> None:
+        try:
+            (zero_device if self._is_device else zero_file)(self._number, where, False)
+        except OSError as error:
+            if error.errno not in NEVER:
+                raise  # a hint that cannot be followed is no error; one that fails is
+
+    def cache(self, where: Range) -> None:
+        os.posix_fadvise(self._number, where.start, where.length, os.POSIX_FADV_WILLNEED)
+
+    def flush(self) -> None:
+        """The kernel tells a descriptor once of a write-back that failed: from then on no flush succeeds here."""
+        with self._flushing:
+            if self._lost is None:
+                try:
+                    os.fdatasync(self._number)
+                except OSError as error:
+                    self._lost = error
+            if self._lost is not None:
+                raise OSError(self._lost.errno, f"a write-back failed: {self._lost.strerror}")
+
+    def extents(self, where: Range) -> Extents:
+        if self._is_device:
+            return [(where, 0)]
+        try:
+            return self._map.find(where)
+        except OSError:
+            return [(where, 0)]  # the file system has no SEEK_HOLE: everything is data
+
+    def close(self) -> None:
+        os.close(self._number)

@@ -1,0 +1,286 @@
+"""`nbdshard serve` and clients that nobody here wrote; random requests against a reference; clients that misbehave."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdshard.common.errors import RequestError, UserError
+from nbdshard.common.limits import SERVED_BYTES_MAX
+from nbdshard.common.nbd.connecter import Wishes
+from nbdshard.common.nbd.wire import Request, pack_request
+from nbdshard.common.ranges import Range
+from support import images, processes
+from support.command import copy, nbdshard
+from support.images import MIB
+from support.journals import small_disk
+from support.nbd_blocking import Connection, connect, negotiate
+from support.served import NAME, Served, serving
+from support.waiting import wait_for
+
+SIZE = 16 * MIB
+DISK = Wishes(NAME)
+
+
+def tool(*command: str) -> str:
+    """What a client prints on standard output; it must end well."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.fixture(params=["file", "memory", "sharded"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    if request.param == "file":
+        os.truncate(images.filled_image(tmp_path / "image", 0), SIZE)
+    driver, conn = {
+        "file": ("raw", f"file:{tmp_path / 'image'}"),
+        "memory": ("raw", f"memory:{SIZE}"),
+        "sharded": ("sharded", f"file:{tmp_path}/?size={SIZE}&chunk=64K"),
+    }[request.param]
+    with serving(conn, "--tcp", "127.0.0.1:0", driver=driver) as found:
+        yield found
+
+
+def test_nbdinfo_sees_what_is_offered(served: Served) -> None:
+    (export,) = json.loads(tool("nbdinfo", "--json", "--list", served.uri("")))["exports"]
+    assert export["export-name"] == NAME
+    assert export["export-size"] == SIZE
+    assert export["contexts"] == ["base:allocation"]
+    for can in ("cache", "df", "fast_zero", "flush", "fua", "multi_conn", "trim", "zero"):
+        assert export[f"can_{can}"], can
+    assert not export["is_read_only"]
+
+
+@pytest.mark.parametrize("client", ["nbdcopy", "qemu-img"])
+def test_what_others_copy_to_it_is_what_they_read_back(served: Served, client: str, tmp_path: Path) -> None:
+    source = images.sparse_image(tmp_path / "source", SIZE)
+    back = tmp_path / "back"
+    if client == "nbdcopy":
+        tool("nbdcopy", "--flush", str(source), served.uri())
+        tool("nbdcopy", served.uri(), str(back))
+    else:
+        tool("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(source), served.uri())
+        tool("qemu-img", "convert", "-f", "raw", "-O", "raw", served.uri(), str(back))
+    assert back.read_bytes() == source.read_bytes()
+    tool("qemu-img", "compare", "-f", "raw", "-F", "raw", str(source), served.uri())
+
+
+def test_nbdshard_copies_from_it_and_to_it(served: Served, tmp_path: Path) -> None:
+    source = images.sparse_image(tmp_path / "source", SIZE)
+    copy(source, served.uri()).succeeded()
+    copy(served.uri(), tmp_path / "back").succeeded()
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
+    nbdshard("verify", source, served.uri()).succeeded()
+
+
+def test_its_clients_are_told_which_life_of_it_this_is(served: Served) -> None:
+    assert "instance" in nbdshard("info", served.uri()).succeeded().out
+
+
+def test_qemu_io_writes_zeroes_discards_and_flushes(served: Served) -> None:
+    commands = ("write -P 7 -f 64k 128k", "write -z -u 96k 32k", "discard 128k 4k", "flush", "read -P 7 64k 32k")
+    words = [word for command in (*commands, "read -P 0 96k 32k") for word in ("-c", command)]
+    assert "failed" not in tool("qemu-io", "-f", "raw", *words, served.uri())
+
+
+def test_random_requests_of_several_clients_leave_what_a_reference_holds(served: Served) -> None:
+    chance = random.Random(5)
+    reference = bytearray(SIZE)
+    connections = [Connection(served.socket, wishes) for wishes in (DISK, DISK, Wishes(NAME, structured=False))]
+    for step in range(400):
+        connection = chance.choice(connections)
+        length = chance.choice([1, 511, 4096, 65_536, 300_001])
+        start = chance.randrange(SIZE - length)
+        where = Range(start, start + length)
+        client = connection.client
+        match chance.choice(["write", "zero", "read", "flush"]):
+            case "write":
+                data = chance.randbytes(length)
+                client.write(0, where, [data], fua=step % 7 == 0)
+                reference[where.start : where.end] = data
+            case "zero":
+                client.write_zeroes(0, where, no_hole=chance.random() < 0.5)
+                reference[where.start : where.end] = bytes(length)
+            case "flush":
+                client.flush(0)
+            case _:
+                into = bytearray(length)
+                client.read(0, where, memoryview(into))
+                connection.run()
+                assert into == reference[where.start : where.end]
+        assert not any(done.error for done in connection.run())
+    whole = bytearray(SIZE)
+    connections[0].client.read(0, Range(0, SIZE), memoryview(whole))
+    connections[0].run()
+    assert whole == reference
+    for connection in connections:
+        connection.close()
+
+
+def test_many_requests_of_one_client_are_under_way_at_once(served: Served) -> None:
+    connection = Connection(served.socket, DISK, handles=64)
+    for handle in range(64):
+        where = Range.of(handle * 65_536, 65_536)
+        connection.client.write(handle, where, [bytes([handle]) * 65_536])
+    assert len(connection.run()) == 64
+    into = [bytearray(65_536) for _ in range(64)]
+    for handle in range(64):
+        connection.client.read(handle, Range.of(handle * 65_536, 65_536), memoryview(into[handle]))
+    assert len(connection.run()) == 64
+    assert all(into[handle] == bytes([handle]) * 65_536 for handle in range(64))
+    connection.close()
+
+
+def test_several_exports_and_a_place_on_the_network(tmp_path: Path) -> None:
+    image = images.filled_image(tmp_path / "image", MIB, 0x5A)
+    with serving(f"file:{image}?read-only=yes", "-e", "scratch", "raw", "memory:3M", "--tcp", "127.0.0.1:0") as served:
+        (line,) = (line for line in served.run.err().splitlines() if "nbd://127" in line)
+        uri = line.rpartition(" ")[2]
+        names = [each["export-name"] for each in json.loads(tool("nbdinfo", "--json", "--list", uri))["exports"]]
+        assert names == [NAME, "scratch"]
+        assert tool("nbdinfo", "--size", uri).strip() == str(MIB)  # the first is the default
+        copy(uri, f"{uri}scratch").succeeded()
+        with pytest.raises(UserError, match="there is no such export"):
+            Connection(served.socket, Wishes("nothing"))
+        copy(image, uri).failed(saying=["read-only"])
+    assert image.read_bytes() == bytes([0x5A]) * MIB
+
+
+# -- errors and the end
+
+
+def test_a_full_disk_is_an_error_of_the_write(tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path / "disk", kib=8192) as folder,
+        serving(f"file:{images.empty_image(folder / 'image', 64 * MIB)}") as served,
+    ):
+        connection = Connection(served.socket, DISK)
+        errors = []
+        for handle in range(64):
+            connection.client.write(0, Range.of(handle * MIB, MIB), [b"x" * MIB])
+            errors += [done.error.errno_name for done in connection.run() if done.error]
+        assert set(errors) == {"ENOSPC"}
+        connection.close()
+
+
+def test_a_file_that_became_shorter_is_an_error_of_the_read(tmp_path: Path) -> None:
+    image = images.filled_image(tmp_path / "image", MIB, 1)
+    with serving(f"file:{image}") as served:
+        connection = Connection(served.socket, DISK)
+        os.truncate(image, 1000)
+        connection.client.read(0, Range(0, 4096), memoryview(bytearray(4096)))
+        (done,) = connection.run()
+        assert isinstance(done.error, RequestError)
+        assert (done.error.errno_name, done.error.message) == ("EIO", "the file has become shorter")
+        connection.close()
+
+
+def test_sigterm_ends_it_and_what_was_written_is_there(tmp_path: Path) -> None:
+    image = images.filled_image(tmp_path / "image", MIB, 0)
+    with serving(f"file:{image}") as served:
+        connection = Connection(served.socket, DISK)
+        connection.client.write(0, Range(0, 4096), [b"x" * 4096])
+        connection.run()
+        served.run.process.send_signal(signal.SIGTERM)
+        assert served.run.wait().code == 0
+        assert not served.socket.exists()
+        connection.socket.close()
+    assert image.read_bytes()[:4096] == b"x" * 4096
+
+
+# -- clients that misbehave, while others are served
+
+
+def still_serves(served: Served) -> None:
+    connection = Connection(served.socket, DISK)
+    connection.client.read(0, Range(0, 4096), memoryview(bytearray(4096)))
+    (done,) = connection.run()
+    assert done.error is None
+    connection.close()
+
+
+STREAMS = {
+    "nothing": b"",
+    "a web browser": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "flags nobody knows": struct.pack(">I", 0xFF),
+    "half an option": struct.pack(">I", 3) + b"IHAVEOPT\0\0",
+    "an option of 4 GiB": struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 7, 0xFFFFFFFF),
+    "an option that is not finished": struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 7, 50_000) + bytes(100),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_client_that_breaks_off_its_negotiation_harms_nobody(served: Served, stream: str) -> None:
+    with connect(served.socket) as peer:
+        peer.sendall(STREAMS[stream])
+        still_serves(served)
+    still_serves(served)
+
+
+def test_a_client_that_breaks_the_protocol_is_cut_off(served: Served) -> None:
+    with connect(served.socket) as peer:
+        negotiate(peer, DISK)
+        peer.sendall(bytes(100))
+        assert peer.recv(1) == b""
+    still_serves(served)
+
+
+def test_a_client_that_vanishes_in_the_middle_of_a_write_changes_nothing(served: Served) -> None:
+    with connect(served.socket) as peer:
+        negotiate(peer, Wishes(NAME, extended=False))
+        peer.sendall(pack_request(Request(0, 1, 0, 0, 8192), extended=False) + b"x" * 4096)
+    connection = Connection(served.socket, DISK)
+    into = bytearray(8192)
+    connection.client.read(0, Range(0, 8192), memoryview(into))
+    connection.run()
+    assert into == bytes(8192)
+    connection.close()
+
+
+def takes(peer: socket.socket, data: bytes) -> bool:
+    try:
+        return peer.send(data) > 0
+    except BlockingIOError:
+        return False
+
+
+def test_a_client_that_reads_nothing_takes_a_bounded_part_of_the_memory(served: Served) -> None:
+    asked = b"".join(pack_request(Request(0, 0, n, 0, 8 * MIB), extended=False) for n in range(1000))
+    with connect(served.socket) as peer:
+        negotiate(peer, Wishes(NAME, extended=False))
+        peer.settimeout(0.5)
+        peer.setblocking(False)
+        wait_for("the server to take no more", lambda: not takes(peer, asked))
+        still_serves(served)
+        assert processes.resident_peak_bytes(served.run.pid) < SERVED_BYTES_MAX + 96 * MIB
+    still_serves(served)
+
+
+def test_hundreds_of_idle_clients_leave_room_for_another(served: Served) -> None:
+    peers = [connect(served.socket) for _ in range(400)]
+    still_serves(served)
+    for peer in peers:
+        peer.close()
+    still_serves(served)
+
+
+def test_one_client_too_many_is_turned_away() -> None:
+    with serving("memory:1M", "--max-connections", "1") as served:
+        first = Connection(served.socket, DISK)
+        with connect(served.socket) as second:
+            assert second.recv(1) == b""
+        first.close()
+
+        def is_free() -> bool:
+            with connect(served.socket) as peer:
+                return peer.recv(1) != b""
+
+        wait_for("the place of the first to be free", is_free)

@@ -1,0 +1,36 @@
+"""`nbdshard serve` as a server of the tests: started, waited for, and ended like the others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.command import Run, started
+from support.servers import private_folder
+from support.waiting import wait_for
+
+NAME = "disk"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs. `socket`: where it listens."""
+
+    run: Run
+    socket: Path
+
+    def uri(self, name: str = NAME) -> str:
+        return f"nbd+unix:///{name}?socket={self.socket}"
+
+
+@contextlib.contextmanager
+def serving(conn: str, *words: str, driver: str = "raw") -> Iterator[Served]:
+    """One export called NAME behind a unix socket, until the block ends."""
+    with private_folder() as folder:
+        path = folder / "socket"
+        with started("serve", "-e", NAME, driver, conn, "--unix", str(path), *words) as run:
+            wait_for("the server to listen", lambda: "listens on" in run.err() or run.process.poll() is not None)
+            assert run.process.poll() is None, run.err()
+            yield Served(run, path)
