@@ -109,14 +109,14 @@ class Connection:
                     self._answers.popleft()(device)
                 if self._is_leaving.is_set():
                     device.shut_down()
-                    if not device.under_way and not self._out:
-                        return
                 begin(device.resume())
                 self._queue(device.data_to_send())
                 device_sent = self._send()
                 if device_sent:
                     device.sent(device_sent)
                     continue
+                if self._is_leaving.is_set() and not device.under_way and not self._out:
+                    return  # only now: what was just answered has left too
                 target = device.receive_target()
                 if device.finished:
                     return
@@ -141,7 +141,8 @@ class Connection:
         """Until something can be done; False where it was waited until `deadline` in vain."""
         poll = select.poll()
         events = (select.POLLIN if is_wanted else 0) | (select.POLLOUT if self._out else 0)
-        poll.register(self._socket, events)
+        if events:  # asked for nothing, it would still say, at once and for ever, that the client has gone
+            poll.register(self._socket, events)
         poll.register(self._wake, select.POLLIN)
         found = poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000)
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
+from nbdshard.common import logs
 from nbdshard.common.nbd.constants import BASE_ALLOCATION, Command, CommandFlag, Errno
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Backend
@@ -42,6 +43,9 @@ def handle(backend: Backend, request: Request) -> Answer:
         number, sentence = _ERRNOS.get(error.errno or 0, Errno.EIO), error.strerror or str(error)
     except MemoryError:
         number, sentence = Errno.ENOMEM, "the server has no memory left"
+    except Exception as error:  # a bug; unanswered, the client would wait for ever, and so would this server's end
+        logs.error(f"internal error: {request!r}: {type(error).__name__}: {error}")
+        number, sentence = Errno.EIO, "an internal error of the server"
     return lambda device: device.failed(request, number, sentence)
 
 

@@ -1,0 +1,97 @@
+"""A connection's thread: nothing that was asked stays unanswered, and nothing is done while there is nothing to do."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from nbdshard.common.nbd.connecter import Wishes
+from nbdshard.common.nbd.constants import Errno
+from nbdshard.common.nbd.hints import NO_HINTS
+from nbdshard.common.nbd.payload import Piece
+from nbdshard.common.nbd.wire import SIMPLE_REPLY, Request, pack_request
+from nbdshard.common.ranges import Range
+from nbdshard.server.backends.memory import MemoryBackend
+from nbdshard.server.connection import Connection
+from nbdshard.server.device import Hole
+from nbdshard.server.exports import Exports
+from support.nbd_blocking import negotiate
+
+PLAIN = Wishes("disk", structured=False, extended=False)
+READ = pack_request(Request(0, 0, 7, 0, 512), extended=False)
+
+
+class Held(MemoryBackend):
+    """Reads begin, and end when they may."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def read(self, where: Range) -> Sequence[Piece | Hole]:
+        self.begun.set()
+        self.may_end.wait(30)
+        return super().read(where)
+
+
+class Broken(MemoryBackend):
+    def read(self, where: Range) -> Sequence[Piece | Hole]:
+        raise ValueError("no OSError")
+
+
+@contextmanager
+def connected(backend: MemoryBackend) -> Iterator[tuple[Connection, socket.socket]]:
+    """A connection that is served, and its client, which has chosen the export."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(30)
+    connection = Connection(ours, Exports({"disk": backend}, NO_HINTS), "the client")
+    thread = threading.Thread(target=connection.serve, daemon=True)
+    thread.start()
+    with theirs:
+        negotiate(theirs, PLAIN)
+        yield connection, theirs
+    thread.join(30)
+    assert not thread.is_alive()
+    connection.close()
+
+
+def answer(peer: socket.socket) -> tuple[int, int]:
+    """(errno, cookie) of the next simple reply."""
+    head = peer.recv(SIMPLE_REPLY.size, socket.MSG_WAITALL)
+    assert len(head) == SIMPLE_REPLY.size, "the connection has ended"
+    _, errno, cookie = SIMPLE_REPLY.unpack(head)
+    return errno, cookie
+
+
+def test_who_leaves_still_says_the_last_answer() -> None:
+    backend = Held()
+    with connected(backend) as (connection, peer):
+        peer.sendall(READ)
+        assert backend.begun.wait(30)
+        connection.leave()
+        backend.may_end.set()
+        assert answer(peer) == (0, 7)
+        assert len(peer.recv(512, socket.MSG_WAITALL)) == 512
+        assert peer.recv(1) == b""
+
+
+def test_a_bug_of_a_backend_is_an_answer_too(capfd: pytest.CaptureFixture[str]) -> None:
+    with connected(Broken(1 << 20)) as (_, peer):
+        peer.sendall(READ)
+        assert answer(peer) == (Errno.EIO, 7)
+    assert "internal error" in capfd.readouterr().err
+
+
+def test_a_client_that_has_gone_is_nothing_to_do() -> None:
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours, Exports({"disk": MemoryBackend(512)}, NO_HINTS), "the client")
+    theirs.close()
+    assert not connection._wait(time.monotonic(), is_wanted=False)
+    assert connection._wait(time.monotonic(), is_wanted=True)
+    ours.close()
+    connection.close()
