@@ -81,14 +81,17 @@ def run(args: Namespace) -> int:
         places = [("", PORT_DEFAULT)]
     exports = Exports({each.name: open_backend(each) for each in wanted}, Hints(instance=str(uuid.uuid4())))
     listeners = [listener for place in places for listener in listen_tcp(*place)]
-    listeners += [listen_unix(Path(path)) for path in args.unix]
+    made: list[Path] = []
     try:
+        for path in map(Path, args.unix):
+            listeners.append(listen_unix(path))
+            made.append(path)
         for address in addresses(listeners):
             logs.say(f"listens on {address}")
         failed = Service(exports, listeners, args.max_connections).run()
     finally:
-        for path in args.unix:
-            Path(path).unlink(missing_ok=True)
+        for path in made:
+            path.unlink(missing_ok=True)
     return failed or EXIT_OK
 
 

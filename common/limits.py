@@ -260,6 +260,7 @@ SENT_PIECES_MAX: Final = 64  # of answers in one sendmsg
 SERVED_AT_ONCE: Final = 16  # requests of one connection that are carried out side by side
 CONNECTION_STACK_BYTES: Final = 512 * KIB
 LISTEN_BACKLOG: Final = 1024  # clients that come at once are not turned away for want of a moment
+ACCEPT_PAUSE_SECONDS: Final = 1.0  # before the next client is let in, where there was no descriptor for one
 SERVER_DRAIN_SECONDS: Final = 30.0  # for what was accepted before the end was asked for
 SERVED_CONNECTIONS_MAX: Final = 4096
 STORE_FILES_OPEN: Final = 256  # chunks kept open; as many more as there are requests may be for a moment

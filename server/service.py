@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -14,11 +15,12 @@ from typing import Final
 
 from nbdshard.common import logs
 from nbdshard.common.errors import UserError
-from nbdshard.common.limits import CONNECTION_STACK_BYTES, LISTEN_BACKLOG, SERVER_DRAIN_SECONDS
+from nbdshard.common.limits import ACCEPT_PAUSE_SECONDS, CONNECTION_STACK_BYTES, LISTEN_BACKLOG, SERVER_DRAIN_SECONDS
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.connection import Connection
 from nbdshard.server.exports import Exports
 
+_SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -64,6 +66,7 @@ class Service:
         self._connections_max = connections_max
         self._threads: dict[Connection, threading.Thread] = {}
         self._count = 0
+        self._is_short = False  # of descriptors: who waits to be let in would be ready at once, again and again
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT. What was accepted is finished, then all is flushed: 0, or 1 where that failed."""
@@ -77,7 +80,12 @@ class Service:
         for listener in self._listeners:
             poll.register(listener, select.POLLIN)
         by_number = {listener.fileno(): listener for listener in self._listeners}
+        ending = select.poll()
+        ending.register(wake, select.POLLIN)
         while True:
+            if self._is_short and ending.poll(ACCEPT_PAUSE_SECONDS * 1000):
+                return self._end()
+            self._is_short = False
             for ready, _ in poll.poll():
                 if ready == wake:
                     return self._end()
@@ -93,6 +101,7 @@ class Service:
             return False
         except OSError as error:  # it has gone again, or there are no descriptors left: others may go
             logs.warning(f"a client could not be accepted: {error.strerror}")
+            self._is_short = error.errno in _SHORT
             return False
         self._count += 1
         client = f"client {self._count}"
@@ -103,6 +112,7 @@ class Service:
         if sock.family != socket.AF_UNIX:
             client += f" ({address[0]}:{address[1]})"
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = None
         try:
             connection = Connection(sock, self._exports, client)
             thread = threading.Thread(target=connection.serve, daemon=True)
@@ -110,6 +120,8 @@ class Service:
         except (OSError, RuntimeError) as error:  # no descriptor, no thread is left: others may go
             logs.warning(f"{client} is turned away: {error}")
             sock.close()
+            if connection is not None:
+                connection.close()
             return True
         self._threads[connection] = thread
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import struct
@@ -284,3 +285,27 @@ def test_one_client_too_many_is_turned_away() -> None:
                 return peer.recv(1) != b""
 
         wait_for("the place of the first to be free", is_free)
+
+
+def test_without_descriptors_it_waits_for_some() -> None:
+    with serving("memory:1M") as served:
+        resource.prlimit(served.run.pid, resource.RLIMIT_NOFILE, (40, 40))
+        peers = [connect(served.socket) for _ in range(60)]
+        wait_for("the shortage to be told twice", lambda: served.run.err().count("could not be accepted") > 1)
+        assert served.run.err().count("could not be accepted") < 20
+        for peer in peers:
+            peer.close()
+
+        def is_room() -> bool:  # those that have gone are in the queue too, and take a place for a moment
+            with connect(served.socket) as peer:
+                return peer.recv(1) != b""
+
+        wait_for("the server to have room again", is_room)
+        still_serves(served)
+
+
+def test_a_socket_that_is_not_served_in_the_end_is_not_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    words = [word for name in ("one", "taken") for word in ("--unix", tmp_path / name)]
+    nbdshard("serve", "-e", NAME, "raw", "memory:1M", *words).failed(1, saying=["cannot be listened on"])
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
