@@ -65,12 +65,12 @@ class FileStore:
             return _has_data(file.number)
 
     def delete(self, key: str) -> None:
-        with self._lock:
+        with self._lock:  # both at once: who opened it in between would keep, and write to, a file that has no name
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / key).unlink()
             file = self._files.pop(key, None)
         if file is not None:
             file.let_go()
-        with contextlib.suppress(FileNotFoundError):
-            (self._folder / key).unlink()
 
     def sync(self, keys: Collection[str]) -> None:
         """Files, and then the directory: without that a new file may be gone after a crash, or a deleted one back."""

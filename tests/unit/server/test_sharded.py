@@ -202,3 +202,27 @@ def test_writes_to_one_chunk_from_many_threads_are_all_there(tmp_path: Path) -> 
     for thread in threads:
         thread.join()
     assert read(sharded, 0, CHUNK) == bytes(range(1, 9)) * (CHUNK // 8)
+
+
+def test_a_chunk_that_comes_and_goes_while_it_is_read_is_a_file_whenever_it_is_there(tmp_path: Path) -> None:
+    """A reader must not bring a file that is being deleted back among those that are open."""
+    sharded = backend(tmp_path)
+    is_enough = threading.Event()
+
+    def look() -> None:
+        while not is_enough.is_set():
+            read(sharded, 0, 10)
+
+    readers = [threading.Thread(target=look) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    try:
+        for _ in range(500):
+            write(sharded, 0, b"x")
+            sharded.flush()
+            assert chunks(tmp_path) == ["disk.0.chunk"]
+            sharded.trim(Range(0, CHUNK))
+    finally:
+        is_enough.set()
+        for reader in readers:
+            reader.join()
