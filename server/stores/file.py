@@ -94,10 +94,15 @@ class FileStore:
             size = os.fstat(file.number).st_size
             if where.start >= size:
                 return []
+            end = min(where.end, size)
             try:
-                return FileMap(file.number).find(Range(where.start, min(where.end, size)))
+                found = FileMap(file.number).find(Range(where.start, end))
             except OSError:
                 return [(where, 0)]  # the file system has no SEEK_HOLE: everything is data
+            told = found[-1][0].end
+            if told < end:  # there are more than a map tells at once; what is left out would be taken for a hole
+                found.append((Range(told, end), 0))
+            return found
 
     def keys(self) -> Iterator[str]:
         return (entry.name for entry in os.scandir(self._folder) if entry.is_file())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common import file_map
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import STORE_FILES_OPEN
 from nbdshard.common.ranges import Range
@@ -226,3 +227,12 @@ def test_a_chunk_that_comes_and_goes_while_it_is_read_is_a_file_whenever_it_is_t
         is_enough.set()
         for reader in readers:
             reader.join()
+
+
+def test_more_extents_than_a_map_tells_are_not_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_map, "FILE_EXTENTS_MAX", 2)
+    sharded = backend(tmp_path)
+    for at in (0, CHUNK // 2, CHUNK - 1):
+        write(sharded, at, b"x")
+    found = sharded.extents(Range(0, CHUNK))
+    assert found[-1] == (Range(CHUNK // 2, CHUNK), 0)
