@@ -67,9 +67,8 @@ def run(args: Namespace) -> int:
     if not args.exports:
         raise UsageError("no export is given", advice="-e NAME DRIVER CONN; see --help")
     logs.set_up("serve", logs.Level.DEBUG if args.verbose else logs.Level.WARNING)
-    from nbdshard.common.nbd.hints import Hints
     from nbdshard.server.chain import Wanted, open_backend
-    from nbdshard.server.exports import Exports
+    from nbdshard.server.exports import Exported, Exports
     from nbdshard.server.service import Service, addresses, listen_tcp, listen_unix
 
     wanted = [Wanted(*words) for words in args.exports]
@@ -79,7 +78,7 @@ def run(args: Namespace) -> int:
     places = [_host_and_port(text) for text in args.tcp]
     if not places and not args.unix:
         places = [("", PORT_DEFAULT)]
-    exports = Exports({each.name: open_backend(each) for each in wanted}, Hints(instance=str(uuid.uuid4())))
+    exports = Exports({each.name: Exported(open_backend(each)) for each in wanted}, uuid.uuid4())
     listeners = [listener for place in places for listener in listen_tcp(*place)]
     made: list[Path] = []
     try:

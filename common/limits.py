@@ -263,6 +263,7 @@ LISTEN_BACKLOG: Final = 1024  # clients that come at once are not turned away fo
 ACCEPT_PAUSE_SECONDS: Final = 1.0  # before the next client is let in, where there was no descriptor for one
 SERVER_DRAIN_SECONDS: Final = 30.0  # for what was accepted before the end was asked for
 SERVED_CONNECTIONS_MAX: Final = 4096
+LAYERS_MAX: Final = 16  # in front of one store
 STORE_FILES_OPEN: Final = 256  # chunks kept open; as many more as there are requests may be for a moment
 CHUNK_BYTES_DEFAULT: Final = 4 * MIB
 VOLUME_CHUNK_BYTES_MIN: Final = 64 * KIB

@@ -9,6 +9,8 @@ from nbdshard.common.errors import UserError
 
 _SHIFTS: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 _SIZE: Final = re.compile(r"([0-9]{1,19})([kKmMgGtTpPeE]?)(?:i?[bB])?")
+_SPAN: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)")
+_SPAN_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE_MAX: Final = (1 << 63) - 1  # NBD offsets are unsigned, but Linux's off_t is not
 
 
@@ -24,6 +26,17 @@ def parse_size(text: str, where: str = "") -> int:
     if size > _SIZE_MAX:
         raise UserError(f"{text!r} is larger than any disk", where)
     return size
+
+
+def parse_seconds(text: str, where: str = "") -> float:
+    """The seconds `text` means: a number, then ms, s, m or h. "250ms", "1.5s" and "2m" are spans of time.
+
+    Everything else, a number without a unit too, raises UserError with `where`.
+    """
+    match = _SPAN.fullmatch(text)
+    if match is None:
+        raise UserError(f"{text!r} is not a span of time", where, "write a number with ms, s, m or h")
+    return float(match[1]) * _SPAN_SECONDS[match[2]]
 
 
 def format_bytes(count: float) -> str:

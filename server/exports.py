@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Mapping
 
+import msgspec
+
 from nbdshard.common.nbd.export import BlockSizes
-from nbdshard.common.nbd.hints import Hints
+from nbdshard.common.nbd.hints import NO_HINTS, Hints
 from nbdshard.server.backends.base import Backend
-from nbdshard.server.offers import NamedOffers, Offer
+from nbdshard.server.offers import Offer
 
 
-class Exports(NamedOffers):
-    """`backends` by the names of their exports; the first is the default one. All of them give the same `hints`."""
+class Exported(msgspec.Struct, frozen=True):
+    """A backend as an export, and what its clients are advised; the `instance` is added here."""
 
-    def __init__(self, backends: Mapping[str, Backend], hints: Hints) -> None:
-        super().__init__(_offer(name, backend, hints) for name, backend in backends.items())
-        self._backends = dict(backends)
+    backend: Backend
+    hints: Hints = NO_HINTS
+    description: str = ""
+
+
+class Exports:
+    """Exports by name; the first one is also the default. `life`: a uuid of this start of the server."""
+
+    def __init__(self, exports: Mapping[str, Exported], life: uuid.UUID) -> None:
+        self._exports = dict(exports)
+        self._life = life
+
+    def find(self, name: str) -> Offer | None:
+        """The export called `name`, as it is now: its `instance` is another one after a loss below."""
+        if name not in self._exports and not name:
+            name = next(iter(self._exports), "")
+        exported = self._exports.get(name)
+        return None if exported is None else self._offer(name, exported)
+
+    def listed(self) -> Iterable[Offer]:
+        """All of them."""
+        return [self._offer(name, exported) for name, exported in self._exports.items()]
 
     def backend(self, name: str) -> Backend:
         """What is behind the export `name`, as it was offered."""
-        return self._backends[name]
+        return self._exports[name].backend
 
     def backends(self) -> Iterable[Backend]:
-        return self._backends.values()
+        """Of all exports."""
+        return [exported.backend for exported in self._exports.values()]
 
-
-def _offer(name: str, backend: Backend, hints: Hints) -> Offer:
-    preferred = min(max(backend.block_size, 512), 1 << 20)
-    return Offer(name, backend.size, backend.flags, BlockSizes(preferred=preferred), hints=hints)
+    def _offer(self, name: str, exported: Exported) -> Offer:
+        backend = exported.backend
+        preferred = min(max(backend.block_size, 512), 1 << 20)
+        losses = backend.losses
+        instance = str(uuid.uuid5(self._life, str(losses)) if losses else self._life)
+        return Offer(
+            name,
+            backend.size,
+            backend.flags,
+            BlockSizes(preferred=preferred),
+            description=exported.description,
+            hints=msgspec.structs.replace(exported.hints, instance=instance),
+        )

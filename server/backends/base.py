@@ -11,7 +11,6 @@ from typing import Protocol
 
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
-from nbdshard.common.nbd.payload import Piece
 from nbdshard.common.ranges import Range
 from nbdshard.server.device import Hole
 
@@ -31,8 +30,13 @@ class Backend(Protocol):
     def block_size(self) -> int:
         """What requests should fit to be fast, in bytes: a power of two of at least 512."""
 
-    def read(self, where: Range) -> Sequence[Piece | Hole]:
-        """What is there, in order."""
+    @property
+    def losses(self) -> int:
+        """How often something that was acknowledged may have been lost since it was opened, as by a write-back that
+        failed. Only ever grows; clients are told another `instance` when it has."""
+
+    def read(self, where: Range) -> Sequence[memoryview | bytes | Hole]:
+        """What is there, in order and in memory; nobody else changes it any more."""
 
     def write(self, where: Range, data: memoryview) -> None:
         """Put `data` there. It is durable after the next `flush` that begins when this has returned."""

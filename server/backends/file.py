@@ -15,7 +15,6 @@ from nbdshard.common.file_calls import NEVER, zero_device, zero_file
 from nbdshard.common.file_map import FileMap
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
-from nbdshard.common.nbd.payload import Piece
 from nbdshard.common.ranges import Range
 from nbdshard.server.device import Hole
 
@@ -54,7 +53,11 @@ class FileBackend:
         self._flushing = threading.Lock()
         self._lost: OSError | None = None
 
-    def read(self, where: Range) -> Sequence[Piece | Hole]:
+    @property
+    def losses(self) -> int:
+        return 0 if self._lost is None else 1
+
+    def read(self, where: Range) -> Sequence[memoryview | bytes | Hole]:
         data = bytearray(where.length)
         view, at = memoryview(data), 0
         while at < where.length:

@@ -8,7 +8,6 @@ from typing import Final
 
 from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO, TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
-from nbdshard.common.nbd.payload import Piece
 from nbdshard.common.ranges import Range
 from nbdshard.server.device import Hole
 
@@ -36,8 +35,12 @@ class MemoryBackend:
         self._pages: dict[int, bytearray] = {}
         self._lock = threading.Lock()
 
-    def read(self, where: Range) -> Sequence[Piece | Hole]:
-        parts: list[Piece | Hole] = []
+    @property
+    def losses(self) -> int:
+        return 0
+
+    def read(self, where: Range) -> Sequence[memoryview | bytes | Hole]:
+        parts: list[memoryview | bytes | Hole] = []
         with self._lock:
             for page, start, end in _pages(where):
                 content = self._pages.get(page)

@@ -12,7 +12,6 @@ from typing import Final
 
 from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO, TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
-from nbdshard.common.nbd.payload import Piece
 from nbdshard.common.ranges import Range
 from nbdshard.server.device import Hole
 from nbdshard.server.stores.base import Store
@@ -50,8 +49,12 @@ class ShardedBackend:
         self._dirty_lock = threading.Lock()
         self._flushing = threading.Lock()
 
-    def read(self, where: Range) -> Sequence[Piece | Hole]:
-        parts: list[Piece | Hole] = []
+    @property
+    def losses(self) -> int:
+        return self._store.losses
+
+    def read(self, where: Range) -> Sequence[memoryview | bytes | Hole]:
+        parts: list[memoryview | bytes | Hole] = []
         for chunk, part in self._chunks(where):
             found = self._store.read(self._key_of(chunk), part) or b""
             if found:

@@ -15,6 +15,10 @@ from nbdshard.common.ranges import Range
 class Store(Protocol):
     """Objects by key: names without a slash."""
 
+    @property
+    def losses(self) -> int:
+        """How often something that was written may have been lost, as `Backend.losses`."""
+
     def read(self, key: str, where: Range) -> bytes | None:
         """What of `where` the object has, which may end before; None where there is no object."""
 

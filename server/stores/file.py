@@ -34,6 +34,10 @@ class FileStore:
         self._lock = threading.Lock()
         self._lost: dict[str, OSError] = {}  # by key: a write-back that failed, which the kernel tells of once
 
+    @property
+    def losses(self) -> int:
+        return len(self._lost)
+
     def read(self, key: str, where: Range) -> bytes | None:
         with self._open(key) as file:
             if file is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.units import format_bytes, format_rate, format_seconds, parse_size, size_text
+from nbdshard.common.units import format_bytes, format_rate, format_seconds, parse_seconds, parse_size, size_text
 
 
 @pytest.mark.parametrize(
@@ -94,3 +94,16 @@ def test_times_are_shown_in_the_two_largest_units(seconds: float, text: str) -> 
 @pytest.mark.parametrize("count", [0, 1000, 4096, 1 << 20, 3 << 30, 1 << 40])
 def test_a_size_text_reads_back_as_the_same_size(count: int) -> None:
     assert parse_size(size_text(count)) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("250ms", 0.25), ("2s", 2.0), ("1.5m", 90.0), ("0s", 0.0), ("2h", 7200.0)]
+)
+def test_a_span_of_time_has_a_unit(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "s", "-1s", "1 s", "1d", "1e3s", ".5s", "٣s"])
+def test_what_is_no_span_of_time_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"here: .* is not a span of time"):
+        parse_seconds(text, "here")

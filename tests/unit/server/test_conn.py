@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.memory import MemoryBackend
-from nbdshard.server.chain import DRIVERS, Wanted, open_backend
+from nbdshard.server.chain import DRIVERS, Layer, Opener, Opening, Wanted, open_backend
 from nbdshard.server.conn import Conn, parse_conn
+from nbdshard.server.device import Hole
+from nbdshard.server.layers.base import Passing
 
 LAYERS = ("cache", "retry")
 STORES = ("file", "memory", "s3")
@@ -89,11 +92,55 @@ def test_who_may_not_write_is_told_by_the_flags(tmp_path: Path) -> None:
             backend.close()
 
 
-def test_a_driver_may_be_added() -> None:
-    def twice(_name: str, conn: Conn, read_only: bool) -> Backend:
-        return MemoryBackend(2 * int(conn.place), read_only=read_only)
+def twice(opening: Opening) -> Backend:
+    return MemoryBackend(2 * int(opening.place), read_only=opening.read_only)
 
-    drivers = {**DRIVERS, "double": {"bytes": twice}}
-    backend = open_backend(Wanted("disk", "double", "bytes:500"), drivers)
+
+class Shifted(Passing):
+    """Reads what is `by` bytes further on."""
+
+    def __init__(self, below: Backend, by: int) -> None:
+        super().__init__(below)
+        self._by = by
+
+    def read(self, where: Range) -> Sequence[memoryview | bytes | Hole]:
+        return self.below.read(Range(where.start + self._by, where.end + self._by))
+
+
+def shifted(below: Backend, opening: Opening) -> Backend:
+    return Shifted(below, opening.parameters.size("by") or 1)
+
+
+MORE_DRIVERS = {**DRIVERS, "double": {"bytes": Opener(twice)}}
+MORE_LAYERS = {"shift": Layer(shifted, frozenset({"by"})), "base": Layer(lambda below, _: below, only_reads=True)}
+
+
+def test_a_driver_may_be_added() -> None:
+    backend = open_backend(Wanted("disk", "double", "bytes:500"), MORE_DRIVERS)
     assert backend.size == 1000
     backend.write(Range(990, 1000), memoryview(b"0123456789"))
+    assert b"".join(part for part in backend.read(Range(990, 1000)) if not isinstance(part, Hole)) == b"0123456789"
+
+
+def test_layers_stand_in_front_of_one_another() -> None:
+    backend = open_backend(Wanted("disk", "raw", "shift:shift:memory:1M?by=2"), layers=MORE_LAYERS)
+    backend.write(Range(0, 8), memoryview(b"01234567"))
+    assert [bytes(part) for part in backend.read(Range(0, 4)) if not isinstance(part, Hole)] == [b"4567"]
+
+
+def test_a_parameter_that_no_part_of_the_chain_knows_is_refused() -> None:
+    with pytest.raises(UserError, match="no parameter is called 'by'; known are read-only"):
+        open_backend(Wanted("disk", "raw", "memory:1M?by=2"), layers=MORE_LAYERS)
+
+
+def test_what_is_below_a_layer_that_only_reads_is_read_only() -> None:
+    backend = open_backend(Wanted("disk", "raw", "shift:base:shift:memory:1M"), layers=MORE_LAYERS)
+    assert backend.flags & TransmissionFlag.READ_ONLY
+
+
+def test_what_was_opened_is_closed_where_a_layer_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(1000))
+    with pytest.raises(UserError, match="'much' is not a size"):
+        open_backend(Wanted("disk", "raw", f"shift:file:{tmp_path}/image?by=much"), layers=MORE_LAYERS)
+    with pytest.raises(UserError, match="17 layers"):
+        open_backend(Wanted("disk", "raw", "shift:" * 17 + "memory:1M"), layers=MORE_LAYERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,14 +13,13 @@ import pytest
 
 from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.nbd.constants import Errno
-from nbdshard.common.nbd.hints import NO_HINTS
 from nbdshard.common.nbd.payload import Piece
 from nbdshard.common.nbd.wire import SIMPLE_REPLY, Request, pack_request
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.connection import Connection
 from nbdshard.server.device import Hole
-from nbdshard.server.exports import Exports
+from nbdshard.server.exports import Exported, Exports
 from support.nbd_blocking import negotiate
 
 PLAIN = Wishes("disk", structured=False, extended=False)
@@ -49,7 +49,7 @@ def connected(backend: MemoryBackend) -> Iterator[tuple[Connection, socket.socke
     """A connection that is served, and its client, which has chosen the export."""
     ours, theirs = socket.socketpair()
     theirs.settimeout(30)
-    connection = Connection(ours, Exports({"disk": backend}, NO_HINTS), "the client")
+    connection = Connection(ours, Exports({"disk": Exported(backend)}, uuid.uuid4()), "the client")
     thread = threading.Thread(target=connection.serve, daemon=True)
     thread.start()
     with theirs:
@@ -89,7 +89,7 @@ def test_a_bug_of_a_backend_is_an_answer_too(capfd: pytest.CaptureFixture[str]) 
 
 def test_a_client_that_has_gone_is_nothing_to_do() -> None:
     ours, theirs = socket.socketpair()
-    connection = Connection(ours, Exports({"disk": MemoryBackend(512)}, NO_HINTS), "the client")
+    connection = Connection(ours, Exports({"disk": Exported(MemoryBackend(512))}, uuid.uuid4()), "the client")
     theirs.close()
     assert not connection._wait(time.monotonic(), is_wanted=False)
     assert connection._wait(time.monotonic(), is_wanted=True)
