@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import threading
 import uuid
 from argparse import Namespace
 from pathlib import Path
@@ -78,7 +79,8 @@ def run(args: Namespace) -> int:
     places = [_host_and_port(text) for text in args.tcp]
     if not places and not args.unix:
         places = [("", PORT_DEFAULT)]
-    exports = Exports({each.name: Exported(open_backend(each)) for each in wanted}, uuid.uuid4())
+    ending = threading.Event()
+    exports = Exports({each.name: Exported(open_backend(each, ending=ending)) for each in wanted}, uuid.uuid4())
     listeners = [listener for place in places for listener in listen_tcp(*place)]
     made: list[Path] = []
     try:
@@ -87,7 +89,7 @@ def run(args: Namespace) -> int:
             made.append(path)
         for address in addresses(listeners):
             logs.say(f"listens on {address}")
-        failed = Service(exports, listeners, args.max_connections).run()
+        failed = Service(exports, listeners, args.max_connections, ending).run()
     finally:
         for path in made:
             path.unlink(missing_ok=True)

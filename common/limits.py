@@ -264,6 +264,7 @@ ACCEPT_PAUSE_SECONDS: Final = 1.0  # before the next client is let in, where the
 SERVER_DRAIN_SECONDS: Final = 30.0  # for what was accepted before the end was asked for
 SERVED_CONNECTIONS_MAX: Final = 4096
 LAYERS_MAX: Final = 16  # in front of one store
+LAYER_DELAY_SECONDS_MAX: Final = 600.0  # of one request; who asks for more has mistaken the unit
 STORE_FILES_OPEN: Final = 256  # chunks kept open; as many more as there are requests may be for a moment
 CHUNK_BYTES_DEFAULT: Final = 4 * MIB
 VOLUME_CHUNK_BYTES_MIN: Final = 64 * KIB

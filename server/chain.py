@@ -7,7 +7,8 @@ knows is refused. What needs a large library imports it in its function here, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -23,6 +24,9 @@ from nbdshard.server.backends.file import FileBackend
 from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.backends.sharded import ShardedBackend
 from nbdshard.server.conn import parse_conn
+from nbdshard.server.layers.delay import LAYER as DELAY
+from nbdshard.server.layers.error import LAYER as ERROR
+from nbdshard.server.opening import Layer, Opener, Opening
 from nbdshard.server.parameters import Parameters
 from nbdshard.server.stores.file import FileStore
 from nbdshard.server.volumes import open_volume
@@ -36,30 +40,6 @@ class Wanted(msgspec.Struct, frozen=True):
     name: str
     driver: str
     conn: str
-
-
-class Opening(msgspec.Struct, frozen=True):
-    """What a driver and the layers are given: the export's name, the place in the store, and all parameters."""
-
-    name: str
-    place: str
-    parameters: Parameters
-    read_only: bool
-
-
-class Opener(msgspec.Struct, frozen=True):
-    """A store under a driver: `open` raises UserError. `parameters`: the names it knows."""
-
-    open: Callable[[Opening], Backend]
-    parameters: frozenset[str] = frozenset()
-
-
-class Layer(msgspec.Struct, frozen=True):
-    """A layer: `wrap` gives the backend that stands in front of the one it is given, and owns it. Raises UserError."""
-
-    wrap: Callable[[Backend, Opening], Backend]
-    parameters: frozenset[str] = frozenset()
-    only_reads: bool = False  # what is below is opened read-only, whatever the export is
 
 
 Drivers = Mapping[str, Mapping[str, Opener]]  # driver -> store
@@ -102,11 +82,13 @@ DRIVERS: Final[Drivers] = MappingProxyType(
         "sharded": MappingProxyType({"file": Opener(_sharded_file, _VOLUME)}),
     }
 )
-LAYERS: Final[Layers] = MappingProxyType({})
+LAYERS: Final[Layers] = MappingProxyType({"delay": DELAY, "error": ERROR})
 
 
-def open_backend(wanted: Wanted, drivers: Drivers = DRIVERS, layers: Layers = LAYERS) -> Backend:
-    """The backend of `wanted`, open. Raises UserError, which names the export."""
+def open_backend(
+    wanted: Wanted, drivers: Drivers = DRIVERS, layers: Layers = LAYERS, ending: threading.Event | None = None
+) -> Backend:
+    """The backend of `wanted`, open. `ending`: as in Opening. Raises UserError, which names the export."""
     where = f"export {wanted.name!r}"
     if len(wanted.name.encode()) > EXPORT_NAME_BYTES_MAX or "\0" in wanted.name:
         raise UserError(f"a name of at most {EXPORT_NAME_BYTES_MAX} bytes without a NUL is needed", where)
@@ -114,12 +96,12 @@ def open_backend(wanted: Wanted, drivers: Drivers = DRIVERS, layers: Layers = LA
     if stores is None:
         raise UserError(f"no driver is called {wanted.driver!r}", where, f"known are {', '.join(drivers)}")
     try:
-        return _opened(wanted, stores, layers)
+        return _opened(wanted, stores, layers, ending or threading.Event())
     except UserError as error:
         raise UserError(str(error), where) from None
 
 
-def _opened(wanted: Wanted, stores: Mapping[str, Opener], layers: Layers) -> Backend:
+def _opened(wanted: Wanted, stores: Mapping[str, Opener], layers: Layers, ending: threading.Event) -> Backend:
     conn = parse_conn(wanted.conn, layers, stores)
     if len(conn.layers) > LAYERS_MAX:
         raise UserError(f"{len(conn.layers)} layers; at most {LAYERS_MAX} are stacked", wanted.conn)
@@ -130,11 +112,12 @@ def _opened(wanted: Wanted, stores: Mapping[str, Opener], layers: Layers) -> Bac
         raise UserError(f"no parameter is called {min(unknown)!r}", parameters.where, f"known are {_listed(known)}")
     read_only = parameters.flag("read-only")
     only_reads = any(layer.only_reads for layer in chain)
-    backend = store.open(Opening(wanted.name, conn.place, parameters, read_only or only_reads))
+    backend = store.open(Opening(wanted.name, conn.place, parameters, read_only or only_reads, ending))
     try:
         for index in reversed(range(len(chain))):
             below_read_only = read_only or any(layer.only_reads for layer in chain[:index])
-            backend = chain[index].wrap(backend, Opening(wanted.name, conn.place, parameters, below_read_only))
+            opening = Opening(wanted.name, conn.place, parameters, below_read_only, ending)
+            backend = chain[index].wrap(backend, opening)
     except BaseException:
         backend.close()
         raise

@@ -58,12 +58,18 @@ def _listening(family: int, address: object) -> socket.socket:
 
 
 class Service:
-    """Serves `exports` on `listeners` until a signal ends it. The main thread is its own."""
+    """Serves `exports` on `listeners` until a signal ends it. The main thread is its own.
 
-    def __init__(self, exports: Exports, listeners: Sequence[socket.socket], connections_max: int) -> None:
+    `ending` is set then, for backends that wait.
+    """
+
+    def __init__(
+        self, exports: Exports, listeners: Sequence[socket.socket], connections_max: int, ending: threading.Event
+    ) -> None:
         self._exports = exports
         self._listeners = listeners
         self._connections_max = connections_max
+        self._ending = ending
         self._threads: dict[Connection, threading.Thread] = {}
         self._count = 0
         self._is_short = False  # of descriptors: who waits to be let in would be ready at once, again and again
@@ -133,6 +139,7 @@ class Service:
                 del self._threads[connection]
 
     def _end(self) -> int:
+        self._ending.set()
         for listener in self._listeners:
             listener.close()
         for connection in self._threads:

@@ -12,10 +12,11 @@ from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.memory import MemoryBackend
-from nbdshard.server.chain import DRIVERS, Layer, Opener, Opening, Wanted, open_backend
+from nbdshard.server.chain import DRIVERS, Wanted, open_backend
 from nbdshard.server.conn import Conn, parse_conn
 from nbdshard.server.device import Hole
 from nbdshard.server.layers.base import Passing
+from nbdshard.server.opening import Layer, Opener, Opening
 
 LAYERS = ("cache", "retry")
 STORES = ("file", "memory", "s3")

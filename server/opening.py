@@ -1,0 +1,39 @@
+"""What the tables of `chain.py` are made of: entries for stores and layers, and what their functions are given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from nbdshard.server.backends.base import Backend
+from nbdshard.server.parameters import Parameters
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """What a driver and the layers are given: the export's name, the place in the store, and all parameters.
+
+    `ending` is set when the server begins to end: who waits for nothing but time, waits no longer.
+    """
+
+    name: str
+    place: str
+    parameters: Parameters
+    read_only: bool
+    ending: threading.Event = msgspec.field(default_factory=threading.Event)
+
+
+class Opener(msgspec.Struct, frozen=True):
+    """A store under a driver: `open` raises UserError. `parameters`: the names it knows."""
+
+    open: Callable[[Opening], Backend]
+    parameters: frozenset[str] = frozenset()
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """A layer: `wrap` gives the backend that stands in front of the one it is given, and owns it. Raises UserError."""
+
+    wrap: Callable[[Backend, Opening], Backend]
+    parameters: frozenset[str] = frozenset()
+    only_reads: bool = False  # what is below is opened read-only, whatever the export is
