@@ -15,7 +15,6 @@ those.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +23,7 @@ from zmq.utils import z85
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import KEY_FILE_BYTES_MAX, KEYS_ALLOWED_MAX
+from nbdshard.common.secret_files import check_private, read_text
 
 SECRET_WORD = "nbdshard-secret"
 PUBLIC_WORD = "nbdshard-public"
@@ -118,7 +118,7 @@ def load_key_pair(path: str) -> KeyPair:
     """
     text, facts = _read(path)
     keys = list(_parse(path, text, SECRET_WORD, PUBLIC_WORD))
-    _check_private(path, facts)
+    check_private(path, facts, "a secret key")
     if len(keys) != 1:
         raise UserError(f"holds {len(keys)} secret keys instead of one", path)
     return KeyPair.of_secret(keys[0])
@@ -151,35 +151,7 @@ def load_allow_list(path: str) -> frozenset[PublicKey]:
 
 
 def _read(path: str) -> tuple[str, os.stat_result]:
-    """The text of a file of keys, and what fstat(2) says about the very file that was read."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", path) from None
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise UserError("is not a regular file", path)
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(KEY_FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", path) from None
-    finally:
-        os.close(descriptor)
-    if len(content) > KEY_FILE_BYTES_MAX:
-        raise UserError(f"is longer than {KEY_FILE_BYTES_MAX} bytes; not a file of keys", path)
-    return content.decode("utf-8", errors="replace"), facts
-
-
-def _check_private(path: str, facts: os.stat_result) -> None:
-    """Refuse a secret others can read. systemd and Kubernetes hand theirs over as root's, readable by our
-    group.
-    """
-    handed_over = facts.st_uid == 0 and os.geteuid() != 0
-    exposed = facts.st_mode & (0o037 if handed_over else 0o077)
-    if exposed:
-        mode = stat.S_IMODE(facts.st_mode)
-        raise UserError(f"holds a secret key but its mode is {mode:04o}", path, f"make it private: chmod 600 {path}")
+    return read_text(path, KEY_FILE_BYTES_MAX, "a file of keys")
 
 
 def _parse(path: str, text: str, word: str, other: str) -> Iterator[bytes]:

@@ -263,6 +263,7 @@ LISTEN_BACKLOG: Final = 1024  # clients that come at once are not turned away fo
 ACCEPT_PAUSE_SECONDS: Final = 1.0  # before the next client is let in, where there was no descriptor for one
 SERVER_DRAIN_SECONDS: Final = 30.0  # for what was accepted before the end was asked for
 SERVED_CONNECTIONS_MAX: Final = 4096
+CREDENTIALS_BYTES_MAX: Final = 64 * KIB  # a file of some lines; anything longer is another file
 LAYERS_MAX: Final = 16  # in front of one store
 LAYER_DELAY_SECONDS_MAX: Final = 600.0  # of one request; who asks for more has mistaken the unit
 STORE_FILES_OPEN: Final = 256  # chunks kept open; as many more as there are requests may be for a moment
