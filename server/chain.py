@@ -7,8 +7,9 @@ knows is refused. What needs a large library imports it in its function here, so
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -23,7 +24,8 @@ from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.file import FileBackend
 from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.backends.sharded import ShardedBackend
-from nbdshard.server.conn import parse_conn
+from nbdshard.server.conn import Conn, parse_conn
+from nbdshard.server.credentials import NOBODY, Credentials, take_login
 from nbdshard.server.layers.delay import LAYER as DELAY
 from nbdshard.server.layers.error import LAYER as ERROR
 from nbdshard.server.opening import Layer, Opener, Opening
@@ -35,11 +37,13 @@ ANY_EXPORT: Final = frozenset({"read-only"})  # parameters that every chain know
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """One export as it was asked for."""
+    """One export as it was asked for. `parameters`: more of them, by name, beside those after `?` in the CONN."""
 
     name: str
     driver: str
     conn: str
+    parameters: Mapping[str, str] = msgspec.field(default_factory=dict)
+    credentials: Credentials = NOBODY  # what a login in the CONN takes the place of
 
 
 Drivers = Mapping[str, Mapping[str, Opener]]  # driver -> store
@@ -78,46 +82,89 @@ def _sharded_file(opening: Opening) -> Backend:
 _VOLUME: Final = frozenset({"size", "chunk"})
 DRIVERS: Final[Drivers] = MappingProxyType(
     {
-        "raw": MappingProxyType({"file": Opener(_raw_file), "memory": Opener(_raw_memory)}),
+        "raw": MappingProxyType({"file": Opener(_raw_file, shared=True), "memory": Opener(_raw_memory)}),
         "sharded": MappingProxyType({"file": Opener(_sharded_file, _VOLUME)}),
     }
 )
 LAYERS: Final[Layers] = MappingProxyType({"delay": DELAY, "error": ERROR})
 
 
+class _Chain(msgspec.Struct, frozen=True):
+    """What a CONN says, looked up. `layers`: the outermost first."""
+
+    conn: Conn
+    store: Opener
+    layers: list[Layer]
+    parameters: Parameters
+
+
 def open_backend(
     wanted: Wanted, drivers: Drivers = DRIVERS, layers: Layers = LAYERS, ending: threading.Event | None = None
 ) -> Backend:
     """The backend of `wanted`, open. `ending`: as in Opening. Raises UserError, which names the export."""
+    with _naming(wanted):
+        wanted = _without_login(wanted)
+        return _opened(wanted, _looked_up(wanted, drivers, layers), ending or threading.Event())
+
+
+def not_shared(wanted: Wanted, drivers: Drivers = DRIVERS, layers: Layers = LAYERS) -> list[str]:
+    """The parts of its chain that several processes cannot serve at once ("cache", "raw memory"). Raises UserError."""
+    with _naming(wanted):
+        chain = _looked_up(_without_login(wanted), drivers, layers)
+        found = [name for name, layer in zip(chain.conn.layers, chain.layers, strict=True) if not layer.shared]
+        return found if chain.store.shared else [*found, f"{wanted.driver} {chain.conn.store}"]
+
+
+@contextlib.contextmanager
+def _naming(wanted: Wanted) -> Iterator[None]:
     where = f"export {wanted.name!r}"
-    if len(wanted.name.encode()) > EXPORT_NAME_BYTES_MAX or "\0" in wanted.name:
-        raise UserError(f"a name of at most {EXPORT_NAME_BYTES_MAX} bytes without a NUL is needed", where)
-    stores = drivers.get(wanted.driver)
-    if stores is None:
-        raise UserError(f"no driver is called {wanted.driver!r}", where, f"known are {', '.join(drivers)}")
     try:
-        return _opened(wanted, stores, layers, ending or threading.Event())
+        try:
+            size = len(wanted.name.encode())
+        except UnicodeEncodeError:  # bytes of the command line that are none
+            raise UserError("a name in UTF-8 is needed") from None
+        if size > EXPORT_NAME_BYTES_MAX or "\0" in wanted.name:
+            raise UserError(f"a name of at most {EXPORT_NAME_BYTES_MAX} bytes without a NUL is needed")
+        yield
     except UserError as error:
         raise UserError(str(error), where) from None
 
 
-def _opened(wanted: Wanted, stores: Mapping[str, Opener], layers: Layers, ending: threading.Event) -> Backend:
+def _without_login(wanted: Wanted) -> Wanted:
+    """`wanted` without a login in its CONN, so that nothing that shows it shows that. Raises UserError."""
+    conn, login = take_login(wanted.conn)
+    return wanted if login is None else msgspec.structs.replace(wanted, conn=conn, credentials=login)
+
+
+def _looked_up(wanted: Wanted, drivers: Drivers, layers: Layers) -> _Chain:
+    stores = drivers.get(wanted.driver)
+    if stores is None:
+        raise UserError(f"no driver is called {wanted.driver!r}", advice=f"known are {', '.join(drivers)}")
     conn = parse_conn(wanted.conn, layers, stores)
     if len(conn.layers) > LAYERS_MAX:
         raise UserError(f"{len(conn.layers)} layers; at most {LAYERS_MAX} are stacked", wanted.conn)
+    where = f"{conn.store}:{conn.place}"
+    if twice := conn.parameters.keys() & wanted.parameters.keys():
+        raise UserError(f"{min(twice)} twice, here and beside it", where)
+    parameters = Parameters({**conn.parameters, **wanted.parameters}, where)
     store, chain = stores[conn.store], [layers[name] for name in conn.layers]
-    parameters = Parameters(conn.parameters, f"{conn.store}:{conn.place}")
     known = ANY_EXPORT.union(store.parameters, *(layer.parameters for layer in chain))
     if unknown := parameters.names() - known:
         raise UserError(f"no parameter is called {min(unknown)!r}", parameters.where, f"known are {_listed(known)}")
-    read_only = parameters.flag("read-only")
-    only_reads = any(layer.only_reads for layer in chain)
-    backend = store.open(Opening(wanted.name, conn.place, parameters, read_only or only_reads, ending))
+    return _Chain(conn, store, chain, parameters)
+
+
+def _opened(wanted: Wanted, chain: _Chain, ending: threading.Event) -> Backend:
+    read_only = chain.parameters.flag("read-only")
+
+    def opening(layers: Sequence[Layer]) -> Opening:
+        below = read_only or any(layer.only_reads for layer in layers)
+        return Opening(wanted.name, chain.conn.place, chain.parameters, below, ending, wanted.credentials)
+
+    backend = chain.store.open(opening(chain.layers))
     try:
-        for index in reversed(range(len(chain))):
-            below_read_only = read_only or any(layer.only_reads for layer in chain[:index])
-            opening = Opening(wanted.name, conn.place, parameters, below_read_only, ending)
-            backend = chain[index].wrap(backend, opening)
+        for index in reversed(range(len(chain.layers))):
+            backend = chain.layers[index].wrap(backend, opening(chain.layers[:index]))
     except BaseException:
         backend.close()
         raise

@@ -8,13 +8,15 @@ from collections.abc import Callable
 import msgspec
 
 from nbdshard.server.backends.base import Backend
+from nbdshard.server.credentials import NOBODY, Credentials
 from nbdshard.server.parameters import Parameters
 
 
 class Opening(msgspec.Struct, frozen=True):
     """What a driver and the layers are given: the export's name, the place in the store, and all parameters.
 
-    `ending` is set when the server begins to end: who waits for nothing but time, waits no longer.
+    There is never a login in `place`: it is in `credentials`. `ending` is set when the server begins to end: who waits
+    for nothing but time, waits no longer.
     """
 
     name: str
@@ -22,13 +24,19 @@ class Opening(msgspec.Struct, frozen=True):
     parameters: Parameters
     read_only: bool
     ending: threading.Event = msgspec.field(default_factory=threading.Event)
+    credentials: Credentials = NOBODY
 
 
 class Opener(msgspec.Struct, frozen=True):
-    """A store under a driver: `open` raises UserError. `parameters`: the names it knows."""
+    """A store under a driver: `open` raises UserError. `parameters`: the names it knows.
+
+    `shared`: several processes may each open it and serve it at once, as one export: all that one has acknowledged
+    the others see, and a flush of one covers what was acknowledged by any, or tells that it may be lost.
+    """
 
     open: Callable[[Opening], Backend]
     parameters: frozenset[str] = frozenset()
+    shared: bool = False
 
 
 class Layer(msgspec.Struct, frozen=True):
@@ -37,3 +45,4 @@ class Layer(msgspec.Struct, frozen=True):
     wrap: Callable[[Backend, Opening], Backend]
     parameters: frozenset[str] = frozenset()
     only_reads: bool = False  # what is below is opened read-only, whatever the export is
+    shared: bool = False  # as an Opener's: it keeps nothing that the other processes would have to know

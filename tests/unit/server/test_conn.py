@@ -12,7 +12,7 @@ from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.memory import MemoryBackend
-from nbdshard.server.chain import DRIVERS, Wanted, open_backend
+from nbdshard.server.chain import DRIVERS, Wanted, not_shared, open_backend
 from nbdshard.server.conn import Conn, parse_conn
 from nbdshard.server.device import Hole
 from nbdshard.server.layers.base import Passing
@@ -82,6 +82,26 @@ def test_an_export_that_cannot_be_is_told_in_a_line(driver: str, conn: str, what
 def test_a_name_is_not_longer_than_the_protocol_allows() -> None:
     with pytest.raises(UserError, match="a name of at most 4096 bytes"):
         opened("raw", "memory:1M", "x" * 4097)
+
+
+def test_a_name_is_utf_8() -> None:
+    with pytest.raises(UserError, match="a name in UTF-8 is needed"):
+        opened("raw", "memory:1M", "disk\udcff")
+
+
+def test_parameters_may_stand_beside_the_conn() -> None:
+    backend = open_backend(Wanted("disk", "raw", "memory:1M", {"read-only": "yes"}))
+    assert backend.flags & TransmissionFlag.READ_ONLY
+    with pytest.raises(UserError, match="export 'disk': memory:1M: read-only twice, here and beside it"):
+        open_backend(Wanted("disk", "raw", "memory:1M?read-only=no", {"read-only": "yes"}))
+
+
+def test_what_processes_cannot_share_is_named() -> None:
+    layers = {"log": Layer(lambda below, _: below, shared=True), "cache": Layer(lambda below, _: below)}
+    assert not_shared(Wanted("disk", "raw", "log:file:/x"), layers=layers) == []
+    assert not_shared(Wanted("disk", "raw", "log:cache:file:/x"), layers=layers) == ["cache"]
+    assert not_shared(Wanted("disk", "raw", "cache:memory:1M"), layers=layers) == ["cache", "raw memory"]
+    assert not_shared(Wanted("disk", "sharded", "file:/x/")) == ["sharded file"]
 
 
 def test_who_may_not_write_is_told_by_the_flags(tmp_path: Path) -> None:
