@@ -20,9 +20,10 @@ from nbdshard.common import logs
 from nbdshard.common.errors import BugError, NbdshardError
 from nbdshard.common.limits import NEGOTIATION_SECONDS_MAX, SENT_PIECES_MAX, SERVED_AT_ONCE
 from nbdshard.common.nbd.payload import Piece, in_memory
+from nbdshard.server.backends.base import Backend
 from nbdshard.server.device import Device
 from nbdshard.server.exports import Exports
-from nbdshard.server.handling import Answer, handle
+from nbdshard.server.handling import NBD, Answer, Protocol, handle
 from nbdshard.server.listener import Listener
 from nbdshard.server.serving import Request
 
@@ -32,8 +33,9 @@ _READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
 class Connection:
     """A client's connection, from the greeting to its end. `serve` is its thread."""
 
-    def __init__(self, sock: socket.socket, exports: Exports, client: str) -> None:
+    def __init__(self, sock: socket.socket, exports: Exports, client: str, protocol: Protocol = NBD) -> None:
         self.client = client
+        self._protocol = protocol
         self._socket = sock
         self._exports = exports
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -70,7 +72,7 @@ class Connection:
     # -- the handshake ------------------------------------------------------------------------------------------------
 
     def _negotiate(self) -> Device | None:
-        listener = Listener(self._exports, self.client)
+        listener = Listener(self._exports, self.client, options=self._protocol.options)
         deadline = time.monotonic() + NEGOTIATION_SECONDS_MAX
         entered = None
         while True:
@@ -91,7 +93,9 @@ class Connection:
                 return None
             if count is not None and (events := listener.received(count)):
                 entered = events[0]
-        return None if entered is None else Device(entered.export, self.client)
+        if entered is None:
+            return None
+        return Device(entered.export, self.client, commands=self._protocol.commands)
 
     # -- the transmission phase ---------------------------------------------------------------------------------------
 
@@ -102,7 +106,7 @@ class Connection:
 
             def begin(requests: Sequence[Request]) -> None:
                 for request in requests:
-                    pool.submit(self._carry_out, handle, backend, request)
+                    pool.submit(self._carry_out, backend, request)
 
             while not device.finished:
                 while self._answers:
@@ -127,9 +131,8 @@ class Connection:
                         return
                     begin(device.received(count))
 
-    def _carry_out(self, *arguments: object) -> None:
-        function, backend, request = arguments
-        self._answers.append(function(backend, request))  # type: ignore[operator]
+    def _carry_out(self, backend: Backend, request: Request) -> None:
+        self._answers.append(handle(backend, request, self._protocol.handlers))
         self._notify()
 
     # -- bytes --------------------------------------------------------------------------------------------------------

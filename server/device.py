@@ -40,7 +40,6 @@ from nbdshard.common.nbd.constants import (
     Errno,
     ReplyFlag,
     ReplyType,
-    as_errno,
 )
 from nbdshard.common.nbd.export import Export
 from nbdshard.common.nbd.extents import Extents
@@ -219,7 +218,7 @@ class Device:
     # -- answering ----------------------------------------------------------------------------------------------------
 
     def done(self, request: Request) -> None:
-        """`request`, which was no READ and no BLOCK_STATUS, is carried out."""
+        """`request`, whose answer has neither content nor extents, is carried out."""
         if self._answers(request):
             if self.export.extended:
                 self._chunk(request, ReplyType.NONE, _DONE)
@@ -231,7 +230,7 @@ class Device:
         """`request` has failed with `errno`, a value of the spec; others are told as EINVAL."""
         if not self._answers(request):
             return
-        error = as_errno(errno)
+        error = self._rules.error(request, errno)
         if self.export.structured or self.export.extended:
             text = sentence.encode()[:ERROR_MESSAGE_BYTES_MAX]
             self._chunk(request, ReplyType.ERROR, _DONE, wire.pack_error(error, text))
@@ -240,12 +239,12 @@ class Device:
         self._answered(request)
 
     def content(self, request: Request, parts: Sequence[Piece | Hole]) -> None:
-        """What a READ reads: `parts`, in order, together as long as it."""
+        """What a READ, or what else receives payload, reads: `parts`, in order, together as long as it."""
         if not self._answers(request):
             return
         parts = [part if isinstance(part, Hole) else as_bytes(part) for part in parts]
         length = sum(part.length if isinstance(part, Hole) else len(part) for part in parts)
-        if request.command != Command.READ or length != request.length:
+        if not length or length != self._rules.answer_bytes(request):
             raise BugError(f"{length} bytes as the answer to {request!r}")
         if not (self.export.structured or self.export.extended):
             self._small(wire.pack_simple_reply(request.cookie))

@@ -1,4 +1,8 @@
-"""From a request to a backend's call and back to an answer: what a device is to say. Any thread may run it."""
+"""From a request to a backend's call and back to an answer: what a device is to say. Any thread may run it.
+
+A command is added by a handler of one's own, from anywhere, in the `Protocol` that a `Service` or a `Connection` is
+given.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,20 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
+import msgspec
+
 from nbdshard.common import logs
+from nbdshard.common.nbd.commands import COMMANDS, CommandTable
 from nbdshard.common.nbd.constants import BASE_ALLOCATION, Command, CommandFlag, Errno
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.device import Device
+from nbdshard.server.haggling import SERVED_OPTIONS, OptionTable
 from nbdshard.server.serving import Request
 
 Answer = Callable[[Device], None]  # to be called where the device lives
+Handler = Callable[[Backend, Request], Answer]  # may raise OSError
+HandlerTable = Mapping[int, Handler]
 
 _ERRNOS: Final[Mapping[int, Errno]] = MappingProxyType(
     {
@@ -32,18 +42,13 @@ _ERRNOS: Final[Mapping[int, Errno]] = MappingProxyType(
 )
 
 
-def handle(backend: Backend, request: Request) -> Answer:
-    """Carry out `request`; what to answer. Never raises: whatever goes wrong is the answer."""
-    try:
-        answer = _HANDLERS[request.command](backend, request)
-        if request.fua and request.command in _WRITING:
-            backend.flush()
-        return answer
-    except OSError as error:
+def failure(request: Request, error: Exception) -> Answer:
+    """The answer where carrying out `request` raised `error`."""
+    if isinstance(error, OSError):
         number, sentence = _ERRNOS.get(error.errno or 0, Errno.EIO), error.strerror or str(error)
-    except MemoryError:
+    elif isinstance(error, MemoryError):
         number, sentence = Errno.ENOMEM, "the server has no memory left"
-    except Exception as error:  # a bug; unanswered, the client would wait for ever, and so would this server's end
+    else:  # a bug; unanswered, the client would wait for ever, and so would this server's end
         logs.error(f"internal error: {request!r}: {type(error).__name__}: {error}")
         number, sentence = Errno.EIO, "an internal error of the server"
     return lambda device: device.failed(request, number, sentence)
@@ -90,7 +95,7 @@ def _block_status(backend: Backend, request: Request) -> Answer:
 
 
 _WRITING: Final = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
-_HANDLERS: Final[Mapping[int, Callable[[Backend, Request], Answer]]] = MappingProxyType(
+HANDLERS: Final[HandlerTable] = MappingProxyType(
     {
         Command.READ: _read,
         Command.WRITE: _write,
@@ -101,3 +106,27 @@ _HANDLERS: Final[Mapping[int, Callable[[Backend, Request], Answer]]] = MappingPr
         Command.BLOCK_STATUS: _block_status,
     }
 )
+
+
+def handle(backend: Backend, request: Request, handlers: HandlerTable = HANDLERS) -> Answer:
+    """Carry out `request`; what to answer. Never raises: whatever goes wrong is the answer."""
+    try:
+        answer = handlers[request.command](backend, request)
+        if request.fua and request.command in _WRITING:
+            backend.flush()
+        return answer
+    except Exception as error:
+        return failure(request, error)
+
+
+class Protocol(msgspec.Struct, frozen=True):
+    """What a server speaks, as tables to which anybody may add: option -> what is answered, command -> what it needs of
+    an export, command -> what carries it out.
+    """
+
+    options: OptionTable = SERVED_OPTIONS
+    commands: CommandTable = COMMANDS
+    handlers: HandlerTable = HANDLERS
+
+
+NBD: Final = Protocol()

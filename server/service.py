@@ -19,6 +19,7 @@ from nbdshard.common.limits import ACCEPT_PAUSE_SECONDS, CONNECTION_STACK_BYTES,
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.connection import Connection
 from nbdshard.server.exports import Exports
+from nbdshard.server.handling import NBD, Protocol
 
 _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
@@ -64,9 +65,16 @@ class Service:
     """
 
     def __init__(
-        self, exports: Exports, listeners: Sequence[socket.socket], connections_max: int, ending: threading.Event
+        self,
+        exports: Exports,
+        listeners: Sequence[socket.socket],
+        connections_max: int,
+        ending: threading.Event,
+        *,
+        protocol: Protocol = NBD,
     ) -> None:
         self._exports = exports
+        self._protocol = protocol
         self._listeners = listeners
         self._connections_max = connections_max
         self._ending = ending
@@ -120,7 +128,7 @@ class Service:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = None
         try:
-            connection = Connection(sock, self._exports, client)
+            connection = Connection(sock, self._exports, client, self._protocol)
             thread = threading.Thread(target=connection.serve, daemon=True)
             thread.start()
         except (OSError, RuntimeError) as error:  # no descriptor, no thread is left: others may go

@@ -18,16 +18,18 @@ from nbdshard.common.nbd.constants import (
     CommandFlag,
     Errno,
     TransmissionFlag,
+    as_errno,
     command_name,
 )
 from nbdshard.common.nbd.export import Export
 
 _PAYLOAD_LEN: Final = CommandFlag.PAYLOAD_LEN.value
 _FUA: Final = CommandFlag.FUA.value
+_FAST_ZERO: Final = CommandFlag.FAST_ZERO.value
 
 
 class Request:
-    """One request from its header to its answer. `payload`: of a WRITE, once all of it is there."""
+    """One request from its header to its answer. `payload`: of a WRITE, or what sends one, once all of it is there."""
 
     __slots__ = ("answered", "command", "cookie", "flags", "length", "load", "offset", "payload")
 
@@ -78,12 +80,20 @@ class ServingRules:
         """How much payload follows the header of `request`, wanted or not."""
         if self._export.extended:
             return request.length if request.flags & _PAYLOAD_LEN else 0
-        return request.length if request.command == Command.WRITE else 0
+        rule = self._rules.get(request.command)
+        return request.length if rule is not None and rule.entry.sends_payload else 0
 
     def answer_bytes(self, request: Request) -> int:
-        """How much payload the answer to `request` has at most."""
+        """How much payload the answer to `request` has, if it is no error."""
         rule = self._rules.get(request.command)
         return request.length if rule is not None and rule.entry.receives_payload else 0
+
+    def error(self, request: Request, errno: int) -> Errno:
+        """What is told where `request` has failed with `errno`: a value of the spec that its command may have."""
+        error = as_errno(errno)
+        if error is Errno.ENOTSUP and not request.flags & _FAST_ZERO:
+            return Errno.EINVAL  # "SHOULD NOT return ENOTSUP" but where a WRITE_ZEROES was to be fast, or not at all
+        return error
 
     def refusal(self, request: Request) -> Refused | None:
         """Why `request` is not taken, or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -11,15 +12,19 @@ from contextlib import contextmanager
 
 import pytest
 
+from nbdshard.common.nbd.commands import COMMANDS, CommandEntry
 from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.nbd.constants import Errno
 from nbdshard.common.nbd.payload import Piece
 from nbdshard.common.nbd.wire import SIMPLE_REPLY, Request, pack_request
 from nbdshard.common.ranges import Range
+from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.connection import Connection
 from nbdshard.server.device import Hole
 from nbdshard.server.exports import Exported, Exports
+from nbdshard.server.handling import HANDLERS, NBD, Answer, Protocol
+from nbdshard.server.serving import Request as ServedRequest
 from support.nbd_blocking import negotiate
 
 PLAIN = Wishes("disk", structured=False, extended=False)
@@ -45,11 +50,11 @@ class Broken(MemoryBackend):
 
 
 @contextmanager
-def connected(backend: MemoryBackend) -> Iterator[tuple[Connection, socket.socket]]:
+def connected(backend: MemoryBackend, protocol: Protocol = NBD) -> Iterator[tuple[Connection, socket.socket]]:
     """A connection that is served, and its client, which has chosen the export."""
     ours, theirs = socket.socketpair()
     theirs.settimeout(30)
-    connection = Connection(ours, Exports({"disk": Exported(backend)}, uuid.uuid4()), "the client")
+    connection = Connection(ours, Exports({"disk": Exported(backend)}, uuid.uuid4()), "the client", protocol)
     thread = threading.Thread(target=connection.serve, daemon=True)
     thread.start()
     with theirs:
@@ -64,8 +69,8 @@ def answer(peer: socket.socket) -> tuple[int, int]:
     """(errno, cookie) of the next simple reply."""
     head = peer.recv(SIMPLE_REPLY.size, socket.MSG_WAITALL)
     assert len(head) == SIMPLE_REPLY.size, "the connection has ended"
-    _, errno, cookie = SIMPLE_REPLY.unpack(head)
-    return errno, cookie
+    _, error, cookie = SIMPLE_REPLY.unpack(head)
+    return error, cookie
 
 
 def test_who_leaves_still_says_the_last_answer() -> None:
@@ -85,6 +90,21 @@ def test_a_bug_of_a_backend_is_an_answer_too(capfd: pytest.CaptureFixture[str]) 
         peer.sendall(READ)
         assert answer(peer) == (Errno.EIO, 7)
     assert "internal error" in capfd.readouterr().err
+
+
+def test_a_private_command_has_a_handler_of_its_own() -> None:
+    def compare(backend: Backend, request: ServedRequest) -> Answer:
+        found = b"".join(bytes(p.length) if isinstance(p, Hole) else bytes(p) for p in backend.read(Range(0, 4)))
+        if found != request.payload:
+            raise OSError(errno.EPERM, "it differs")
+        return lambda device: device.done(request)
+
+    entry = CommandEntry(4242, sends_payload=True)
+    protocol = Protocol(commands={**COMMANDS, 4242: entry}, handlers={**HANDLERS, 4242: compare})
+    with connected(MemoryBackend(1 << 20), protocol) as (_, peer):
+        for payload, expected in ((bytes(4), 0), (b"full", Errno.EPERM)):
+            peer.sendall(pack_request(Request(0, 4242, 9, 0, 4), extended=False) + payload)
+            assert answer(peer) == (expected, 9)
 
 
 def test_a_client_that_has_gone_is_nothing_to_do() -> None:

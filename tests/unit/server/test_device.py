@@ -111,6 +111,28 @@ def test_an_error_is_told_with_its_sentence(way: str) -> None:
     assert done.error.message == ("" if way == "simple" else "the disk is on fire")
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (request(Command.WRITE_ZEROES, 0, 512, F.FAST_ZERO), Errno.ENOTSUP),
+        (request(Command.WRITE_ZEROES, 0, 512), Errno.EINVAL),
+        (request(Command.TRIM, 0, 512), Errno.EINVAL),
+    ],
+)
+def test_only_zeroes_that_are_to_be_fast_are_not_supported(asked: bytes, expected: int) -> None:
+    served = device()
+    (each,), _ = feed_device(served, asked)
+    served.failed(each, Errno.ENOTSUP, "not here")
+    assert error_of(said_by_device(served)) == (expected, "not here")
+
+
+def test_an_error_that_the_protocol_does_not_know_is_invalid() -> None:
+    served = device()
+    (each,), _ = feed_device(served, request(Command.READ, 0, 512))
+    served.failed(each, 4711, "odd")
+    assert error_of(said_by_device(served)) == (Errno.EINVAL, "odd")
+
+
 def test_zeroes_are_many_where_holes_cannot_be_told() -> None:
     pair = Pair.of(WAYS["simple"])
     into = memoryview(bytearray(b"x" * 200_001))
