@@ -18,10 +18,10 @@ from nbdshard.common.control_url import parse_control_url
 from nbdshard.common.limits import MIB
 from nbdshard.common.machine import machine_id
 from nbdshard.common.messages import EndpointAddress, JobOptions
+from nbdshard.common.signals import SignalWatch
 from nbdshard.coordinator.job import Job, Outcome, Status, Verdict
 from nbdshard.coordinator.progress import NoDisplay
 from nbdshard.coordinator.service import Shell, run_job
-from nbdshard.coordinator.signals import SignalWatch
 
 RANGE_BYTES = MIB  # below what the tail is split to: every range has this length
 NOWHERE = EndpointAddress("nbd", "nbd://mock.example/")  # nobody opens it

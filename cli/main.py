@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NbdshardError as error:
         return _say(str(error), failure)
     except KeyboardInterrupt as interrupt:
-        number = getattr(interrupt, "number", signal.SIGINT)  # of coordinator.signals.Interrupted
+        number = getattr(interrupt, "number", signal.SIGINT)  # of common.signals.Interrupted
         return _say("interrupted", EXIT_SIGNAL + number)
     except BrokenPipeError:
         silence_output()

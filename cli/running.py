@@ -21,8 +21,8 @@ from nbdshard.common import channel as _channel  # noqa: F401 (both processes ne
 from nbdshard.common import logs
 from nbdshard.common.control_url import ControlUrl
 from nbdshard.common.descriptors import check_descriptors
+from nbdshard.common.signals import SignalWatch
 from nbdshard.coordinator.launcher import Launcher, WorkerCommand
-from nbdshard.coordinator.signals import SignalWatch
 
 if TYPE_CHECKING:
     from nbdshard.cli.jobs import Ended

@@ -10,8 +10,8 @@ import msgspec
 from nbdshard.cli.ends import Ends
 from nbdshard.common.control_url import ControlUrl
 from nbdshard.common.messages import JobOptions
+from nbdshard.common.signals import SignalWatch
 from nbdshard.coordinator.launcher import Launcher
-from nbdshard.coordinator.signals import SignalWatch
 
 if TYPE_CHECKING:
     from nbdshard.common.keys import CoordinatorKeys

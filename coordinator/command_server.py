@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from urllib.parse import quote
 
 from nbdshard.common import logs
+from nbdshard.common.child import close_all, spawn
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import COMMAND_EXIT_SECONDS, CONNECTIONS_MAX
 from nbdshard.common.messages import Side
-from nbdshard.coordinator.child import close_all, spawn
 from nbdshard.coordinator.private_directory import PrivateDirectory
 
 # The listening socket comes as standard input and moves to descriptor 3. The shell never parses the command ("$@").

@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from nbdshard.common.child import NOTHING, Child, can_fork, close_all, fork, spawn
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import SPARE_WORKERS_MAX, WORKER_EXIT_SECONDS
 from nbdshard.common.machine import new_worker_name
-from nbdshard.coordinator.child import NOTHING, Child, can_fork, close_all, fork, spawn
 
 STDIN = 0
 STDERR = 2

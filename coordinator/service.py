@@ -26,6 +26,7 @@ from nbdshard.common.limits import (
     WORKER_START_SECONDS,
 )
 from nbdshard.common.messages import FromCoordinator, Hello
+from nbdshard.common.signals import SignalWatch
 from nbdshard.common.units import format_seconds
 from nbdshard.coordinator.clock import SteadyClock
 from nbdshard.coordinator.command_server import CommandServer
@@ -36,7 +37,6 @@ from nbdshard.coordinator.keeping import Keeper
 from nbdshard.coordinator.launcher import Departure, Launcher
 from nbdshard.coordinator.progress import Display
 from nbdshard.coordinator.scheduler import Scheduler
-from nbdshard.coordinator.signals import SignalWatch
 
 _NOT_BEGUN: Final = ("opening", "stopping", "done")  # phases in which nothing is copied
 

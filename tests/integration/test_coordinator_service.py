@@ -19,6 +19,7 @@ from nbdshard.common.errors import BugError, UserError
 from nbdshard.common.limits import DRAIN_SECONDS
 from nbdshard.common.machine import machine_id
 from nbdshard.common.messages import PROTOCOL_VERSION, EndpointAddress, Hello, JobOptions
+from nbdshard.common.signals import SignalWatch
 from nbdshard.coordinator.command_server import CommandServer
 from nbdshard.coordinator.instructions import Instruction
 from nbdshard.coordinator.job import Job, Outcome, Status, Verdict
@@ -27,7 +28,6 @@ from nbdshard.coordinator.private_directory import PrivateDirectory
 from nbdshard.coordinator.progress import NoDisplay
 from nbdshard.coordinator.scheduler import Scheduler
 from nbdshard.coordinator.service import Shell, run_job
-from nbdshard.coordinator.signals import SignalWatch
 from support import processes
 from support.gates import Gate
 from support.servers import Server, nbdkit, private_folder

@@ -11,10 +11,10 @@ from nbdshard.common.channel import CoordinatorChannel
 from nbdshard.common.control_url import ControlUrl
 from nbdshard.common.machine import machine_id
 from nbdshard.common.messages import EndpointAddress, FromWorker, Hello, JobOptions
+from nbdshard.common.signals import SignalWatch
 from nbdshard.coordinator.job import Job, Outcome, Status
 from nbdshard.coordinator.progress import NoDisplay
 from nbdshard.coordinator.service import Shell, run_job
-from nbdshard.coordinator.signals import SignalWatch
 from support import processes
 from support.command import Run, started
 from support.waiting import WAIT_SECONDS

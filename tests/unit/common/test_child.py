@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common.child import NOTHING, Child, close_all, spawn
 from nbdshard.common.errors import UserError
-from nbdshard.coordinator.child import NOTHING, Child, close_all, spawn
 from support import processes
 from support.waiting import WAIT_SECONDS, wait_for
 
 PROLOGUE = """
 import os, resource, signal, threading
 from nbdshard.common.errors import UserError
-from nbdshard.coordinator.child import GROUP_SIGNALS, NOTHING, can_fork, fork, spawn
+from nbdshard.common.child import GROUP_SIGNALS, NOTHING, can_fork, fork, spawn
 
 def ended(child):
     import select
@@ -259,6 +259,19 @@ ended(child)
 child.close()
 """
     assert in_a_process_of_its_own(script) == ["('/dev/null', True, [0, 1, 2], -1)"]
+
+
+def test_a_copy_keeps_the_descriptors_it_is_to_have() -> None:
+    script = """
+ends = [os.open("/dev/null", os.O_RDONLY) for _ in range(9)]
+def body():
+    held = [number for number in range(3, 64) if os.path.lexists(f"/proc/self/fd/{number}")]
+    return 7 if held == [ends[2], ends[5]] else 8
+child = fork(body, "a copy", stdin=None, stdout=None, keep=[ends[5], ends[2]])
+print(ended(child))
+child.close()
+"""
+    assert in_a_process_of_its_own(script) == ["ended with exit status 7"]
 
 
 def test_a_copy_hears_neither_the_group_nor_our_handlers() -> None:

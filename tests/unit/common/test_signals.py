@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from nbdshard.coordinator.signals import HANDLED, Interrupted, SignalWatch
+from nbdshard.common.signals import HANDLED, Interrupted, SignalWatch
 
 
 def send(number: signal.Signals) -> None:

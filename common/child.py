@@ -7,11 +7,12 @@ time before there are threads, a ZeroMQ context, or anything else of which a cop
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, NoReturn
 
@@ -19,7 +20,7 @@ from nbdshard.common import logs
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import KILLED_CHILD_SECONDS
 
-# What a terminal, a supervisor or timeout(1) sends to the whole group: the coordinator's to act on, nobody else's.
+# What a terminal, a supervisor or timeout(1) sends to the whole group: for the first process to act on, nobody else.
 GROUP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 NOTHING: Final = -1  # in the place of a descriptor: /dev/null
 
@@ -149,18 +150,20 @@ def can_fork() -> bool:
         return False
 
 
-def fork(body: Callable[[], int], name: str, *, stdin: int | None, stdout: int | None) -> Child:
+def fork(
+    body: Callable[[], int], name: str, *, stdin: int | None, stdout: int | None, keep: Collection[int] = ()
+) -> Child:
     """Start a copy of this process that does `body` and exits with the status which that returns. Only if `can_fork`.
 
-    The copy keeps our memory and nothing else: of our descriptors the standard ones (`stdin` and `stdout` as for
-    `spawn`), of our signal handlers none. It stays with GROUP_SIGNALS blocked. What waits in Python's own buffers is
-    written by both. Raises UserError if it cannot be started; `name` is what the error calls it.
+    The copy keeps our memory and little else: of our descriptors the standard ones (`stdin` and `stdout` as for
+    `spawn`) and those in `keep`, of our signal handlers none. It stays with GROUP_SIGNALS blocked. What waits in
+    Python's own buffers is written by both. Raises UserError if it cannot be started; `name` is what the error calls it.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
         pid = os.fork()
         if pid == 0:
-            _be_the_copy(body, stdin, stdout)
+            _be_the_copy(body, stdin, stdout, keep)
     except OSError as error:
         raise UserError(f"cannot be started: {error.strerror}", name) from None
     finally:
@@ -191,7 +194,7 @@ def _await_ends(children: Sequence[Child], patience_seconds: float) -> None:
             running.pop(descriptor).ended()
 
 
-def _be_the_copy(body: Callable[[], int], stdin: int | None, stdout: int | None) -> NoReturn:
+def _be_the_copy(body: Callable[[], int], stdin: int | None, stdout: int | None, keep: Collection[int]) -> NoReturn:
     """The rest of the life of a process that was forked. It never returns to what its parent was doing."""
     status = _EXIT_FAILURE
     try:
@@ -202,7 +205,9 @@ def _be_the_copy(body: Callable[[], int], stdin: int | None, stdout: int | None)
         for descriptor, place in ((stdin, _STDIN), (stdout, _STDOUT)):
             if descriptor is not None:
                 os.dup2(os.open(os.devnull, os.O_RDWR) if descriptor == NOTHING else descriptor, place)
-        os.closerange(_STDERR + 1, max(_other_descriptors(), default=_STDERR) + 1)
+        ours = sorted({*keep, max(_other_descriptors(), default=_STDERR) + 1})
+        for last, number in itertools.pairwise([_STDERR, *ours]):
+            os.closerange(last + 1, number)
         status = body()
     finally:
         os._exit(status)
