@@ -157,7 +157,7 @@ def fork(
 
     The copy keeps our memory and little else: of our descriptors the standard ones (`stdin` and `stdout` as for
     `spawn`) and those in `keep`, of our signal handlers none. It stays with GROUP_SIGNALS blocked. What waits in
-    Python's own buffers is written by both. Raises UserError if it cannot be started; `name` is what the error calls it.
+    Python's own buffers is written by both. Raises UserError if it cannot be started; `name` is what it is called then.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
@@ -206,8 +206,8 @@ def _be_the_copy(body: Callable[[], int], stdin: int | None, stdout: int | None,
             if descriptor is not None:
                 os.dup2(os.open(os.devnull, os.O_RDWR) if descriptor == NOTHING else descriptor, place)
         ours = sorted({*keep, max(_other_descriptors(), default=_STDERR) + 1})
-        for last, number in itertools.pairwise([_STDERR, *ours]):
-            os.closerange(last + 1, number)
+        for last, following in itertools.pairwise([_STDERR, *ours]):
+            os.closerange(last + 1, following)
         status = body()
     finally:
         os._exit(status)
