@@ -1,10 +1,9 @@
-"""`nbdshard serve` and clients that nobody here wrote; random requests against a reference; clients that misbehave."""
+"""`nbdshard serve` and clients that nobody here wrote; clients that misbehave."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import signal
 import socket
@@ -90,40 +89,6 @@ def test_qemu_io_writes_zeroes_discards_and_flushes(served: Served) -> None:
     commands = ("write -P 7 -f 64k 128k", "write -z -u 96k 32k", "discard 128k 4k", "flush", "read -P 7 64k 32k")
     words = [word for command in (*commands, "read -P 0 96k 32k") for word in ("-c", command)]
     assert "failed" not in tool("qemu-io", "-f", "raw", *words, served.uri())
-
-
-def test_random_requests_of_several_clients_leave_what_a_reference_holds(served: Served) -> None:
-    chance = random.Random(5)
-    reference = bytearray(SIZE)
-    connections = [Connection(served.socket, wishes) for wishes in (DISK, DISK, Wishes(NAME, structured=False))]
-    for step in range(400):
-        connection = chance.choice(connections)
-        length = chance.choice([1, 511, 4096, 65_536, 300_001])
-        start = chance.randrange(SIZE - length)
-        where = Range(start, start + length)
-        client = connection.client
-        match chance.choice(["write", "zero", "read", "flush"]):
-            case "write":
-                data = chance.randbytes(length)
-                client.write(0, where, [data], fua=step % 7 == 0)
-                reference[where.start : where.end] = data
-            case "zero":
-                client.write_zeroes(0, where, no_hole=chance.random() < 0.5)
-                reference[where.start : where.end] = bytes(length)
-            case "flush":
-                client.flush(0)
-            case _:
-                into = bytearray(length)
-                client.read(0, where, memoryview(into))
-                connection.run()
-                assert into == reference[where.start : where.end]
-        assert not any(done.error for done in connection.run())
-    whole = bytearray(SIZE)
-    connections[0].client.read(0, Range(0, SIZE), memoryview(whole))
-    connections[0].run()
-    assert whole == reference
-    for connection in connections:
-        connection.close()
 
 
 def test_many_requests_of_one_client_are_under_way_at_once(served: Served) -> None:

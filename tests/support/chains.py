@@ -1,0 +1,68 @@
+"""Every driver, store and chain of layers there is, as `nbdshard serve -e` takes it: add a line for a new one.
+
+What goes through all of them: `tests/unit/server/test_chains.py` (the backend itself) and
+`tests/interop/test_random_requests.py` (the server, and a client that nobody here wrote).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from support import images
+
+SIZE = 20 * 65_536 + 4096  # the last chunk is short
+
+
+@contextlib.contextmanager
+def _image(folder: Path) -> Iterator[Mapping[str, str]]:
+    """An empty file."""
+    yield {"image": str(images.empty_image(folder / "image", SIZE))}
+
+
+@contextlib.contextmanager
+def _nothing(_: Path) -> Iterator[Mapping[str, str]]:
+    yield {}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A driver and a CONN, with places for {folder}, which is empty at first, {size}, and what `needs` provides.
+
+    The export has SIZE bytes, all zeroes at first.
+    """
+
+    driver: str
+    conn: str
+    needs: Callable[[Path], AbstractContextManager[Mapping[str, str]]] = _nothing
+
+    def over(self, layers: str, parameters: str = "") -> Chain:
+        """This with `layers` ("retry:error:") in front."""
+        join = "&" if "?" in self.conn else "?"
+        return replace(self, conn=layers + self.conn + (join + parameters if parameters else ""))
+
+    @contextlib.contextmanager
+    def ready(self, folder: Path) -> Iterator[str]:
+        """Its CONN, with everything that it needs in `folder` or running until the block ends."""
+        with self.needs(folder) as places:
+            yield self.conn.format(folder=folder, size=SIZE, **places)
+
+
+STORES: Mapping[str, Chain] = {
+    "raw file": Chain("raw", "file:{image}", _image),
+    "raw memory": Chain("raw", "memory:{size}"),
+    "sharded file": Chain("sharded", "file:{folder}/?size={size}&chunk=64K"),
+}
+
+# Layers over each of them: what stands before a CONN, and the parameters behind it.
+LAYERS: Mapping[str, tuple[str, str]] = {
+    "delay": ("delay:", "delay=1ms"),
+}
+
+CHAINS: Mapping[str, Chain] = {
+    **STORES,
+    **{f"{layer} {name}": store.over(*LAYERS[layer]) for layer in LAYERS for name, store in STORES.items()},
+}
