@@ -28,6 +28,7 @@ from nbdshard.server.conn import Conn, parse_conn
 from nbdshard.server.credentials import NOBODY, Credentials, take_login
 from nbdshard.server.layers.delay import LAYER as DELAY
 from nbdshard.server.layers.error import LAYER as ERROR
+from nbdshard.server.layers.retry import LAYER as RETRY
 from nbdshard.server.opening import Layer, Opener, Opening
 from nbdshard.server.parameters import Parameters
 from nbdshard.server.stores.file import FileStore
@@ -86,7 +87,7 @@ DRIVERS: Final[Drivers] = MappingProxyType(
         "sharded": MappingProxyType({"file": Opener(_sharded_file, _VOLUME)}),
     }
 )
-LAYERS: Final[Layers] = MappingProxyType({"delay": DELAY, "error": ERROR})
+LAYERS: Final[Layers] = MappingProxyType({"delay": DELAY, "error": ERROR, "retry": RETRY})
 
 
 class _Chain(msgspec.Struct, frozen=True):

@@ -43,4 +43,4 @@ def _wrap(below: Backend, opening: Opening) -> Backend:
     return Delay(below, seconds, opening.ending)
 
 
-LAYER: Final = Layer(_wrap, names_of(_NAME))
+LAYER: Final = Layer(_wrap, names_of(_NAME), shared=True)
