@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from support import images
+from support.served import SERVED_SIZE, Served, serving
 from support.sides import RINGS
 
 
@@ -11,3 +16,15 @@ from support.sides import RINGS
 def ring(request: pytest.FixtureRequest) -> str:
     """Both implementations of the ring, in turn."""
     return str(request.param)
+
+
+@pytest.fixture(params=["file", "memory", "sharded"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    """An export of zeroes on each kind of backend that needs nothing else."""
+    driver, conn = {
+        "file": ("raw", f"file:{images.empty_image(tmp_path / 'image', SERVED_SIZE)}"),
+        "memory": ("raw", f"memory:{SERVED_SIZE}"),
+        "sharded": ("sharded", f"file:{tmp_path}/?size={SERVED_SIZE}&chunk=64K"),
+    }[request.param]
+    with serving(conn, "--tcp", "127.0.0.1:0", driver=driver) as found:
+        yield found

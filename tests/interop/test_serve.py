@@ -1,4 +1,4 @@
-"""`nbdshard serve` and clients that nobody here wrote; clients that misbehave."""
+"""`nbdshard serve`: many requests, several exports, errors, the end, and clients that misbehave."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import resource
 import signal
 import socket
 import struct
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,71 +22,10 @@ from support.command import copy, nbdshard
 from support.images import MIB
 from support.journals import small_disk
 from support.nbd_blocking import Connection, connect, negotiate
-from support.served import NAME, Served, serving
+from support.served import NAME, Served, serving, tool
 from support.waiting import wait_for
 
-SIZE = 16 * MIB
 DISK = Wishes(NAME)
-
-
-def tool(*command: str) -> str:
-    """What a client prints on standard output; it must end well."""
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-
-
-@pytest.fixture(params=["file", "memory", "sharded"])
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
-    if request.param == "file":
-        os.truncate(images.filled_image(tmp_path / "image", 0), SIZE)
-    driver, conn = {
-        "file": ("raw", f"file:{tmp_path / 'image'}"),
-        "memory": ("raw", f"memory:{SIZE}"),
-        "sharded": ("sharded", f"file:{tmp_path}/?size={SIZE}&chunk=64K"),
-    }[request.param]
-    with serving(conn, "--tcp", "127.0.0.1:0", driver=driver) as found:
-        yield found
-
-
-def test_nbdinfo_sees_what_is_offered(served: Served) -> None:
-    (export,) = json.loads(tool("nbdinfo", "--json", "--list", served.uri("")))["exports"]
-    assert export["export-name"] == NAME
-    assert export["export-size"] == SIZE
-    assert export["contexts"] == ["base:allocation"]
-    for can in ("cache", "df", "fast_zero", "flush", "fua", "multi_conn", "trim", "zero"):
-        assert export[f"can_{can}"], can
-    assert not export["is_read_only"]
-
-
-@pytest.mark.parametrize("client", ["nbdcopy", "qemu-img"])
-def test_what_others_copy_to_it_is_what_they_read_back(served: Served, client: str, tmp_path: Path) -> None:
-    source = images.sparse_image(tmp_path / "source", SIZE)
-    back = tmp_path / "back"
-    if client == "nbdcopy":
-        tool("nbdcopy", "--flush", str(source), served.uri())
-        tool("nbdcopy", served.uri(), str(back))
-    else:
-        tool("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(source), served.uri())
-        tool("qemu-img", "convert", "-f", "raw", "-O", "raw", served.uri(), str(back))
-    assert back.read_bytes() == source.read_bytes()
-    tool("qemu-img", "compare", "-f", "raw", "-F", "raw", str(source), served.uri())
-
-
-def test_nbdshard_copies_from_it_and_to_it(served: Served, tmp_path: Path) -> None:
-    source = images.sparse_image(tmp_path / "source", SIZE)
-    copy(source, served.uri()).succeeded()
-    copy(served.uri(), tmp_path / "back").succeeded()
-    assert (tmp_path / "back").read_bytes() == source.read_bytes()
-    nbdshard("verify", source, served.uri()).succeeded()
-
-
-def test_its_clients_are_told_which_life_of_it_this_is(served: Served) -> None:
-    assert "instance" in nbdshard("info", served.uri()).succeeded().out
-
-
-def test_qemu_io_writes_zeroes_discards_and_flushes(served: Served) -> None:
-    commands = ("write -P 7 -f 64k 128k", "write -z -u 96k 32k", "discard 128k 4k", "flush", "read -P 7 64k 32k")
-    words = [word for command in (*commands, "read -P 0 96k 32k") for word in ("-c", command)]
-    assert "failed" not in tool("qemu-io", "-f", "raw", *words, served.uri())
 
 
 def test_many_requests_of_one_client_are_under_way_at_once(served: Served) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from support.servers import private_folder
 from support.waiting import wait_for
 
 NAME = "disk"
+SERVED_SIZE = 16 << 20  # of what the fixture `served` exports
+TOOL_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,13 @@ class Served:
 
     def uri(self, name: str = NAME) -> str:
         return f"nbd+unix:///{name}?socket={self.socket}"
+
+
+def tool(*command: str | Path) -> str:
+    """What a client prints on standard output; it must end well."""
+    run = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=TOOL_SECONDS)
+    assert run.returncode == 0, f"{command}: {run.stdout}{run.stderr}"
+    return run.stdout
 
 
 @contextlib.contextmanager
