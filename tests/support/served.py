@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.command import Run, started
+from support.command import EXECUTABLE, Run, started
 from support.servers import private_folder
 from support.waiting import wait_for
 
@@ -36,11 +36,11 @@ def tool(*command: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def serving(conn: str, *words: str, driver: str = "raw") -> Iterator[Served]:
+def serving(conn: str, *words: str, driver: str = "raw", executable: Sequence[str] = (EXECUTABLE,)) -> Iterator[Served]:
     """One export called NAME behind a unix socket, until the block ends."""
     with private_folder() as folder:
         path = folder / "socket"
-        with started("serve", "-e", NAME, driver, conn, "--unix", str(path), *words) as run:
+        with started("serve", "-e", NAME, driver, conn, "--unix", str(path), *words, executable=executable) as run:
             wait_for("the server to listen", lambda: "listens on" in run.err() or run.process.poll() is not None)
             assert run.process.poll() is None, run.err()
             yield Served(run, path)
