@@ -15,6 +15,7 @@ from errno import ECANCELED
 from itertools import islice
 from typing import Protocol
 
+from nbdshard.common.bucket import Bucket
 from nbdshard.common.errors import BugError, RequestError
 from nbdshard.common.limits import (
     LANE_BYTES_MIN,
@@ -26,7 +27,6 @@ from nbdshard.common.limits import (
     RATE_STRETCH_SECONDS,
 )
 from nbdshard.common.ranges import Range
-from nbdshard.worker.bucket import Bucket
 from nbdshard.worker.lease import LeaseWork, Segment
 from nbdshard.worker.lending import LanePort, Lendable
 from nbdshard.worker.operation import Gone, Operation, Part

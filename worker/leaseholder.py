@@ -6,9 +6,9 @@ from collections.abc import Callable
 from math import inf
 from typing import Generic, Protocol, TypeVar
 
+from nbdshard.common.bucket import Bucket, earliest
 from nbdshard.common.limits import LEASES_PER_WORKER
 from nbdshard.common.messages import Counters, ErrorReport, Failed, FromWorker, Lease, Progress, Wanted
-from nbdshard.worker.bucket import Bucket, earliest
 from nbdshard.worker.retries import Retries
 from nbdshard.worker.shape import CopyShape
 

@@ -1,4 +1,4 @@
-"""How much may be read now, when the job has a rate: a token bucket. Pure: the time is an argument.
+"""How much may be read now, when there is a rate: a token bucket. Pure: the time is an argument.
 
 A token is a byte. They come at `rate` and are kept up to `burst`; a read is begun when as many are there as it is long,
 and takes them. So over any time at one rate, no more is read than rate * seconds + burst.

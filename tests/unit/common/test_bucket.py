@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nbdshard.common.bucket import Bucket
 from nbdshard.common.limits import MIB, RATE_BURST_SECONDS
-from nbdshard.worker.bucket import Bucket
 
 REQUEST = MIB
 RATES = st.integers(min_value=1, max_value=16 * MIB)
