@@ -266,6 +266,7 @@ SERVED_CONNECTIONS_MAX: Final = 4096
 CREDENTIALS_BYTES_MAX: Final = 64 * KIB  # a file of some lines; anything longer is another file
 LAYERS_MAX: Final = 16  # in front of one store
 LAYER_DELAY_SECONDS_MAX: Final = 600.0  # of one request; who asks for more has mistaken the unit
+STATS_SECONDS: Final = 1.0  # between two times the statistics of an export are written, while requests come
 LAYER_RETRIES: Final = 10  # of one request, before its client is told
 LAYER_RETRIES_MAX: Final = 100_000
 LAYER_RETRY_DELAY_SECONDS: Final = 0.2  # before the second try; doubles with each ...

@@ -28,7 +28,10 @@ from nbdshard.server.conn import Conn, parse_conn
 from nbdshard.server.credentials import NOBODY, Credentials, take_login
 from nbdshard.server.layers.delay import LAYER as DELAY
 from nbdshard.server.layers.error import LAYER as ERROR
+from nbdshard.server.layers.log import LAYER as LOG
+from nbdshard.server.layers.rate import LAYER as RATE
 from nbdshard.server.layers.retry import LAYER as RETRY
+from nbdshard.server.layers.stats import LAYER as STATS
 from nbdshard.server.opening import Layer, Opener, Opening
 from nbdshard.server.parameters import Parameters
 from nbdshard.server.stores.file import FileStore
@@ -87,7 +90,9 @@ DRIVERS: Final[Drivers] = MappingProxyType(
         "sharded": MappingProxyType({"file": Opener(_sharded_file, _VOLUME)}),
     }
 )
-LAYERS: Final[Layers] = MappingProxyType({"delay": DELAY, "error": ERROR, "retry": RETRY})
+LAYERS: Final[Layers] = MappingProxyType(
+    {"delay": DELAY, "error": ERROR, "retry": RETRY, "log": LOG, "rate": RATE, "stats": STATS}
+)
 
 
 class _Chain(msgspec.Struct, frozen=True):

@@ -155,7 +155,11 @@ class Service:
         deadline = time.monotonic() + SERVER_DRAIN_SECONDS
         for thread in self._threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
-        return sum(not _flushed(backend) for backend in self._exports.backends()) and 1
+        failed = sum(not _flushed(backend) for backend in self._exports.backends())
+        if not any(thread.is_alive() for thread in self._threads.values()):  # nobody asks for anything any more
+            for backend in self._exports.backends():
+                backend.close()
+        return failed and 1
 
 
 def _flushed(backend: Backend) -> bool:

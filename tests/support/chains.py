@@ -60,6 +60,9 @@ STORES: Mapping[str, Chain] = {
 # Layers over each of them: what stands before a CONN, and the parameters behind it.
 LAYERS: Mapping[str, tuple[str, str]] = {
     "delay": ("delay:", "delay=1ms"),
+    "rate": ("rate:", "rate=1G"),
+    "log": ("log:", "log={folder}/log"),
+    "stats": ("stats:", "stats={folder}/stats"),
     "retry error": ("retry:error:", "error-rate=10%&error-seed=3&retries=100&retry-delay=1ms"),
 }
 
