@@ -24,7 +24,7 @@ help:
 	@echo 'make test-long  the whole matrices'
 	@echo 'make check      format, lint, strict types, import layers, fast tests'
 	@echo 'make bench      measure beside nbdcopy and qemu-img, write docs/benchmarks.md (15 minutes; ARGS=--quick: 2)'
-	@echo 'make fuzz       fuzz the NBD client for FUZZ_SECONDS ($(FUZZ_SECONDS))'
+	@echo 'make fuzz       fuzz the NBD client, then the server, each for FUZZ_SECONDS ($(FUZZ_SECONDS))'
 	@echo 'make simulate   simulate whole jobs for SEEDS seeds ($(SEEDS))'
 	@echo 'make chaos      kill, stop and cut off real servers, workers and coordinators FAULTS times ($(FAULTS)); SEED=N: again'
 	@echo 'make format     format and mend what the linter can mend'
@@ -52,6 +52,7 @@ bench: $(STAMPS)/packages-bench .venv/installed
 
 fuzz: .venv/installed-dev
 	$(BIN)/python tests/fuzz/fuzz_client.py --seconds $(FUZZ_SECONDS)
+	$(BIN)/python tests/fuzz/fuzz_server.py --seconds $(FUZZ_SECONDS)
 
 simulate: .venv/installed-dev
 	PYTHONPATH=tests $(BIN)/python -m simulation.run --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)

@@ -9,13 +9,7 @@ printed; `--seed N --runs 1` repeats it.
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
-import resource
 import sys
-import time
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -23,6 +17,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fuzz.mutations import spoil
+from fuzz.running import Outcome, a_piece, main
 from fuzz.streams import CASES, GUARD, Case
 
 from nbdshard.common.errors import BugError, NbdshardError
@@ -36,16 +31,6 @@ from nbdshard.common.nbd.connecter import Connecter
 from support.nbd_feeding import scatter
 
 TARGET_BYTES_MAX = HEAD_BYTES_MAX + 8 + 16 * EXTENTS_PER_REPLY_MAX  # a header behind the longest body
-MEMORY_BYTES_MAX = 1 << 30  # of address space for the whole process
-CASE_SECONDS_MAX = 60.0  # one run takes milliseconds; then the stack is dumped
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How one run ended."""
-
-    case: str
-    error: str  # name of its class, or ""
 
 
 def run_case(case: Case, random: Random) -> Outcome:
@@ -76,7 +61,7 @@ def _negotiate(connecter: Connecter, stream: memoryview, random: Random) -> None
             assert connecter.done, f"nothing is wanted in state {connecter.state}"
             return
         assert len(target) <= OPTION_REPLY_BYTES_MAX, f"a target of {len(target)} bytes"
-        count = min(len(target), len(stream), _piece(random))
+        count = min(len(target), len(stream), a_piece(random))
         target[:count] = stream[:count]
         connecter.received(count)
         connecter.data_to_send()
@@ -89,7 +74,7 @@ def _transmit(client: Client, stream: memoryview, random: Random) -> None:
     while stream:
         targets = client.receive_target()
         assert sum(map(len, targets)) <= TARGET_BYTES_MAX, f"targets of {[len(target) for target in targets]} bytes"
-        count = scatter(targets, stream[: _piece(random)])
+        count = scatter(targets, stream[: a_piece(random)])
         for event in client.received(count):
             if isinstance(event, Arriving):
                 assert event.handle in open_handles, f"{event} of a request that is done"
@@ -100,40 +85,11 @@ def _transmit(client: Client, stream: memoryview, random: Random) -> None:
     client.end_of_stream()
 
 
-def _piece(random: Random) -> int:
-    return random.choice((1, 2, 7, 30, 500, 100_000))
-
-
 def run_seed(seed: int) -> Outcome:
     """The run that belongs to one seed."""
     random = Random(seed)
     return run_case(random.choice(CASES), random)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz the client side of the NBD core.")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to go on (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9, help="of the first run; each next is +1")
-    parser.add_argument("--runs", type=int, default=10**12, help="stop after so many")
-    arguments = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES_MAX, MEMORY_BYTES_MAX))
-    print(f"seed {arguments.seed}, {arguments.seconds:g} s", flush=True)
-    outcomes: Counter[Outcome] = Counter()
-    seed, end = arguments.seed, time.monotonic() + arguments.seconds
-    while time.monotonic() < end and seed < arguments.seed + arguments.runs:
-        faulthandler.dump_traceback_later(CASE_SECONDS_MAX, exit=True)
-        try:
-            outcomes[run_seed(seed)] += 1
-        except BaseException:
-            print(f"FAILED with --seed {seed} --runs 1", flush=True)
-            raise
-        seed += 1
-    faulthandler.cancel_dump_traceback_later()
-    for outcome, count in sorted(outcomes.items(), key=lambda item: (item[0].case, item[0].error)):
-        print(f"{count:9}  {outcome.case}: {outcome.error or 'no error'}")
-    print(f"{seed - arguments.seed} runs, nothing found")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("Fuzz the client side of the NBD core.", run_seed))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import tracemalloc
 from random import Random
 
-from fuzz.fuzz_client import Outcome, run_case, run_seed
+from fuzz.fuzz_client import run_case, run_seed
 from fuzz.mutations import spoil
+from fuzz.running import Outcome
 from fuzz.streams import CASES, Case
 
 RUNS = 4000

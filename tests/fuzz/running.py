@@ -1,0 +1,54 @@
+"""Running a fuzzer for as long as asked, one seed after the other, and telling how the runs ended."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+MEMORY_BYTES_MAX = 1 << 30  # of address space for the whole process
+CASE_SECONDS_MAX = 60.0  # one run takes milliseconds; then the stack is dumped
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one run ended."""
+
+    case: str
+    error: str  # name of its class, or ""
+
+
+def a_piece(random: Random) -> int:
+    """How many bytes come at once."""
+    return random.choice((1, 2, 7, 30, 500, 100_000))
+
+
+def main(description: str, run_seed: Callable[[int], Outcome]) -> int:
+    """Run seeds until the time that the command line says is over. The seed of a run that fails is printed."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to go on (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9, help="of the first run; each next is +1")
+    parser.add_argument("--runs", type=int, default=10**12, help="stop after so many")
+    arguments = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES_MAX, MEMORY_BYTES_MAX))
+    print(f"seed {arguments.seed}, {arguments.seconds:g} s", flush=True)
+    outcomes: Counter[Outcome] = Counter()
+    seed, end = arguments.seed, time.monotonic() + arguments.seconds
+    while time.monotonic() < end and seed < arguments.seed + arguments.runs:
+        faulthandler.dump_traceback_later(CASE_SECONDS_MAX, exit=True)
+        try:
+            outcomes[run_seed(seed)] += 1
+        except BaseException:
+            print(f"FAILED with --seed {seed} --runs 1", flush=True)
+            raise
+        seed += 1
+    faulthandler.cancel_dump_traceback_later()
+    for outcome, count in sorted(outcomes.items(), key=lambda item: (item[0].case, item[0].error)):
+        print(f"{count:9}  {outcome.case}: {outcome.error or 'no error'}")
+    print(f"{seed - arguments.seed} runs, nothing found")
+    return 0
