@@ -14,6 +14,7 @@ from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO, TransmissionFl
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
 from nbdshard.server.device import Hole
+from nbdshard.server.locks import Locks
 from nbdshard.server.stores.base import Store
 
 _WRITES: Final = (
@@ -44,7 +45,7 @@ class ShardedBackend:
         self._store = store
         self._key_of = key_of
         self._chunk_bytes = chunk_bytes
-        self._locks = _ChunkLocks()
+        self._locks = Locks()
         self._dirty: set[str] = set()  # what the next flush is to cover
         self._dirty_lock = threading.Lock()
         self._flushing = threading.Lock()
@@ -138,27 +139,3 @@ def _append(found: Extents, where: Range, flags: int) -> None:
         found[-1] = (Range(found[-1][0].start, where.end), flags)
     else:
         found.append((where, flags))
-
-
-class _ChunkLocks:
-    """A lock for each chunk that somebody has, or waits for; no more of them than there are threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._taken: dict[int, tuple[threading.Lock, int]] = {}  # and by how many it is wanted
-
-    @contextmanager
-    def of(self, chunk: int) -> Iterator[None]:
-        with self._lock:
-            lock, wanted = self._taken.get(chunk, (threading.Lock(), 0))
-            self._taken[chunk] = (lock, wanted + 1)
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                wanted = self._taken[chunk][1] - 1
-                if wanted:
-                    self._taken[chunk] = (lock, wanted)
-                else:
-                    del self._taken[chunk]
