@@ -32,8 +32,9 @@ from nbdshard.server.layers.log import LAYER as LOG
 from nbdshard.server.layers.rate import LAYER as RATE
 from nbdshard.server.layers.retry import LAYER as RETRY
 from nbdshard.server.layers.stats import LAYER as STATS
-from nbdshard.server.opening import Layer, Opener, Opening
+from nbdshard.server.opening import Keeping, Layer, Opener, Opening
 from nbdshard.server.parameters import Parameters
+from nbdshard.server.stores.base import Store
 from nbdshard.server.stores.file import FileStore
 from nbdshard.server.volumes import open_volume
 
@@ -65,29 +66,38 @@ def _raw_memory(opening: Opening) -> Backend:
     return MemoryBackend(size, read_only=opening.read_only)
 
 
-def _sharded_file(opening: Opening) -> Backend:
-    store = FileStore(Path(opening.place), read_only=opening.read_only)
-    try:
-        volume = open_volume(
-            store,
-            opening.name,
-            size=opening.parameters.size("size"),
-            chunk_bytes=opening.parameters.size("chunk"),
-            read_only=opening.read_only,
-        )
-    except (UserError, OSError) as error:
-        store.close()
-        if isinstance(error, UserError):
+def _file_store(opening: Opening) -> Store:
+    return FileStore(Path(opening.place), read_only=opening.read_only)
+
+
+def sharded(keeping: Keeping) -> Opener:
+    """The driver "sharded" over what `keeping` opens."""
+
+    def open_sharded(opening: Opening) -> Backend:
+        store = keeping.open(opening)
+        try:
+            volume = open_volume(
+                store,
+                opening.name,
+                size=opening.parameters.size("size"),
+                chunk_bytes=opening.parameters.size("chunk"),
+                read_only=opening.read_only,
+            )
+        except BaseException as error:
+            store.close()
+            if isinstance(error, OSError):
+                raise UserError(f"cannot be opened: {error.strerror}", opening.place) from None
             raise
-        raise UserError(f"cannot be opened: {error.strerror}", opening.place) from None
-    return ShardedBackend(store, volume.key_of, volume.size, volume.chunk_bytes, read_only=opening.read_only)
+        return ShardedBackend(store, volume, read_only=opening.read_only)
+
+    return Opener(open_sharded, keeping.parameters | {"size", "chunk"})
 
 
-_VOLUME: Final = frozenset({"size", "chunk"})
+STORES: Final[Mapping[str, Keeping]] = MappingProxyType({"file": Keeping(_file_store)})  # of objects, for volumes
 DRIVERS: Final[Drivers] = MappingProxyType(
     {
         "raw": MappingProxyType({"file": Opener(_raw_file, shared=True), "memory": Opener(_raw_memory)}),
-        "sharded": MappingProxyType({"file": Opener(_sharded_file, _VOLUME)}),
+        "sharded": MappingProxyType({name: sharded(keeping) for name, keeping in STORES.items()}),
     }
 )
 LAYERS: Final[Layers] = MappingProxyType(

@@ -10,6 +10,7 @@ import msgspec
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.credentials import NOBODY, Credentials
 from nbdshard.server.parameters import Parameters
+from nbdshard.server.stores.base import Store
 
 
 class Opening(msgspec.Struct, frozen=True):
@@ -37,6 +38,13 @@ class Opener(msgspec.Struct, frozen=True):
     open: Callable[[Opening], Backend]
     parameters: frozenset[str] = frozenset()
     shared: bool = False
+
+
+class Keeping(msgspec.Struct, frozen=True):
+    """A store of objects, for drivers that cut an image into many: `open` raises UserError. `parameters`: as above."""
+
+    open: Callable[[Opening], Store]
+    parameters: frozenset[str] = frozenset()
 
 
 class Layer(msgspec.Struct, frozen=True):

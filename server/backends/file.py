@@ -16,6 +16,7 @@ from nbdshard.common.file_map import FileMap
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
+from nbdshard.server.claims import claim
 from nbdshard.server.device import Hole
 
 _WRITES: Final = (
@@ -38,13 +39,18 @@ class FileBackend:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         try:
-            self._number = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+            self._claim = claim(path, alone=not read_only)
+            try:
+                self._number = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+            except BaseException:
+                self._claim.close()
+                raise
         except OSError as error:
             raise UserError(f"cannot be opened: {error.strerror}", str(path)) from None
         found = os.fstat(self._number)
         self._is_device = stat.S_ISBLK(found.st_mode)
         if not self._is_device and not stat.S_ISREG(found.st_mode):
-            os.close(self._number)
+            self.close()
             raise UserError("is neither a regular file nor a block device", str(path))
         self.size = os.lseek(self._number, 0, os.SEEK_END)
         self.flags = _READS | (TransmissionFlag.READ_ONLY if read_only else _WRITES)
@@ -119,3 +125,4 @@ class FileBackend:
 
     def close(self) -> None:
         os.close(self._number)
+        self._claim.close()

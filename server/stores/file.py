@@ -1,4 +1,9 @@
-"""A directory as a store: an object is a file in it."""
+"""A directory as a store: an object is a file in it.
+
+Files are kept open, and what was written to them is made durable by the next `sync`, or before they are closed: the
+kernel may tell nobody of a write-back that fails when nobody has the file open. What is closed is therefore durable,
+or known to be lost.
+"""
 
 from __future__ import annotations
 
@@ -7,94 +12,191 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.file_calls import NEVER, zero_file
+from nbdshard.common.file_calls import NEVER, start_write_back, zero_file
 from nbdshard.common.file_map import FileMap
 from nbdshard.common.limits import STORE_FILES_OPEN
+from nbdshard.common.nbd.constants import EXPORT_BYTES_MAX
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
+from nbdshard.server.claims import Claim, claim, lock_new
 
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC
 _WRITE: Final = os.O_RDWR | os.O_CLOEXEC
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_WHOLE: Final = Range(0, EXPORT_BYTES_MAX)
 
 
 class FileStore:
     """The files of `folder`, which must be there. Files are kept open, STORE_FILES_OPEN of them at most."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
-        if not folder.is_dir():
-            raise UserError("is no directory", str(folder))
+        try:
+            self._number = os.open(folder, _FOLDER)
+        except (NotADirectoryError, FileNotFoundError):
+            raise UserError("is no directory", str(folder)) from None
+        except OSError as error:
+            raise UserError(f"cannot be opened: {error.strerror}", str(folder)) from None
         self._folder = folder
         self._mode = _READ if read_only else _WRITE
         self._files: OrderedDict[str, _File] = OrderedDict()  # the one used last is last
-        self._lock = threading.Lock()
+        self._leaving: set[_File] = set()  # not in that table any more, and not closed yet
+        self._deletions = 0
+        self._lock = threading.Lock()  # of these; never held during a system call
+        self._has_changed = False  # the directory, since it was synced
+        self._syncing = threading.Lock()  # the directory
         self._lost: dict[str, OSError] = {}  # by key: a write-back that failed, which the kernel tells of once
+        self._claims: dict[str, Claim] = {}
 
     @property
     def losses(self) -> int:
         return len(self._lost)
 
     def read(self, key: str, where: Range) -> bytes | None:
-        with self._open(key) as file:
-            if file is None:
-                return None
-            found = bytearray()
-            while len(found) < where.length:
+        file = self._take(key)
+        if file is None:
+            return None
+        try:
+            found = os.pread(file.number, where.length, where.start)
+            while found and len(found) < where.length:  # a signal, or the end
                 piece = os.pread(file.number, where.length - len(found), where.start + len(found))
                 if not piece:
                     break
                 found += piece
-            return bytes(found)
+            return found
+        finally:
+            self._let_go(file)
 
     def write(self, key: str, where: Range, data: memoryview) -> None:
-        with self._open(key, make=True) as file:
-            assert file is not None
-            file.is_dirty = True
-            at = 0
+        file = self._take(key, changes=True) or self._take(key, changes=True, make=True)
+        assert file is not None
+        try:
+            at = os.pwrite(file.number, data, where.start)
             while at < where.length:
                 at += os.pwrite(file.number, data[at:], where.start + at)
+        finally:
+            file.is_dirty = True  # now, not before: a sync in between would take it for its own
+            self._let_go(file)
 
-    def zero(self, key: str, where: Range) -> bool:
-        with self._open(key) as file:
-            if file is None:
-                return False
-            end = min(where.end, os.fstat(file.number).st_size)
-            if where.start < end:
-                file.is_dirty = True
-                _zero(file.number, Range(where.start, end))
-            return _has_data(file.number)
-
-    def delete(self, key: str) -> None:
-        with self._lock:  # both at once: who opened it in between would keep, and write to, a file that has no name
-            with contextlib.suppress(FileNotFoundError):
-                (self._folder / key).unlink()
-            file = self._files.pop(key, None)
-        if file is not None:
-            file.let_go()
-
-    def sync(self, keys: Collection[str]) -> None:
-        """Files, and then the directory: without that a new file may be gone after a crash, or a deleted one back."""
-        for key in keys:
-            with self._open(key) as file:
-                if file is not None:
-                    file.is_dirty = False
-                    file.sync()
-            if (lost := self._lost.get(key)) is not None:
-                raise OSError(lost.errno, f"a write-back of {key} failed: {lost.strerror}")
-        number = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def put(self, key: str, data: bytes, *, is_new: bool) -> None:
+        """Under another name first, so that it is there whole or not at all."""
+        aside = f"{key}.{os.getpid()}.new"
+        folder = self._number
+        number = os.open(aside, _WRITE | os.O_CREAT | os.O_TRUNC, 0o666, dir_fd=folder)
         try:
+            at = 0
+            while at < len(data):
+                at += os.write(number, data[at:])
             os.fsync(number)
+            if is_new:
+                os.link(aside, key, src_dir_fd=folder, dst_dir_fd=folder)
+                os.unlink(aside, dir_fd=folder)
+            else:
+                held = lock_new(os.dup(number)) if key in self._claims else None  # before anybody finds it
+                os.rename(aside, key, src_dir_fd=folder, dst_dir_fd=folder)
+                if held is not None:
+                    self._claims.pop(key).close()
+                    self._claims[key] = held
+            os.fsync(folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside, dir_fd=folder)
+            raise
         finally:
             os.close(number)
+            self._forget(key)
+
+    def zero(self, key: str, where: Range, *, fast: bool = False) -> bool:
+        file = self._take(key, changes=True)
+        if file is None:
+            return False
+        try:
+            size = os.fstat(file.number).st_size
+            if where.start == 0 and where.end >= size:
+                return False
+            if where.start < size:
+                _zero(file.number, Range(where.start, min(where.end, size)), fast=fast)
+            return _has_data(file.number)
+        finally:
+            file.is_dirty = True
+            self._let_go(file)
+
+    def cut(self, key: str, length: int) -> None:
+        file = self._take(key, changes=True)
+        if file is None:
+            return
+        try:
+            if os.fstat(file.number).st_size > length:
+                os.ftruncate(file.number, length)
+        finally:
+            file.is_dirty = True
+            self._let_go(file)
+
+    def delete(self, key: str) -> bool:
+        try:
+            os.unlink(key, dir_fd=self._number)
+        except FileNotFoundError:
+            return False
+        finally:
+            self._has_changed = True
+        self._forget(key)
+        return True
+
+    def sync(self) -> None:
+        """Files, and then the directory: without that a new file may be gone after a crash, or a deleted one back."""
+        with self._lock:
+            files = list(self._files.values())
+            leaving = list(self._leaving)  # their last users sync them
+            held = [file for file in (*files, *leaving) if file.users]
+            for file in held:
+                file.users += 1
+        try:
+            dirty = [file for file in held if file.is_dirty and not file.is_gone]
+            if len(dirty) > 1:
+                for file in dirty:  # so that the device has all of it to do at once
+                    with contextlib.suppress(OSError):
+                        start_write_back(file.number, _WHOLE)
+            for file in (*files, *leaving):
+                if not file.is_gone:
+                    self._sync_file(file)
+        finally:
+            for file in held:
+                self._let_go(file)
+        self._sync_folder()
+        if self._lost:
+            key, lost = next(iter(self._lost.items()))
+            raise OSError(lost.errno, f"a write-back of {key} failed: {lost.strerror}")
+
+    def _sync_file(self, file: _File) -> None:
+        """Never raises: what failed is in the table of what is lost, before anybody else can find the file clean."""
+        with file.syncing:
+            if not file.is_dirty:
+                return
+            file.is_dirty = False
+            try:
+                os.fdatasync(file.number)
+            except OSError as error:
+                self._lost.setdefault(file.key, error)
+
+    def _sync_folder(self) -> None:
+        with self._syncing:
+            if not self._has_changed:
+                return
+            self._has_changed = False
+            try:
+                os.fsync(self._number)
+            except OSError as error:
+                self._lost.setdefault("the directory", error)
 
     def extents(self, key: str, where: Range) -> Extents | None:
-        with self._open(key) as file:
-            if file is None:
-                return None
+        file = self._take(key)
+        if file is None:
+            return None
+        try:
             size = os.fstat(file.number).st_size
             if where.start >= size:
                 return []
@@ -107,78 +209,123 @@ class FileStore:
             if told < end:  # there are more than a map tells at once; what is left out would be taken for a hole
                 found.append((Range(told, end), 0))
             return found
+        finally:
+            self._let_go(file)
 
     def keys(self) -> Iterator[str]:
-        return (entry.name for entry in os.scandir(self._folder) if entry.is_file())
+        return (entry.name for entry in self._entries())
+
+    def stored(self) -> Iterator[tuple[str, int]]:
+        for entry in self._entries():
+            with contextlib.suppress(FileNotFoundError):
+                yield entry.name, entry.stat().st_blocks * 512
+
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        number = os.open(".", _FOLDER, dir_fd=self._number)  # with a place in it of its own
+        try:
+            with os.scandir(number) as entries:
+                yield from entries
+        finally:
+            os.close(number)
+
+    def claim(self, key: str, *, alone: bool) -> None:
+        self._claims[key] = claim(self._folder / key, alone=alone)
 
     def close(self) -> None:
         with self._lock:
             files, self._files = list(self._files.values()), OrderedDict()
+            self._leaving.update(files)
+            number, self._number = self._number, -1
         for file in files:
-            file.let_go()
+            self._let_go(file)
+        for held in self._claims.values():
+            held.close()
+        self._claims.clear()
+        if number >= 0:
+            os.close(number)
 
-    @contextlib.contextmanager
-    def _open(self, key: str, *, make: bool = False) -> Iterator[_File | None]:
-        """The file of `key`, not to be closed meanwhile; None where there is none and none is to be made."""
+    # -- open files
+
+    def _take(self, key: str, *, changes: bool = False, make: bool = False) -> _File | None:
+        """The file of `key`, not to be closed before it is let go; None where there is none and none is to be made.
+
+        `changes`: by the only one who changes it, so nobody deletes it meanwhile.
+        """
         with self._lock:
             file = self._files.get(key)
-            if file is None:
-                try:
-                    number = os.open(self._folder / key, self._mode | (os.O_CREAT if make else 0), 0o666)
-                except FileNotFoundError:
-                    file = None
-                else:
-                    file = self._files[key] = _File(number, key, self._lost)
             if file is not None:
                 self._files.move_to_end(key)
                 file.users += 1
-            old = self._files.popitem(last=False)[1] if len(self._files) > STORE_FILES_OPEN else None
-        if old is not None:
-            old.let_go()
+                return file
+            deletions = self._deletions
         try:
-            yield file
-        finally:
-            if file is not None:
-                file.let_go()
+            number = os.open(key, self._mode | (os.O_CREAT if make else 0), 0o666, dir_fd=self._number)
+        except FileNotFoundError:
+            return None
+        if make:
+            self._has_changed = True
+        file, old = _File(number, key), None
+        with self._lock:
+            there = self._files.get(key)
+            if there is not None:
+                there.users += 1
+            elif changes or deletions == self._deletions:  # else it may have no name any more: a reader's own
+                self._files[key] = file
+                file.users += 1
+                if len(self._files) > STORE_FILES_OPEN:
+                    _, old = self._files.popitem(last=False)
+                    self._leaving.add(old)
+        if old is not None:
+            self._let_go(old)
+        if there is not None:
+            os.close(number)
+            return there
+        return file
+
+    def _let_go(self, file: _File) -> None:
+        with self._lock:
+            file.users -= 1
+            if file.users:
+                return
+        if not file.is_gone:
+            self._sync_file(file)
+        with self._lock:
+            self._leaving.discard(file)
+        os.close(file.number)
+
+    def _forget(self, key: str) -> None:
+        """The file that was open under this name, if any, has it no more."""
+        with self._lock:
+            self._deletions += 1  # who has opened it by now, and is not in the table yet, does not come into it
+            file = self._files.pop(key, None)
+            if file is None:
+                return
+            file.is_gone = True
+        self._let_go(file)
 
 
 class _File:
-    """An open file, closed when its last user lets it go; the table it is in is one of them.
+    """An open file, closed when its last user lets it go; the table it is in is one of them."""
 
-    The kernel may tell nobody of a write-back that fails when the file is closed: so it is waited for first.
-    """
+    __slots__ = ("is_dirty", "is_gone", "key", "number", "syncing", "users")
 
-    def __init__(self, number: int, key: str, lost: dict[str, OSError]) -> None:
+    def __init__(self, number: int, key: str) -> None:
         self.number = number
+        self.key = key
         self.users = 1
-        self.is_dirty = False
-        self._key = key
-        self._lost = lost
-        self._lock = threading.Lock()
-
-    def let_go(self) -> None:
-        with self._lock:
-            self.users -= 1
-            is_last = not self.users
-        if is_last:
-            if self.is_dirty:
-                self.sync()
-            os.close(self.number)
-
-    def sync(self) -> None:
-        """Never raises: what failed is in the table of what is lost, for good."""
-        try:
-            os.fdatasync(self.number)
-        except OSError as error:
-            self._lost[self._key] = error
+        self.is_dirty = False  # something was written, and not synced
+        self.is_gone = False  # it has no name any more, so nothing of it is to be kept
+        self.syncing = threading.Lock()
 
 
-def _zero(number: int, where: Range) -> None:
+def _zero(number: int, where: Range, *, fast: bool) -> None:
     try:
         zero_file(number, where, False)
     except OSError as error:
         if error.errno not in NEVER:
             raise
+        if fast:
+            raise OSError(errno.ENOTSUP, "zeroes are written here") from None
         at = where.start
         while at < where.end:
             at += os.pwrite(number, bytes(min(where.end - at, 1 << 20)), at)
