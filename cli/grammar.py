@@ -15,6 +15,7 @@ from nbdshard.common.units import parse_size
 
 HELP_COLUMNS: Final = 78
 COUNT: Final = re.compile(r"[0-9]{1,18}")
+_LOGIN: Final = re.compile(r"(?<=://).*@", re.DOTALL)
 
 EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1
@@ -94,7 +95,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError where argparse would print its usage and exit."""
-        raise UsageError(f"{message}; try '{self.prog} --help'")
+        raise UsageError(f"{without_logins(message)}; try '{self.prog} --help'")
 
     def parse_words(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`. In the result, `commands` maps marks among the operands to the bracketed commands."""
@@ -125,6 +126,11 @@ def version_line() -> str:
         return f"nbdshard {version('nbdshard')}"
     except PackageNotFoundError:
         return "nbdshard (not installed)"
+
+
+def without_logins(text: str) -> str:
+    """`text` with *** for whatever could be USER:PASSWORD of a URL in it."""
+    return _LOGIN.sub("***@", text)
 
 
 def refuse(text: str, allowed: str) -> NoReturn:

@@ -1,106 +1,96 @@
-"""`nbdshard serve`: export files, devices and memory over NBD."""
+"""`nbdshard serve`: export files, devices, memory and what stores hold over NBD."""
 
 from __future__ import annotations
 
 import argparse
-import threading
-import uuid
 from argparse import Namespace
-from pathlib import Path
 from typing import Final
 
-from nbdshard.cli.grammar import EXIT_OK, Parser, UsageError, count_between
+from nbdshard.cli.grammar import Parser, UsageError, count_between, without_logins
 from nbdshard.common import logs
-from nbdshard.common.limits import SERVED_CONNECTIONS_MAX
+from nbdshard.common.limits import SERVED_CONNECTIONS_MAX, SERVER_PROCESSES_MAX
 from nbdshard.common.nbd.constants import PORT_DEFAULT
 
-USAGE: Final = "nbdshard serve -e NAME DRIVER CONN [-e ...] [OPTIONS]"
+USAGE: Final = "nbdshard serve [-e NAME DRIVER CONN ...] [--config FILE] [OPTIONS]"
 EPILOG: Final = """\
-DRIVER says how the image lies in the store: raw, byte for byte.
-CONN is file:PATH for a file or block device, or memory:SIZE for a disk that is empty at first and forgotten at the
-end; ?read-only=yes behind it lets nobody write.
-The first export is also the one for clients that name none. SIGTERM finishes what was asked, flushes, and ends."""
+DRIVER says how the image lies in the store: raw, byte for byte, or sharded, in
+chunks. CONN is file:PATH for a file, a block device or a directory of chunks,
+or memory:SIZE for a disk that is forgotten at the end; layers may stand before
+it, and ?NAME=VALUE behind it. nbdshard(1) lists all of them.
+The first export is also the one for clients that name none. SIGTERM finishes
+what was asked, flushes, and ends; a second one ends it at once."""
 
 
 def build_parser(prog: str) -> Parser:
     """The options of `nbdshard serve`."""
     parser = Parser(prog, "Serve exports over NBD until a signal comes.", USAGE, EPILOG)
-    parser.add_argument(
+    add = parser.add_argument
+    words = ("NAME", "DRIVER", "CONN")
+    several = "; may be given several times"
+    add(
         "-e",
         "--export",
         dest="exports",
         nargs=3,
         action="append",
         default=[],
-        metavar=("NAME", "DRIVER", "CONN"),
-        help="an export; may be given several times",
+        metavar=words,
+        help="an export" + several,
     )
-    parser.add_argument(
+    add(
+        "-r",
+        "--read-only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="nobody may write to that export" + several,
+    )
+    add("--config", metavar="FILE", help="exports and settings in TOML; options win, exports add up")
+    add("--credentials", metavar="FILE", help="what stores are given, in lines NAME=VALUE; else the environment")
+    add(
         "--tcp",
         action="append",
         default=[],
         metavar="HOST:PORT",
-        help=f"listen there; *:{PORT_DEFAULT} if nothing else is said; may be given several times",
+        help=f"listen there; *:{PORT_DEFAULT} if nothing else is said{several}",
     )
-    parser.add_argument(
-        "--unix",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="listen on a unix socket; may be given several times",
-    )
-    parser.add_argument(
+    add("--unix", action="append", default=[], metavar="PATH", help="listen on a unix socket" + several)
+    add(
         "--max-connections",
         type=count_between(1, SERVED_CONNECTIONS_MAX),
-        default=SERVED_CONNECTIONS_MAX,
         metavar="N",
-        help=f"clients at a time ({SERVED_CONNECTIONS_MAX})",
+        help=f"clients at a time ({SERVED_CONNECTIONS_MAX}, or what the limit of open files allows)",
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is being done")
-    parser.add_argument("operands", nargs="*", help=argparse.SUPPRESS)
+    add(
+        "--processes",
+        type=count_between(1, SERVER_PROCESSES_MAX),
+        metavar="N",
+        help="processes that serve together (1); for raw files only",
+    )
+    add("--pid-file", metavar="FILE", help="write the process id there once clients are let in")
+    add("-v", "--verbose", action="store_true", help="say on standard error what is being done")
+    add("operands", nargs="*", help=argparse.SUPPRESS)
     return parser
 
 
 def run(args: Namespace) -> int:
     """Serve until a signal comes. Raises UsageError and UserError."""
     if args.operands:
-        raise UsageError(f"one word too many: {args.operands[0]!r}", advice="an export is -e NAME DRIVER CONN")
-    if not args.exports:
-        raise UsageError("no export is given", advice="-e NAME DRIVER CONN; see --help")
+        what = f"one word too many: {without_logins(args.operands[0])!r}"
+        raise UsageError(what, advice="an export is -e NAME DRIVER CONN")
     logs.set_up("serve", logs.Level.DEBUG if args.verbose else logs.Level.WARNING)
-    from nbdshard.server.chain import Wanted, open_backend
-    from nbdshard.server.exports import Exported, Exports
-    from nbdshard.server.service import Service, addresses, listen_tcp, listen_unix
+    _hide_logins(args.command_line)
+    from nbdshard.cli.serve_settings import settings_of
+    from nbdshard.cli.serving import serve
 
-    wanted = [Wanted(*words) for words in args.exports]
-    names = [each.name for each in wanted]
-    if len(set(names)) < len(names):
-        raise UsageError(f"two exports are called {next(name for name in names if names.count(name) > 1)!r}")
-    places = [_host_and_port(text) for text in args.tcp]
-    if not places and not args.unix:
-        places = [("", PORT_DEFAULT)]
-    ending = threading.Event()
-    exports = Exports({each.name: Exported(open_backend(each, ending=ending)) for each in wanted}, uuid.uuid4())
-    listeners = [listener for place in places for listener in listen_tcp(*place)]
-    made: list[Path] = []
-    try:
-        for path in map(Path, args.unix):
-            listeners.append(listen_unix(path))
-            made.append(path)
-        for address in addresses(listeners):
-            logs.say(f"listens on {address}")
-        failed = Service(exports, listeners, args.max_connections, ending).run()
-    finally:
-        for path in made:
-            path.unlink(missing_ok=True)
-    return failed or EXIT_OK
+    return serve(settings_of(args))
 
 
-def _host_and_port(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon:
-        host, port = text, str(PORT_DEFAULT)
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"argument --tcp: {text!r}: a port from 0 to 65535 is expected", advice="HOST:PORT")
-    host = host.removeprefix("[").removesuffix("]")
-    return ("" if host == "*" else host), int(port)
+def _hide_logins(words: list[str]) -> None:
+    """Take passwords out of what ps(1) shows of us, and say that they were there to be seen."""
+    shown = [without_logins(word) for word in words]
+    if shown != words:
+        from nbdshard.cli.title import show_as
+
+        show_as("nbdshard", ["nbdshard", *shown])
+        logs.warning("a password on the command line is there for others to see; --credentials FILE is not")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import DESCRIPTORS_MIN
@@ -20,3 +21,10 @@ def check_descriptors() -> None:
         what = f"only {hard} files may be open at a time, and a copy needs {DESCRIPTORS_MIN}"
         raise UserError(what, "this process", "raise the limit: ulimit -n 1024")
     resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS_MIN, hard))
+
+
+def raise_descriptors() -> int:
+    """Raise the limit as far as we may; what it is now."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -20,12 +20,14 @@ from nbdshard.common.errors import UserError
 from nbdshard.common.limits import EXPORT_NAME_BYTES_MAX, LAYERS_MAX
 from nbdshard.common.nbd.constants import EXPORT_BYTES_MAX
 from nbdshard.common.units import parse_size
+from nbdshard.server import advice
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.file import FileBackend
 from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.backends.sharded import ShardedBackend
 from nbdshard.server.conn import Conn, parse_conn
 from nbdshard.server.credentials import NOBODY, Credentials, take_login
+from nbdshard.server.exports import Exported
 from nbdshard.server.layers.delay import LAYER as DELAY
 from nbdshard.server.layers.error import LAYER as ERROR
 from nbdshard.server.layers.log import LAYER as LOG
@@ -38,7 +40,7 @@ from nbdshard.server.stores.base import Store
 from nbdshard.server.stores.file import FileStore
 from nbdshard.server.volumes import open_volume
 
-ANY_EXPORT: Final = frozenset({"read-only"})  # parameters that every chain knows
+ANY_EXPORT: Final = frozenset({"read-only"}) | advice.PARAMETERS  # parameters that every chain knows
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -114,6 +116,28 @@ class _Chain(msgspec.Struct, frozen=True):
     parameters: Parameters
 
 
+def open_exports(wanted: Iterable[Wanted], ending: threading.Event) -> dict[str, Exported]:
+    """All of them, by name; none is left open where one cannot be opened. Raises UserError."""
+    found: dict[str, Exported] = {}
+    try:
+        for each in wanted:
+            found[each.name] = open_export(each, ending)
+    except BaseException:
+        for exported in found.values():
+            exported.backend.close()
+        raise
+    return found
+
+
+def open_export(wanted: Wanted, ending: threading.Event) -> Exported:
+    """The export that is `wanted`, open. `ending`: as in Opening. Raises UserError, which names it."""
+    with _naming(wanted):
+        wanted = _without_login(wanted)
+        chain = _looked_up(wanted, DRIVERS, LAYERS)
+        hints, description = advice.hints_of(chain.parameters), advice.description_of(chain.parameters)
+        return Exported(_opened(wanted, chain, ending), hints, description)
+
+
 def open_backend(
     wanted: Wanted, drivers: Drivers = DRIVERS, layers: Layers = LAYERS, ending: threading.Event | None = None
 ) -> Backend:
@@ -160,8 +184,10 @@ def _looked_up(wanted: Wanted, drivers: Drivers, layers: Layers) -> _Chain:
     if len(conn.layers) > LAYERS_MAX:
         raise UserError(f"{len(conn.layers)} layers; at most {LAYERS_MAX} are stacked", wanted.conn)
     where = f"{conn.store}:{conn.place}"
-    if twice := conn.parameters.keys() & wanted.parameters.keys():
-        raise UserError(f"{min(twice)} twice, here and beside it", where)
+    for name in conn.parameters.keys() & wanted.parameters.keys():
+        here, beside = conn.parameters[name], wanted.parameters[name]
+        if here != beside:
+            raise UserError(f"{name}={here}, and beside it {name}={beside}", where)
     parameters = Parameters({**conn.parameters, **wanted.parameters}, where)
     store, chain = stores[conn.store], [layers[name] for name in conn.layers]
     known = ANY_EXPORT.union(store.parameters, *(layer.parameters for layer in chain))

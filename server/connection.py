@@ -25,6 +25,7 @@ from nbdshard.server.device import Device
 from nbdshard.server.exports import Exports
 from nbdshard.server.handling import NBD, Answer, Protocol, handle
 from nbdshard.server.listener import Listener
+from nbdshard.server.parting import part
 from nbdshard.server.serving import Request
 
 _READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
@@ -63,7 +64,7 @@ class Connection:
         except OSError as error:
             logs.info(f"{self.client}: {error.strerror or error}")
         finally:
-            self._socket.close()
+            part(self._socket)
 
     def close(self) -> None:
         """After `serve` has returned."""
@@ -119,8 +120,8 @@ class Connection:
                 if device_sent:
                     device.sent(device_sent)
                     continue
-                if self._is_leaving.is_set() and not device.under_way and not self._out:
-                    return  # only now: what was just answered has left too
+                if self._is_leaving.is_set() and not device.under_way and not self._out and not self._has_come():
+                    return  # only now: what was just answered has left too, and what had come is refused
                 target = device.receive_target()
                 if device.finished:
                     return
@@ -153,6 +154,12 @@ class Connection:
         except BlockingIOError:
             pass
         return bool(found)
+
+    def _has_come(self) -> bool:
+        """Whether there is something to be read, and be it the end."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _queue(self, pieces: Sequence[Piece]) -> None:
         self._out += [memoryview(piece) for piece in in_memory(pieces)]

@@ -62,14 +62,25 @@ def load_credentials(path: str) -> Credentials:
         if match is None:
             raise UserError("is not of the form NAME=VALUE", where, "AWS_ACCESS_KEY_ID=..., say")
         name, value = match.groups()
-        if not name.startswith(_PREFIXES):
-            raise UserError(f"{name} is no name that a store knows", where, f"they begin with {', '.join(_PREFIXES)}")
+        _check_name(name, where)
         if name in found:
             raise UserError(f"{name} twice", where)
         found[name] = _unquoted(value)
-    if not found:
-        raise UserError("holds no credentials", path)
-    return Credentials(variables=found)
+    return credentials_of(found, path)
+
+
+def credentials_of(variables: Mapping[str, str], where: str) -> Credentials:
+    """Those by the names they have in the environment. Raises UserError, with `where`, for none and for others."""
+    if not variables:
+        raise UserError("holds no credentials", where)
+    for name in variables:
+        _check_name(name, where)
+    return Credentials(variables=variables)
+
+
+def _check_name(name: str, where: str) -> None:
+    if not name.startswith(_PREFIXES):
+        raise UserError(f"{name} is no name that a store knows", where, f"they begin with {', '.join(_PREFIXES)}")
 
 
 def take_login(conn: str) -> tuple[str, Credentials | None]:

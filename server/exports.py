@@ -43,9 +43,9 @@ class Exports:
         """What is behind the export `name`, as it was offered."""
         return self._exports[name].backend
 
-    def backends(self) -> Iterable[Backend]:
-        """Of all exports."""
-        return [exported.backend for exported in self._exports.values()]
+    def backends(self) -> Mapping[str, Backend]:
+        """Of all exports, by name."""
+        return {name: exported.backend for name, exported in self._exports.items()}
 
     def _offer(self, name: str, exported: Exported) -> Offer:
         backend = exported.backend

@@ -1,65 +1,46 @@
-"""The server's shell: sockets that listen, a thread for each client, and the signals that end it."""
+"""The server's shell: it lets clients in, has a thread serve each, and ends when it is asked to.
+
+The end has three steps. Nobody is let in any more, and clients have what they asked for finished, or are told that the
+server goes away (SERVER_DRAIN_SECONDS). Then every export is flushed, for as long as it takes: what an object store has
+not got yet is nowhere else. Then exports are closed, unless somebody still uses them. Asked twice, it ends at once.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import select
-import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from nbdshard.common import logs
-from nbdshard.common.errors import UserError
-from nbdshard.common.limits import ACCEPT_PAUSE_SECONDS, CONNECTION_STACK_BYTES, LISTEN_BACKLOG, SERVER_DRAIN_SECONDS
+from nbdshard.common.limits import (
+    ACCEPT_PAUSE_SECONDS,
+    CONNECTION_STACK_BYTES,
+    FLUSH_TOLD_SECONDS,
+    SERVER_DRAIN_SECONDS,
+)
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.connection import Connection
 from nbdshard.server.exports import Exports
 from nbdshard.server.handling import NBD, Protocol
+from nbdshard.server.notifying import notify
+from nbdshard.server.orders import AT_ONCE, Orders
+from nbdshard.server.places import Places
 
 _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_ENDING: Final = (signal.SIGTERM, signal.SIGINT)
+_NETWORK: Final = (socket.AF_INET, socket.AF_INET6)
 
 
-def listen_tcp(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address of `host` ("": all of this machine). Raises UserError."""
-    where = f"{host or '*'}:{port}"
-    try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return [_listening(family, address) for family, _, _, _, address in found]
-    except OSError as error:
-        raise UserError(f"cannot be listened on: {error.strerror or error}", where) from None
-
-
-def listen_unix(path: Path) -> socket.socket:
-    """A socket that listens at `path`, which must not exist. Raises UserError."""
-    try:
-        return _listening(socket.AF_UNIX, str(path))
-    except OSError as error:
-        raise UserError(f"cannot be listened on: {error.strerror or error}", str(path)) from None
-
-
-def _listening(family: int, address: object) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        if family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)  # type: ignore[arg-type]
-        sock.listen(LISTEN_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
+class _EndAtOnce(Exception):
+    """The server was asked for its end a second time."""
 
 
 class Service:
-    """Serves `exports` on `listeners` until a signal ends it. The main thread is its own.
+    """Serves `exports` on `listeners` until `orders` ask for an end. `run` is to be called by the main thread.
 
     `ending` is set then, for backends that wait.
     """
@@ -68,7 +49,8 @@ class Service:
         self,
         exports: Exports,
         listeners: Sequence[socket.socket],
-        connections_max: int,
+        places: Places,
+        orders: Orders,
         ending: threading.Event,
         *,
         protocol: Protocol = NBD,
@@ -76,109 +58,159 @@ class Service:
         self._exports = exports
         self._protocol = protocol
         self._listeners = listeners
-        self._connections_max = connections_max
+        self._places = places
+        self._orders = orders
         self._ending = ending
-        self._threads: dict[Connection, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self._threads: dict[Connection, threading.Thread] = {}  # under the lock: a thread takes itself out
+        self._changed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # a thread has ended
         self._count = 0
         self._is_short = False  # of descriptors: who waits to be let in would be ready at once, again and again
 
     def run(self) -> int:
-        """Until SIGTERM or SIGINT. What was accepted is finished, then all is flushed: 0, or 1 where that failed."""
+        """Until it is asked to end: 0, or 1 where not everything could be made durable."""
         threading.stack_size(CONNECTION_STACK_BYTES)
-        wake, ended = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in _ENDING:
-            signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(ended)
         poll = select.poll()
-        poll.register(wake, select.POLLIN)
-        for listener in self._listeners:
-            poll.register(listener, select.POLLIN)
         by_number = {listener.fileno(): listener for listener in self._listeners}
-        ending = select.poll()
-        ending.register(wake, select.POLLIN)
-        while True:
-            if self._is_short and ending.poll(ACCEPT_PAUSE_SECONDS * 1000):
-                return self._end()
-            self._is_short = False
+        for number in (self._orders.descriptor, *by_number):
+            poll.register(number, select.POLLIN)
+        quiet = select.poll()
+        quiet.register(self._orders.descriptor, select.POLLIN)
+        while not self._orders.asked():
+            if self._is_short:
+                self._is_short = False
+                quiet.poll(ACCEPT_PAUSE_SECONDS * 1000)
+                continue
             for ready, _ in poll.poll():
-                if ready == wake:
-                    return self._end()
-                self._reap()
-                while self._accept(by_number[ready]):
-                    pass
-
-    def _accept(self, listener: socket.socket) -> bool:
-        """Let one client in; whether there may be another one."""
+                if ready in by_number:
+                    self._accept(by_number[ready])
         try:
-            sock, address = listener.accept()
+            return self._end()
+        except _EndAtOnce:
+            logs.error("ends at once: what no flush has covered may be lost")
+            return 1
+
+    # -- clients ------------------------------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Let one client in, if it is still there. Another process may listen on the same socket, and have it."""
+        try:
+            spare = os.eventfd(0)  # a client takes a descriptor beside its socket's, or waits until there are two
+            try:
+                sock, address = listener.accept()
+            finally:
+                os.close(spare)
         except BlockingIOError:
-            return False
+            return
         except OSError as error:  # it has gone again, or there are no descriptors left: others may go
             logs.warning(f"a client could not be accepted: {error.strerror}")
             self._is_short = error.errno in _SHORT
-            return False
+            return
         self._count += 1
         client = f"client {self._count}"
-        if len(self._threads) >= self._connections_max:
-            logs.warning(f"{client} is turned away: {self._connections_max} are connected")
-            sock.close()
-            return True
-        if sock.family != socket.AF_UNIX:
+        if sock.family in _NETWORK:
             client += f" ({address[0]}:{address[1]})"
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = None
+        if not self._places.take():
+            logs.warning(f"{client} is turned away: so many are connected as may be")
+            sock.close()
+            return
         try:
-            connection = Connection(sock, self._exports, client, self._protocol)
-            thread = threading.Thread(target=connection.serve, daemon=True)
-            thread.start()
+            self._begin(sock, client)
         except (OSError, RuntimeError) as error:  # no descriptor, no thread is left: others may go
             logs.warning(f"{client} is turned away: {error}")
             sock.close()
-            if connection is not None:
-                connection.close()
-            return True
-        self._threads[connection] = thread
-        return True
+            self._places.give()
 
-    def _reap(self) -> None:
-        for connection, thread in list(self._threads.items()):
-            if not thread.is_alive():
-                connection.close()
+    def _begin(self, sock: socket.socket, client: str) -> None:
+        connection = Connection(sock, self._exports, client, self._protocol)
+        thread = threading.Thread(target=self._attend, args=(connection,), daemon=True)
+        logs.info(f"{client} comes")
+        with self._lock:
+            self._threads[connection] = thread
+        try:
+            thread.start()
+        except RuntimeError:
+            with self._lock:
                 del self._threads[connection]
+                connection.close()
+            raise
+
+    def _attend(self, connection: Connection) -> None:
+        """A client's thread."""
+        connection.serve()
+        logs.info(f"{connection.client} goes")
+        with self._lock:
+            del self._threads[connection]
+            connection.close()
+        self._places.give()
+        os.eventfd_write(self._changed, 1)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
 
     def _end(self) -> int:
+        notify("STOPPING=1")
         self._ending.set()
         for listener in self._listeners:
             listener.close()
-        for connection in self._threads:
-            connection.leave()
-        deadline = time.monotonic() + SERVER_DRAIN_SECONDS
-        for thread in self._threads.values():
-            thread.join(max(0.0, deadline - time.monotonic()))
-        failed = sum(not _flushed(backend) for backend in self._exports.backends())
-        if not any(thread.is_alive() for thread in self._threads.values()):  # nobody asks for anything any more
-            for backend in self._exports.backends():
-                backend.close()
-        return failed and 1
+        with self._lock:
+            for connection in self._threads:
+                connection.leave()
+        all_have_left = self._wait_until(lambda: not self._threads, SERVER_DRAIN_SECONDS)
+        if not all_have_left:
+            logs.error(
+                f"{len(self._threads)} clients wait for answers that have not come in {SERVER_DRAIN_SECONDS:g} s"
+            )
+        backends = self._exports.backends()
+        ended: dict[str, bool] = {}
+
+        def flush(name: str, backend: Backend) -> None:
+            ended[name] = _settled(name, backend, may_close=all_have_left)
+            os.eventfd_write(self._changed, 1)
+
+        for name, backend in backends.items():
+            threading.Thread(target=flush, args=(name, backend), daemon=True).start()
+        while not self._wait_until(lambda: len(ended) == len(backends), FLUSH_TOLD_SECONDS):
+            left = ", ".join(repr(name) for name in backends if name not in ended)
+            logs.warning(
+                f"waits for the flush of {left}; a second signal ends it at once, and may lose what was written"
+            )
+        return 0 if all_have_left and all(ended.values()) else 1
+
+    def _wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Until a thread has made `condition` true; False where it was not, for `seconds`. Raises _EndAtOnce."""
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._changed, select.POLLIN)
+        while True:
+            if self._orders.asked() == AT_ONCE:
+                raise _EndAtOnce
+            if condition():
+                return True
+            if (left := deadline - time.monotonic()) <= 0:
+                return False
+            watched = self._orders.descriptor
+            if watched >= 0:
+                poll.register(watched, select.POLLIN)
+            poll.poll(left * 1000)
+            if watched >= 0:
+                poll.unregister(watched)
+            try:
+                os.eventfd_read(self._changed)
+            except BlockingIOError:
+                pass
 
 
-def _flushed(backend: Backend) -> bool:
+def _settled(name: str, backend: Backend, *, may_close: bool) -> bool:
+    """Flush `backend`, and close it where nobody uses it any more; whether all of it is durable. Never raises."""
     try:
         backend.flush()
+        if may_close:
+            backend.close()
     except OSError as error:
-        logs.error(f"what was written may be lost: {error.strerror or error}")
+        logs.error(f"export {name!r}: what was written may be lost: {error.strerror or error}")
+        return False
+    except Exception as error:  # a bug; unnoticed, the end would be waited for for ever
+        logs.error(f"internal error: export {name!r}: {type(error).__name__}: {error}")
         return False
     return True
-
-
-def addresses(listeners: Iterable[socket.socket]) -> list[str]:
-    """Where it listens, as NBD URIs without an export's name."""
-    found = []
-    for listener in listeners:
-        name = listener.getsockname()
-        if listener.family == socket.AF_UNIX:
-            found.append(f"nbd+unix:///?socket={name}")
-        else:
-            host = f"[{name[0]}]" if listener.family == socket.AF_INET6 else name[0]
-            found.append(f"nbd://{host}:{name[1]}/")
-    return found

@@ -13,7 +13,7 @@ _nbdshard_verify="-C -R -T -h -p -v --connect-timeout= --connections= --handshak
 _nbdshard_worker="-h -v --connect= --coordinator-key= --help --key= --ring= --verbose"
 _nbdshard_ctl="-h --help --json"
 _nbdshard_jobs="-h --format= --help --json"
-_nbdshard_serve="-e -h -v --export= --help --max-connections= --tcp= --unix= --verbose"
+_nbdshard_serve="-e -h -r -v --config= --credentials= --export= --help --max-connections= --pid-file= --processes= --read-only= --tcp= --unix= --verbose"
 _nbdshard_keygen="-h --dir= --help"
 _nbdshard_info="-L -h --help --json --list"
 _nbdshard_checksum="-C -R -T -h -p -v --connect-timeout= --connections= --handshake-timeout= --help --json --loss-timeout= --no-extents --progress --progress=bar --progress=json

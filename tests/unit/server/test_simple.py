@@ -18,8 +18,8 @@ from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO, Command, TransmissionFlag
 from nbdshard.common.ranges import Range
 from nbdshard.server.device import Hole
+from nbdshard.server.listening import listen_unix
 from nbdshard.server.offers import NamedOffers, Offer
-from nbdshard.server.service import listen_unix
 from nbdshard.server.serving import Request
 from nbdshard.server.session import Session
 from nbdshard.server.simple import HandleRequest, Result, offer, serve, serve_stream
