@@ -20,8 +20,8 @@ from nbdshard.common.ranges import Range
 from support import images
 from support.command import EXECUTABLE, nbdshard
 from support.images import MIB
-from support.nbd_blocking import Connection, connect, negotiate
-from support.served import NAME, Served, serving, tool
+from support.nbd_blocking import Connection, connect, negotiate, reset
+from support.served import NAME, serving, still_serves, tool
 
 CHUNK = 64 << 10
 DISK = Wishes(NAME)
@@ -37,12 +37,6 @@ def error_of(connection: Connection, ask: Callable[[], None]) -> str:
     ask()
     (done,) = connection.run()
     return done.error.errno_name if done.error else ""
-
-
-def still_serves(served: Served) -> None:
-    connection = Connection(served.socket, DISK)
-    connection.read(Range(0, 4096))
-    connection.close()
 
 
 # -- 1: FLUSH is ignored and answered with success. No FUA.
@@ -198,26 +192,18 @@ STAGES = {
 }
 
 
-def reset(peer: socket.socket) -> None:
-    """Close it so that the other side is told that the connection was reset."""
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    peer.close()
-
-
 @pytest.mark.parametrize("end", [reset, socket.socket.close])
 def test_nbd_rs_10_sudden_disconnects_harm_nobody(end: Callable[[socket.socket], None]) -> None:
     with serving("memory:64M", "--tcp", "127.0.0.1:0") as served:
-        (line,) = (line for line in served.run.err().splitlines() if "nbd://127" in line)
-        address = ("127.0.0.1", int(line.rpartition(":")[2].rstrip("/")))
         for stream in STAGES.values():
-            peer = socket.create_connection(address, 10)
+            peer = socket.create_connection(served.address, 10)
             peer.sendall(stream)
             end(peer)
             still_serves(served)
         read = pack_request(Request(0, Command.READ, 1, 0, 32 * MIB), extended=False)
         write = pack_request(Request(0, Command.WRITE, 1, 0, 32 * MIB), extended=False)
         for stream in (read[:11], read, read * 5, write, write + bytes(MIB), read + write + bytes(1000)):
-            peer = socket.create_connection(address, 10)
+            peer = socket.create_connection(served.address, 10)
             negotiate(peer, Wishes(NAME, extended=False))
             peer.sendall(stream)
             end(peer)

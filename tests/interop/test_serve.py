@@ -1,4 +1,4 @@
-"""`nbdshard serve`: many requests, several exports, errors, the end, and clients that misbehave."""
+"""`nbdshard serve`: many requests, several exports, errors, limits and the end."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ import json
 import os
 import resource
 import signal
-import socket
-import struct
 from pathlib import Path
 
 import pytest
 
 from nbdshard.common.errors import RequestError, UserError
-from nbdshard.common.limits import SERVED_BYTES_MAX
 from nbdshard.common.nbd.connecter import Wishes
-from nbdshard.common.nbd.wire import Request, pack_request
 from nbdshard.common.ranges import Range
-from support import images, processes
+from support import images
 from support.command import copy, nbdshard
 from support.images import MIB
 from support.journals import small_disk
-from support.nbd_blocking import Connection, connect, negotiate
-from support.served import NAME, Served, serving, tool
+from support.nbd_blocking import Connection, connect
+from support.served import NAME, Served, serving, still_serves, tool
 from support.waiting import wait_for
 
 DISK = Wishes(NAME)
@@ -45,8 +41,7 @@ def test_many_requests_of_one_client_are_under_way_at_once(served: Served) -> No
 def test_several_exports_and_a_place_on_the_network(tmp_path: Path) -> None:
     image = images.filled_image(tmp_path / "image", MIB, 0x5A)
     with serving(f"file:{image}?read-only=yes", "-e", "scratch", "raw", "memory:3M", "--tcp", "127.0.0.1:0") as served:
-        (line,) = (line for line in served.run.err().splitlines() if "nbd://127" in line)
-        uri = line.rpartition(" ")[2]
+        uri = "nbd://{}:{}/".format(*served.address)
         names = [each["export-name"] for each in json.loads(tool("nbdinfo", "--json", "--list", uri))["exports"]]
         assert names == [NAME, "scratch"]
         assert tool("nbdinfo", "--size", uri).strip() == str(MIB)  # the first is the default
@@ -99,80 +94,7 @@ def test_sigterm_ends_it_and_what_was_written_is_there(tmp_path: Path) -> None:
     assert image.read_bytes()[:4096] == b"x" * 4096
 
 
-# -- clients that misbehave, while others are served
-
-
-def still_serves(served: Served) -> None:
-    connection = Connection(served.socket, DISK)
-    connection.client.read(0, Range(0, 4096), memoryview(bytearray(4096)))
-    (done,) = connection.run()
-    assert done.error is None
-    connection.close()
-
-
-STREAMS = {
-    "nothing": b"",
-    "a web browser": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "flags nobody knows": struct.pack(">I", 0xFF),
-    "half an option": struct.pack(">I", 3) + b"IHAVEOPT\0\0",
-    "an option of 4 GiB": struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 7, 0xFFFFFFFF),
-    "an option that is not finished": struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 7, 50_000) + bytes(100),
-}
-
-
-@pytest.mark.parametrize("stream", STREAMS)
-def test_a_client_that_breaks_off_its_negotiation_harms_nobody(served: Served, stream: str) -> None:
-    with connect(served.socket) as peer:
-        peer.sendall(STREAMS[stream])
-        still_serves(served)
-    still_serves(served)
-
-
-def test_a_client_that_breaks_the_protocol_is_cut_off(served: Served) -> None:
-    with connect(served.socket) as peer:
-        negotiate(peer, DISK)
-        peer.sendall(bytes(100))
-        assert peer.recv(1) == b""
-    still_serves(served)
-
-
-def test_a_client_that_vanishes_in_the_middle_of_a_write_changes_nothing(served: Served) -> None:
-    with connect(served.socket) as peer:
-        negotiate(peer, Wishes(NAME, extended=False))
-        peer.sendall(pack_request(Request(0, 1, 0, 0, 8192), extended=False) + b"x" * 4096)
-    connection = Connection(served.socket, DISK)
-    into = bytearray(8192)
-    connection.client.read(0, Range(0, 8192), memoryview(into))
-    connection.run()
-    assert into == bytes(8192)
-    connection.close()
-
-
-def takes(peer: socket.socket, data: bytes) -> bool:
-    try:
-        return peer.send(data) > 0
-    except BlockingIOError:
-        return False
-
-
-def test_a_client_that_reads_nothing_takes_a_bounded_part_of_the_memory(served: Served) -> None:
-    asked = b"".join(pack_request(Request(0, 0, n, 0, 8 * MIB), extended=False) for n in range(1000))
-    with connect(served.socket) as peer:
-        negotiate(peer, Wishes(NAME, extended=False))
-        peer.settimeout(0.5)
-        peer.setblocking(False)
-        wait_for("the server to take no more", lambda: not takes(peer, asked))
-        still_serves(served)
-        assert processes.resident_peak_bytes(served.run.pid) < SERVED_BYTES_MAX + 96 * MIB
-    still_serves(served)
-
-
-def test_hundreds_of_idle_clients_leave_room_for_another(served: Served) -> None:
-    peers = [connect(served.socket) for _ in range(400)]
-    still_serves(served)
-    for peer in peers:
-        peer.close()
-    still_serves(served)
+# -- limits
 
 
 def test_one_client_too_many_is_turned_away() -> None:

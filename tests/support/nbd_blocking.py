@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from pathlib import Path
 
 from nbdshard.common.nbd.client import Client, Done
@@ -20,6 +21,12 @@ def connect(path: Path) -> socket.socket:
     peer.settimeout(SECONDS)
     peer.connect(str(path))
     return peer
+
+
+def reset(peer: socket.socket) -> None:
+    """Close a connection over TCP so that the other side is told it was reset; over a unix socket it is a close."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
 
 
 def negotiate(peer: socket.socket, wishes: Wishes, name: str = "server") -> tuple[Connecter, list[Event]]:

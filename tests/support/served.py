@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdshard.common.nbd.connecter import Wishes
+from nbdshard.common.ranges import Range
 from support.command import EXECUTABLE, Run, started
+from support.nbd_blocking import Connection
 from support.servers import private_folder
 from support.waiting import wait_for
 
@@ -26,6 +29,19 @@ class Served:
 
     def uri(self, name: str = NAME) -> str:
         return f"nbd+unix:///{name}?socket={self.socket}"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens on 127.0.0.1, if it was told `--tcp 127.0.0.1:0`."""
+        (line,) = (line for line in self.run.err().splitlines() if "nbd://127.0.0.1:" in line)
+        return "127.0.0.1", int(line.rpartition(":")[2].rstrip("/"))
+
+
+def still_serves(served: Served) -> None:
+    """Another client comes, is served, and goes."""
+    connection = Connection(served.socket, Wishes(NAME))
+    connection.read(Range(0, 4096))
+    connection.close()
 
 
 def tool(*command: str | Path) -> str:

@@ -1,0 +1,415 @@
+"""Clients that mean the server no good: none crashes it, leaks, takes memory without end, or holds up others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from random import Random
+
+import pytest
+from fuzz.fuzz_server import CASES
+from fuzz.mutations import spoil
+
+from nbdshard.common.limits import NEGOTIATION_SECONDS_MAX, OPTIONS_MAX, SERVED_BYTES_MAX
+from nbdshard.common.nbd.connecter import Wishes
+from nbdshard.common.nbd.constants import Command, CommandFlag, Errno, Info, Option, OptionReply
+from nbdshard.common.nbd.wire import Request, pack_request
+from nbdshard.common.nbd.wire_options import (
+    OPTION_REPLY,
+    pack_context_query,
+    pack_info_request,
+    pack_option,
+    unpack_option_reply,
+)
+from nbdshard.common.ranges import Range
+from support import processes
+from support.images import MIB
+from support.nbd_blocking import SECONDS, Connection, connect, negotiate, reset
+from support.served import NAME, Served, serving, still_serves
+from support.waiting import wait_for
+
+PLAIN = Wishes(NAME, extended=False)
+OLD = Wishes(NAME, structured=False)
+FIXED = b"\0\0\0\3"
+CLIENTS = 30  # of each kind that may leave something behind
+LEAVING = 4  # descriptors and threads of clients that are about to go
+FUZZED = 300
+MEMORY_BYTES_MAX = 4 * SERVED_BYTES_MAX + 96 * MIB
+
+
+def asked(command: int, offset: int = 0, length: int = 0, flags: int = 0, cookie: int = 1) -> bytes:
+    return pack_request(Request(flags, command, cookie, offset, length), extended=False)
+
+
+def asked_widely(command: int, offset: int = 0, length: int = 0, flags: int = 0) -> bytes:
+    return pack_request(Request(flags, command, 1, offset, length), extended=True)
+
+
+@pytest.fixture
+def memory() -> Iterator[Served]:
+    with serving("memory:64M", "--tcp", "127.0.0.1:0", "--verbose") as found:
+        yield found
+
+
+def connected_by_tcp(served: Served, wishes: Wishes | None = None) -> socket.socket:
+    peer = socket.create_connection(served.address, SECONDS)
+    if wishes is not None:
+        negotiate(peer, wishes)
+    return peer
+
+
+# -- nothing is left of those that went
+
+
+def held(served: Served) -> tuple[int, int]:
+    """Descriptors and threads of the server, just after a client was served."""
+    still_serves(served)
+    return len(processes.descriptors(served.run.pid)), len(os.listdir(f"/proc/{served.run.pid}/task"))
+
+
+def burdened(served: Served) -> tuple[int, int]:
+    """What the server holds once it has had much to do: what it keeps for later is there then."""
+    connections = [Connection(served.socket, Wishes(NAME), handles=64) for _ in range(4)]
+    for connection in connections:
+        for handle in range(64):
+            connection.client.read(handle, Range.of(handle * 4096, 4096), memoryview(bytearray(4096)))
+        connection.push([])
+    for connection in connections:
+        connection.run()
+        connection.close()
+    found = [held(served) for _ in range(20)]
+    return max(descriptors for descriptors, _ in found[10:]), max(threads for _, threads in found[10:])
+
+
+@contextlib.contextmanager
+def leaving_nothing(served: Served) -> Iterator[None]:
+    """What comes and goes in the block leaves no descriptor and no thread behind. One client may just be leaving."""
+    before = burdened(served)
+    yield
+
+    def is_gone() -> bool:
+        descriptors, threads = held(served)
+        return descriptors <= before[0] + LEAVING and threads <= before[1] + LEAVING
+
+    try:
+        wait_for("descriptors and threads to be given back", is_gone)
+    except TimeoutError:
+        raise AssertionError(f"{held(served)} descriptors and threads, {before} before") from None
+    assert "internal error" not in served.run.err()
+
+
+GO = FIXED + pack_option(Option.GO, pack_info_request(NAME, []))
+READ = asked(Command.READ, 0, 8 * MIB)
+WRITE = asked(Command.WRITE, 0, 8 * MIB)
+STAGES = {
+    "when it is greeted": b"",
+    "in its flags": FIXED[:2],
+    "between flags and options": FIXED,
+    "in an option's header": FIXED + b"IHAVEOPT",
+    "in an option's data": GO[:-3],
+    "with an option's answers under way": FIXED + pack_option(Option.LIST) * 50,
+    "with its choice's answer under way": GO,
+    "in a request's header": GO + READ[:20],
+    "with a read under way": GO + READ,
+    "with many reads under way": GO + READ * 20,
+    "before a payload": GO + WRITE,
+    "in a payload": GO + WRITE + bytes(MIB),
+    "with writes and reads under way": GO + (asked(Command.WRITE, 0, 4096) + bytes(4096) + READ) * 10,
+    "with flushes under way": GO + asked(Command.FLUSH) * 100,
+    "in the payload of what is refused": GO + asked(Command.WRITE, 64 * MIB, 8 * MIB) + bytes(MIB),
+    "behind its DISC": GO + READ + asked(Command.DISC) + READ,
+}
+GOINGS: dict[str, Callable[[socket.socket], None]] = {"FIN": socket.socket.close, "RST": reset}
+
+
+@pytest.mark.parametrize("going", GOINGS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_who_disconnects_leaves_nothing(memory: Served, stage: str, going: str) -> None:
+    with leaving_nothing(memory):
+        for _ in range(CLIENTS):
+            peer = connected_by_tcp(memory)
+            peer.sendall(STAGES[stage])
+            if stage == "with many reads under way":
+                peer.recv(1 << 16)
+            GOINGS[going](peer)
+
+
+def test_who_disconnects_while_a_slow_backend_works_leaves_nothing() -> None:
+    conn = "delay:memory:64M?delay-read=300ms&delay-flush=300ms"
+    with serving(conn, "--tcp", "127.0.0.1:0") as served, leaving_nothing(served):
+        for going in GOINGS.values():
+            for stream in (READ * 4, asked(Command.FLUSH) * 4, asked(Command.WRITE, 0, 4, 1) + b"data"):
+                for _ in range(5):
+                    peer = connected_by_tcp(served, PLAIN)
+                    peer.sendall(stream)
+                    going(peer)
+
+
+def test_half_a_connection_that_is_closed_is_the_end_of_it(memory: Served) -> None:
+    """It sends no more, but listens: what it asked before is answered or not, and then it is closed."""
+    with leaving_nothing(memory):
+        for _ in range(CLIENTS):
+            with connected_by_tcp(memory, PLAIN) as peer:
+                peer.sendall(READ)
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(1 << 20):
+                    pass
+
+
+def test_spoilt_streams_of_clients_harm_nobody(memory: Served, seed: int) -> None:
+    random = Random(seed)
+    with leaving_nothing(memory):
+        for number in range(FUZZED):
+            case = random.choice(CASES)
+            stream = spoil(case.negotiation.replace(b"other", b"disk\0") + case.requests, random)
+            peer = connected_by_tcp(memory) if number % 2 else connect(memory.socket)
+            with peer, contextlib.suppress(ConnectionError):  # it was cut off
+                peer.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    peer.send(stream)
+                if number % 3 == 0:
+                    select.select([peer], [], [], SECONDS)
+                    peer.recv(1 << 20)
+
+
+# -- nobody else has to wait, and memory has an end
+
+
+def takes(peer: socket.socket, data: bytes) -> bool:
+    try:
+        return peer.send(data) > 0
+    except BlockingIOError:
+        return False
+
+
+def stuff(served: Served, peer: socket.socket, data: bytes) -> None:
+    """Send until the server takes no more, while others are served."""
+    peer.setblocking(False)
+    in_vain = 0
+
+    def is_full() -> bool:
+        nonlocal in_vain
+        in_vain = 0 if takes(peer, data) else in_vain + 1
+        still_serves(served)
+        return in_vain > 20
+
+    wait_for("the server to take no more", is_full)
+
+
+@pytest.mark.parametrize("length", [512, 1 << 20, 32 << 20])
+def test_who_reads_nothing_is_not_listened_to(memory: Served, length: int) -> None:
+    flood = b"".join(asked(Command.READ, 0, length, cookie=number) for number in range(2000))
+    with leaving_nothing(memory):
+        peers = [connected_by_tcp(memory, PLAIN) for _ in range(3)]
+        for peer in peers:
+            stuff(memory, peer, flood)
+        assert processes.resident_peak_bytes(memory.run.pid) < MEMORY_BYTES_MAX
+        for peer in peers:
+            peer.close()
+
+
+def test_who_reads_no_refusals_is_not_listened_to(memory: Served) -> None:
+    """Refusals are made without a backend."""
+    with leaving_nothing(memory), connected_by_tcp(memory, PLAIN) as peer:
+        stuff(memory, peer, asked(99) * 10_000)
+        assert processes.resident_peak_bytes(memory.run.pid) < MEMORY_BYTES_MAX
+
+
+def test_who_reads_a_byte_at_a_time_holds_up_nobody(memory: Served) -> None:
+    with leaving_nothing(memory), connected_by_tcp(memory, PLAIN) as peer:
+        peer.sendall(READ * 20)
+        for _ in range(50):
+            assert len(peer.recv(1)) == 1
+            still_serves(memory)
+
+
+def test_who_sends_a_byte_at_a_time_is_served_like_others(memory: Served) -> None:
+    stream = GO + asked(Command.WRITE, 0, 16) + b"0123456789abcdef" + asked(Command.READ, 0, 16) + asked(Command.DISC)
+    with connected_by_tcp(memory) as peer:
+        for number in range(len(stream)):
+            peer.sendall(stream[number : number + 1])
+            if number % 10 == 0:
+                still_serves(memory)
+        said = b""
+        while data := peer.recv(1 << 16):
+            said += data
+        assert said.endswith(b"0123456789abcdef")
+
+
+def test_a_thousand_idle_clients_leave_room_for_another(memory: Served) -> None:
+    with leaving_nothing(memory):
+        peers = [connect(memory.socket) for _ in range(500)]
+        for number in range(500):
+            peer = connect(memory.socket)
+            peers.append(peer)
+            negotiate(peer, PLAIN)
+            if number % 2:
+                peer.sendall(WRITE[:-4])
+        still_serves(memory)
+        assert processes.resident_peak_bytes(memory.run.pid) < MEMORY_BYTES_MAX
+        for peer in peers:
+            peer.close()
+
+
+def test_a_flood_of_clients_is_served(memory: Served) -> None:
+    with leaving_nothing(memory):
+        for _ in range(1000):
+            connected_by_tcp(memory).close()
+
+
+def test_a_flood_of_requests_is_answered(memory: Served) -> None:
+    number = 20_000
+    flood = b"".join(asked(Command.FLUSH if cookie % 2 else 99, cookie=cookie) for cookie in range(number))
+    with leaving_nothing(memory), connected_by_tcp(memory, OLD) as peer:
+        cookies: list[int] = []
+        said = bytearray()
+        peer.setblocking(False)
+        left = memoryview(flood)
+        while len(cookies) < number:
+            _, may_send, _ = select.select([peer], [peer] if left else [], [], SECONDS)
+            if may_send:
+                left = left[peer.send(left[: 1 << 16]) :]
+            with contextlib.suppress(BlockingIOError):
+                said += peer.recv(1 << 16)
+            whole = len(said) // 16 * 16
+            for magic, error, cookie in struct.iter_unpack(">IIQ", bytes(said[:whole])):
+                assert (magic, error) == (0x67446698, 0 if cookie % 2 else Errno.EINVAL)
+                cookies.append(cookie)
+            del said[:whole]
+        assert sorted(cookies) == list(range(number))
+
+
+# -- lengths, options and commands that nobody expects
+
+
+def replies(peer: socket.socket) -> Iterator[tuple[int, int, bytes]]:
+    """(option, reply type, payload) of what comes."""
+    while True:
+        header = unpack_option_reply(peer.recv(OPTION_REPLY.size, socket.MSG_WAITALL))
+        yield header.option, header.type, peer.recv(header.length, socket.MSG_WAITALL) if header.length else b""
+
+
+OPTIONS = {
+    "nobody knows it": (pack_option(4711, b"what"), OptionReply.ERR_UNSUP),
+    "TLS": (pack_option(Option.STARTTLS), OptionReply.ERR_UNSUP),
+    "a withdrawn one": (pack_option(Option.PEEK_EXPORT, b"x"), OptionReply.ERR_UNSUP),
+    "much data": (pack_option(4711, bytes(1 << 20)), OptionReply.ERR_TOO_BIG),
+    "a name of 4 GiB": (pack_option(Option.GO, b"\xff" * 4 + bytes(2)), OptionReply.ERR_INVALID),
+    "a name of 5000 bytes": (pack_option(Option.GO, pack_info_request("x" * 5000, [])), OptionReply.ERR_INVALID),
+    "a name nobody has": (pack_option(Option.GO, pack_info_request("x" * 4096, [])), OptionReply.ERR_UNKNOWN),
+    "more wishes than there are": (pack_option(Option.INFO, bytes(4) + b"\xff\xff"), OptionReply.ERR_INVALID),
+    "all wishes at once": (
+        pack_option(Option.INFO, pack_info_request(NAME, [Info.NAME, *range(30_000)])),
+        OptionReply.ACK,
+    ),
+    "contexts without structure": (
+        pack_option(Option.SET_META_CONTEXT, pack_context_query(NAME, ["base:allocation"])),
+        OptionReply.ERR_INVALID,
+    ),
+    "a list with data": (pack_option(Option.LIST, b"x"), OptionReply.ERR_INVALID),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_an_odd_option_is_refused_and_the_next_one_is_heard(memory: Served, what: str) -> None:
+    stream, expected = OPTIONS[what]
+    with connected_by_tcp(memory) as peer:
+        peer.recv(18, socket.MSG_WAITALL)
+        peer.sendall(FIXED + stream)
+        found = replies(peer)
+        kind = next(kind for _, kind, _ in found if kind != OptionReply.INFO)
+        assert kind == expected
+        peer.sendall(pack_option(Option.ABORT))
+        assert next(found) == (Option.ABORT, OptionReply.ACK, b"")
+        assert peer.recv(1) == b""
+
+
+@pytest.mark.parametrize("queries", [["base:allocation"] * 3000, ["x:" + "y" * 4000] * 15, []])
+def test_many_queries_are_answered_once(memory: Served, queries: list[str]) -> None:
+    with connected_by_tcp(memory) as peer:
+        peer.recv(18, socket.MSG_WAITALL)
+        peer.sendall(FIXED + pack_option(Option.STRUCTURED_REPLY))
+        peer.sendall(pack_option(Option.SET_META_CONTEXT, pack_context_query(NAME, queries)))
+        found = replies(peer)
+        assert next(found)[1] == OptionReply.ACK
+        kinds = [next(found)[1]]
+        if kinds == [OptionReply.META_CONTEXT]:
+            kinds.append(next(found)[1])
+        assert kinds == ([OptionReply.META_CONTEXT] if "base:allocation" in queries else []) + [OptionReply.ACK]
+
+
+CUT_OFF = {
+    "a web browser": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "flags nobody knows": b"\0\0\0\xff",
+    "an option of 4 GiB": FIXED + b"IHAVEOPT" + struct.pack(">II", Option.GO, 0xFFFFFFFF),
+    "an option with another magic": FIXED + b"IHAVEOPS" + bytes(8),
+    "options without end": FIXED + pack_option(Option.LIST) * (OPTIONS_MAX + 1),
+    "a name that is none": FIXED + pack_option(Option.EXPORT_NAME, b"\xff"),
+    "a name nobody has": FIXED + pack_option(Option.EXPORT_NAME, b"nothing"),
+    "an option before fixed newstyle": bytes(4) + pack_option(Option.LIST),
+    "no request": GO + bytes(28),
+    "a payload of 4 GiB": GO + asked(Command.WRITE, 0, 0xFFFFFFFF),
+    "a payload of 16 EiB": FIXED
+    + pack_option(Option.EXTENDED_HEADERS)
+    + GO[4:]
+    + asked_widely(Command.WRITE, 0, (1 << 64) - 1, CommandFlag.PAYLOAD_LEN),
+}
+
+
+@pytest.mark.parametrize("what", CUT_OFF)
+def test_who_breaks_the_protocol_is_cut_off(memory: Served, what: str) -> None:
+    with connected_by_tcp(memory) as peer, contextlib.suppress(ConnectionResetError):
+        peer.sendall(CUT_OFF[what])
+        while peer.recv(1 << 16):
+            pass
+    still_serves(memory)
+
+
+WIDE = {
+    "a read": (asked_widely(Command.READ, 0, 1 << 40), Errno.EINVAL),
+    "a read from the end of the world": (asked_widely(Command.READ, (1 << 64) - 1, (1 << 64) - 1), Errno.EINVAL),
+    "zeroes": (asked_widely(Command.WRITE_ZEROES, 0, 1 << 62), Errno.ENOSPC),
+    "a trim": (asked_widely(Command.TRIM, 1, (1 << 64) - 1), Errno.EINVAL),
+    "a block status": (asked_widely(Command.BLOCK_STATUS, 0, 1 << 63), Errno.EINVAL),
+    "a cache": (asked_widely(Command.CACHE, 0, 1 << 63), Errno.EINVAL),
+    "a write without its flag": (asked_widely(Command.WRITE, 0, 512), Errno.EINVAL),
+    "a flush with payload": (asked_widely(Command.FLUSH, 0, 5, CommandFlag.PAYLOAD_LEN) + b"12345", Errno.EINVAL),
+    "a command nobody knows": (asked_widely(99, 0, 5, CommandFlag.PAYLOAD_LEN) + b"12345", Errno.EINVAL),
+    "a command beyond": (asked_widely(0xFFFF, 7, 7, 0xFFFF & ~CommandFlag.PAYLOAD_LEN), Errno.EINVAL),
+}
+
+
+@pytest.mark.parametrize("what", WIDE)
+def test_a_length_of_64_bits_is_refused_and_the_next_request_is_heard(memory: Served, what: str) -> None:
+    stream, expected = WIDE[what]
+    with connect(memory.socket) as peer:
+        negotiate(peer, Wishes(NAME))
+        peer.sendall(stream + asked_widely(Command.FLUSH))
+        magic, flags, kind, cookie, _, length = struct.unpack(">IHHQQQ", peer.recv(32, socket.MSG_WAITALL))
+        assert (magic, flags, kind, cookie) == (0x6E8A278C, 1, 0x8001, 1)
+        (error,) = struct.unpack_from(">I", peer.recv(length, socket.MSG_WAITALL))
+        assert error == expected
+        assert struct.unpack(">IHHQQQ", peer.recv(32, socket.MSG_WAITALL))[1:3] == (1, 0)
+
+
+def test_a_write_that_did_not_come_whole_changes_nothing(served: Served) -> None:
+    for going in GOINGS.values():
+        peer = connected_by_tcp(served, PLAIN)
+        peer.sendall(asked(Command.WRITE, 0, 8192) + b"x" * 4096)
+        going(peer)
+    with Connection(served.socket, Wishes(NAME)) as connection:
+        assert connection.read(Range(0, 8192)) == bytes(8192)
+
+
+@pytest.mark.long
+def test_who_chooses_nothing_is_sent_away(memory: Served) -> None:
+    """After NEGOTIATION_SECONDS_MAX, also if a byte comes now and then."""
+    with connect(memory.socket) as silent:
+        silent.settimeout(NEGOTIATION_SECONDS_MAX + SECONDS)
+        while silent.recv(1 << 16):
+            pass
+    assert "it has not chosen an export" in memory.run.err()
