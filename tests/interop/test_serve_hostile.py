@@ -193,8 +193,10 @@ def stuff(served: Served, peer: socket.socket, data: bytes) -> None:
 
     def is_full() -> bool:
         nonlocal in_vain
-        in_vain = 0 if takes(peer, data) else in_vain + 1
+        while takes(peer, data):
+            in_vain = 0
         still_serves(served)
+        in_vain += 1
         return in_vain > 20
 
     wait_for("the server to take no more", is_full)
