@@ -24,7 +24,7 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, NoReturn, Protocol, cast
 
@@ -84,13 +84,18 @@ class Subcommand(Protocol):
         """Do it; the exit code. With a `Parser`, `args.commands` holds the bracketed commands."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (without the program's name) and return the exit code."""
+def load(name: str) -> Subcommand:
+    """The module of subcommand `name`, imported now."""
+    return cast(Subcommand, importlib.import_module(SUBCOMMANDS[name][0]))
+
+
+def main(argv: Sequence[str] | None = None, load: Callable[[str], Subcommand] = load) -> int:
+    """Run the command line `argv` (without the program's name) and return the exit code. `load` finds a subcommand."""
     prepare()
     words = list(sys.argv[1:] if argv is None else argv)
     failure = EXIT_UNCOMPARED if words[:1] == ["verify"] else EXIT_FAILURE
     try:
-        code = _dispatch(words)
+        code = _dispatch(words, load)
         flush_output()
     except UsageError as error:
         return _say(str(error), EXIT_USAGE)
@@ -109,12 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def load(name: str) -> Subcommand:
-    """The module of subcommand `name`, imported now."""
-    return cast(Subcommand, importlib.import_module(SUBCOMMANDS[name][0]))
-
-
-def _dispatch(argv: list[str]) -> int:
+def _dispatch(argv: list[str], load: Callable[[str], Subcommand]) -> int:
     if not argv:
         raise UsageError("no subcommand; try 'nbdshard --help'")
     name, words = argv[0], argv[1:]

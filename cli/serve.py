@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from nbdshard.cli.grammar import Parser, UsageError, count_between, without_logins
 from nbdshard.common import logs
 from nbdshard.common.limits import SERVED_CONNECTIONS_MAX, SERVER_PROCESSES_MAX
 from nbdshard.common.nbd.constants import PORT_DEFAULT
+
+if TYPE_CHECKING:
+    from nbdshard.server.extensions import Extensions
 
 USAGE: Final = "nbdshard serve [-e NAME DRIVER CONN ...] [--config FILE] [OPTIONS]"
 EPILOG: Final = """\
@@ -73,8 +78,8 @@ def build_parser(prog: str) -> Parser:
     return parser
 
 
-def run(args: Namespace) -> int:
-    """Serve until a signal comes. Raises UsageError and UserError."""
+def run(args: Namespace, extensions: Extensions | None = None) -> int:
+    """Serve until a signal comes. Raises UsageError and UserError. `extensions`: see cli/extended.py."""
     if args.operands:
         what = f"one word too many: {without_logins(args.operands[0])!r}"
         raise UsageError(what, advice="an export is -e NAME DRIVER CONN")
@@ -83,7 +88,8 @@ def run(args: Namespace) -> int:
     from nbdshard.cli.serve_settings import settings_of
     from nbdshard.cli.serving import serve
 
-    return serve(settings_of(args))
+    settings = settings_of(args)
+    return serve(settings if extensions is None else replace(settings, extensions=extensions))
 
 
 def _hide_logins(words: list[str]) -> None:

@@ -20,6 +20,7 @@ from nbdshard.common.nbd.constants import PORT_DEFAULT
 from nbdshard.common.secret_files import check_private, read_text
 from nbdshard.server.chain import Wanted
 from nbdshard.server.credentials import Credentials, credentials_of, load_credentials, of_environment
+from nbdshard.server.extensions import NOTHING, Extensions
 
 Place = tuple[str, int]  # host ("": every address) and port
 _Table = TypeVar("_Table", bound=msgspec.Struct)
@@ -68,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True):
     processes: int
     pid_file: str | None
     level: logs.Level
+    extensions: Extensions = NOTHING
 
 
 def settings_of(args: Namespace) -> Settings:

@@ -22,7 +22,7 @@ from nbdshard.common.limits import SERVED_CONNECTIONS_MAX
 from nbdshard.common.nbd.constants import PORT_DEFAULT
 from nbdshard.common.signals import SignalWatch
 from nbdshard.server.chain import not_shared, open_exports
-from nbdshard.server.exports import Exports
+from nbdshard.server.exports import Exported, Exports
 from nbdshard.server.listening import addresses, inherited, listen_tcp, listen_unix
 from nbdshard.server.notifying import notify
 from nbdshard.server.orders import Orders, SignalOrders
@@ -46,7 +46,7 @@ def serve(settings: Settings) -> int:
         if settings.processes > 1:
             return _serve_in_processes(settings, watch, stack, places)
         ending = threading.Event()
-        opened = open_exports(settings.exports, ending)
+        opened = _open(settings, ending)
         try:
             sockets = _listen(settings, stack)
             _be_ready(settings, stack, sockets)
@@ -55,15 +55,16 @@ def serve(settings: Settings) -> int:
                 exported.backend.close()
             raise
         exports = Exports(opened, uuid.uuid4())
-        return Service(exports, sockets.of_processes[0], places, SignalOrders(watch), ending).run()
+        protocol = settings.extensions.protocol
+        return Service(exports, sockets.of_processes[0], places, SignalOrders(watch), ending, protocol=protocol).run()
 
 
 def _serve_in_processes(settings: Settings, watch: SignalWatch, stack: ExitStack, places: Places) -> int:
     for wanted in settings.exports:
-        if parts := not_shared(wanted):
+        if parts := not_shared(wanted, settings.extensions.drivers, settings.extensions.layers):
             where, advice = f"export {wanted.name!r}", "--processes is for raw files and what keeps nothing"
             raise UserError(f"processes cannot share {', '.join(parts)}", where, advice)
-    for exported in open_exports(settings.exports, threading.Event()).values():
+    for exported in _open(settings, threading.Event()).values():
         exported.backend.close()  # what is wrong is told here, once
     sockets = _listen(settings, stack)
     if not can_fork():
@@ -90,9 +91,13 @@ def _be_one_of_several(
 ) -> int:
     logs.set_up(f"serve {number}", settings.level)
     ending = threading.Event()
-    exports = Exports(open_exports(settings.exports, ending), life)
+    exports = Exports(_open(settings, ending), life)
     ready()
-    return Service(exports, listeners, places, orders, ending).run()
+    return Service(exports, listeners, places, orders, ending, protocol=settings.extensions.protocol).run()
+
+
+def _open(settings: Settings, ending: threading.Event) -> dict[str, Exported]:
+    return open_exports(settings.exports, ending, settings.extensions.drivers, settings.extensions.layers)
 
 
 def _connections_max(settings: Settings) -> int:

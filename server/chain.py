@@ -116,12 +116,14 @@ class _Chain(msgspec.Struct, frozen=True):
     parameters: Parameters
 
 
-def open_exports(wanted: Iterable[Wanted], ending: threading.Event) -> dict[str, Exported]:
+def open_exports(
+    wanted: Iterable[Wanted], ending: threading.Event, drivers: Drivers = DRIVERS, layers: Layers = LAYERS
+) -> dict[str, Exported]:
     """All of them, by name; none is left open where one cannot be opened. Raises UserError."""
     found: dict[str, Exported] = {}
     try:
         for each in wanted:
-            found[each.name] = open_export(each, ending)
+            found[each.name] = open_export(each, ending, drivers, layers)
     except BaseException:
         for exported in found.values():
             exported.backend.close()
@@ -129,11 +131,13 @@ def open_exports(wanted: Iterable[Wanted], ending: threading.Event) -> dict[str,
     return found
 
 
-def open_export(wanted: Wanted, ending: threading.Event) -> Exported:
+def open_export(
+    wanted: Wanted, ending: threading.Event, drivers: Drivers = DRIVERS, layers: Layers = LAYERS
+) -> Exported:
     """The export that is `wanted`, open. `ending`: as in Opening. Raises UserError, which names it."""
     with _naming(wanted):
         wanted = _without_login(wanted)
-        chain = _looked_up(wanted, DRIVERS, LAYERS)
+        chain = _looked_up(wanted, drivers, layers)
         hints, description = advice.hints_of(chain.parameters), advice.description_of(chain.parameters)
         return Exported(_opened(wanted, chain, ending), hints, description)
 
