@@ -288,3 +288,25 @@ CHUNKS_PAGE: Final = 4096  # of that list are kept together, a bit each
 CHUNK_BYTES_DEFAULT: Final = 4 * MIB
 VOLUME_CHUNK_BYTES_MIN: Final = 64 * KIB
 VOLUME_CHUNK_BYTES_MAX: Final = 64 * MIB
+
+# -- object stores -----------------------------------------------------------------------------------------------------
+OBJECT_CALL_SECONDS: Final = 12.0  # a call, its transfer included: two of them, a read and a put, within a request's 30
+OBJECT_CALL_SECONDS_MAX: Final = 30.0  # what a user may make of it: a lease is renewed within what it leaves of 60
+OBJECT_CONNECT_SECONDS: Final = 3.0
+OBJECT_RETRIES_MAX: Final = 2  # by obstore, of a connection that was closed in between, say ...
+OBJECT_RETRY_SECONDS: Final = 2.0  # ... begun this long after the first try at most
+OBJECT_READS_AT_ONCE: Final = 16  # of one store; writes have places of their own, so that reads never wait for them
+OBJECT_WRITES_AT_ONCE: Final = 16
+OBJECT_TRANSFER_BYTES_MAX: Final = 64 * MIB  # of chunks that are read, or written, at a time: fewer if they are larger
+OBJECT_WAIT_SECONDS: Final = 60.0  # for such a place: a net below every call's own time-out
+OBJECT_BYTES_MAX: Final = MIB  # of an object that is no chunk
+LISTING_PAUSE_SECONDS: Final = 5.0  # after a listing that failed
+LISTING_WAIT_SECONDS: Final = 5.0  # of a block status for the listing; then what is not known is called data
+VOLUME_LEASE_SECONDS: Final = 60.0  # without a word from a server, its volume may be taken over
+VOLUME_LEASE_RENEWAL_SECONDS: Final = 15.0
+VOLUME_LEASE_RETRY_SECONDS: Final = 3.0  # after a renewal that failed
+VOLUME_LEASE_SETTLE_SECONDS: Final = (
+    3.0  # where a store puts objects that are there: for another server's to come to light
+)
+VOLUME_LEASE_NOTE_BYTES_MAX: Final = 4096
+VOLUME_LEASE_TRIES_MAX: Final = 3  # to take a free volume, where others do the same

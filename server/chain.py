@@ -24,7 +24,6 @@ from nbdshard.server import advice
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.file import FileBackend
 from nbdshard.server.backends.memory import MemoryBackend
-from nbdshard.server.backends.sharded import ShardedBackend
 from nbdshard.server.conn import Conn, parse_conn
 from nbdshard.server.credentials import NOBODY, Credentials, take_login
 from nbdshard.server.exports import Exported
@@ -38,7 +37,7 @@ from nbdshard.server.opening import Keeping, Layer, Opener, Opening
 from nbdshard.server.parameters import Parameters
 from nbdshard.server.stores.base import Store
 from nbdshard.server.stores.file import FileStore
-from nbdshard.server.volumes import open_volume
+from nbdshard.server.volumes import Volume, open_volume
 
 ANY_EXPORT: Final = frozenset({"read-only"}) | advice.PARAMETERS  # parameters that every chain knows
 
@@ -90,12 +89,29 @@ def sharded(keeping: Keeping) -> Opener:
             if isinstance(error, OSError):
                 raise UserError(f"cannot be opened: {error.strerror}", opening.place) from None
             raise
-        return ShardedBackend(store, volume, read_only=opening.read_only)
+        return keeping.drive(store, volume, opening.read_only)
 
     return Opener(open_sharded, keeping.parameters | {"size", "chunk"})
 
 
-STORES: Final[Mapping[str, Keeping]] = MappingProxyType({"file": Keeping(_file_store)})  # of objects, for volumes
+def _cloud(scheme: str) -> Keeping:
+    def open_it(opening: Opening) -> Store:
+        from nbdshard.server.stores.clouds import open_store
+
+        return open_store(scheme, opening)
+
+    def drive(store: Store, volume: Volume, read_only: bool) -> Backend:
+        from nbdshard.server.stores.clouds import drive
+
+        return drive(store, volume, read_only)
+
+    return Keeping(open_it, _CLOUD, drive)
+
+
+_CLOUD: Final = frozenset({"timeout", "steal", "listing"})
+STORES: Final[Mapping[str, Keeping]] = MappingProxyType(  # of objects, for volumes
+    {"file": Keeping(_file_store), "s3": _cloud("s3"), "gs": _cloud("gs"), "az": _cloud("az")}
+)
 DRIVERS: Final[Drivers] = MappingProxyType(
     {
         "raw": MappingProxyType({"file": Opener(_raw_file, shared=True), "memory": Opener(_raw_memory)}),

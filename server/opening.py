@@ -8,9 +8,11 @@ from collections.abc import Callable
 import msgspec
 
 from nbdshard.server.backends.base import Backend
+from nbdshard.server.backends.sharded import ShardedBackend
 from nbdshard.server.credentials import NOBODY, Credentials
 from nbdshard.server.parameters import Parameters
 from nbdshard.server.stores.base import Store
+from nbdshard.server.volumes import Volume
 
 
 class Opening(msgspec.Struct, frozen=True):
@@ -40,11 +42,20 @@ class Opener(msgspec.Struct, frozen=True):
     shared: bool = False
 
 
+def drive(store: Store, volume: Volume, read_only: bool) -> Backend:
+    """The driver "sharded" as it is."""
+    return ShardedBackend(store, volume, read_only=read_only)
+
+
 class Keeping(msgspec.Struct, frozen=True):
-    """A store of objects, for drivers that cut an image into many: `open` raises UserError. `parameters`: as above."""
+    """A store of objects, for drivers that cut an image into many: `open` raises UserError. `parameters`: as above.
+
+    `drive`: the backend of a volume that was opened in it, where that takes more than the driver.
+    """
 
     open: Callable[[Opening], Store]
     parameters: frozenset[str] = frozenset()
+    drive: Callable[[Store, Volume, bool], Backend] = drive
 
 
 class Layer(msgspec.Struct, frozen=True):

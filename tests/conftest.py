@@ -8,11 +8,15 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from support import processes
 from support.waiting import wait_for
+
+if TYPE_CHECKING:
+    from support.s3 import S3
 
 SEED_VARIABLE = "NBDSHARD_SEED"
 LEAK_SECONDS = 30.0
@@ -97,3 +101,12 @@ def _await_gone(what: str, leaked: Callable[[], dict[int, str]]) -> None:
         wait_for(f"leaked {what} to go", lambda: not leaked(), LEAK_SECONDS)
     except TimeoutError:
         pytest.fail(f"leaked {what}: {leaked()}")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """A store in memory, for all tests of a run: each has a prefix of its own in it."""
+    from support.s3 import moto  # which imports what other tests do not need
+
+    with moto() as found:
+        yield found

@@ -1,0 +1,78 @@
+"""One request over several chunks, as several that are carried out side by side: for stores where each takes its time.
+
+It is no layer that a user names: the openers of such stores put it in front of the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from nbdshard.common.limits import CHUNKS_WALKED_MAX, OBJECT_READS_AT_ONCE, OBJECT_WRITES_AT_ONCE
+from nbdshard.common.nbd.extents import Extents
+from nbdshard.common.ranges import Range
+from nbdshard.server.backends.base import Backend
+from nbdshard.server.device import Hole
+from nbdshard.server.layers.base import Passing
+
+_Result = TypeVar("_Result")
+
+
+class Spread(Passing):
+    """Cuts requests at multiples of `chunk_bytes`. Reads have threads of their own: no write holds them up."""
+
+    def __init__(self, below: Backend, chunk_bytes: int) -> None:
+        super().__init__(below)
+        self._chunk_bytes = chunk_bytes
+        self._readers = ThreadPoolExecutor(OBJECT_READS_AT_ONCE, "reads")
+        self._writers = ThreadPoolExecutor(OBJECT_WRITES_AT_ONCE, "writes")
+
+    @property
+    def block_size(self) -> int:
+        return self._chunk_bytes
+
+    def read(self, where: Range) -> Sequence[memoryview | bytes | Hole]:
+        found = self._each(self._readers, self.below.read, where)
+        return [part for parts in found for part in parts]
+
+    def write(self, where: Range, data: memoryview) -> None:
+        def write(part: Range) -> None:
+            self.below.write(part, data[part.start - where.start : part.end - where.start])
+
+        self._each(self._writers, write, where)
+
+    def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
+        def zero(part: Range) -> None:
+            self.below.zero(part, may_punch=may_punch, fast=fast)
+
+        self._each(self._writers, zero, where)
+
+    def trim(self, where: Range) -> None:
+        self._each(self._writers, self.below.trim, where)
+
+    def extents(self, where: Range) -> Extents:
+        """Of few chunks at a time: the driver asks for each, instead of listing all while a client waits."""
+        end = (where.start // self._chunk_bytes + CHUNKS_WALKED_MAX) * self._chunk_bytes
+        return self.below.extents(Range(where.start, min(where.end, end)))
+
+    def close(self) -> None:
+        for pool in (self._readers, self._writers):
+            pool.shutdown()
+        super().close()
+
+    def _each(self, pool: ThreadPoolExecutor, call: Callable[[Range], _Result], where: Range) -> list[_Result]:
+        """What `call` gives for each part, all of which are over when this is. Raises what the first one raised."""
+        parts = list(self._parts(where))
+        if len(parts) == 1:
+            return [call(where)]
+        tasks: list[Future[_Result]] = [pool.submit(call, part) for part in parts]
+        wait(tasks)
+        return [task.result() for task in tasks]
+
+    def _parts(self, where: Range) -> Iterator[Range]:
+        at = where.start
+        while at < where.end:
+            end = min(where.end, (at // self._chunk_bytes + 1) * self._chunk_bytes)
+            yield Range(at, end)
+            at = end

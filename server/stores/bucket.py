@@ -1,0 +1,153 @@
+"""The calls that are made of an object store, by obstore: one try each with few repeats, in bounded time.
+
+obstore itself would try for three minutes. How patient to be is for the layer `retry` to say; here only what a network
+does all the time is tried again at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+import msgspec
+import obstore
+from obstore.store import ObjectStore as Client
+
+from nbdshard.common.limits import OBJECT_CONNECT_SECONDS, OBJECT_RETRIES_MAX, OBJECT_RETRY_SECONDS
+from nbdshard.common.ranges import Range
+from nbdshard.server.stores.object_errors import is_beyond_the_end, is_missing, is_taken, told
+
+if TYPE_CHECKING:  # obstore has these as stubs only
+    from obstore.store import ClientConfig, RetryConfig
+
+
+def client_options(seconds: float, *, plain: bool) -> ClientConfig:
+    """For a store whose calls may take `seconds` each; `plain`: over HTTP without TLS."""
+    return {
+        "timeout": timedelta(seconds=seconds),
+        "connect_timeout": timedelta(seconds=min(seconds, OBJECT_CONNECT_SECONDS)),
+        "allow_http": plain,
+    }
+
+
+def retry_config() -> RetryConfig:
+    """What is tried again below us, and for how long."""
+    return {"max_retries": OBJECT_RETRIES_MAX, "retry_timeout": timedelta(seconds=OBJECT_RETRY_SECONDS)}
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What a range of an object holds, the whole object's size, and when it was put, by the store's clock."""
+
+    data: bytes
+    size: int
+    modified: datetime | None
+
+
+class Bucket:
+    """The objects below one prefix. Every error is an OSError that says what was done, and nothing secret.
+
+    `call_seconds`: how long a call may take, repeats included.
+    """
+
+    def __init__(self, client: Client, call_seconds: float) -> None:
+        self._client: Client | None = client
+        self.call_seconds = call_seconds
+
+    def close(self) -> None:
+        """Let go of its connections, when nothing is under way any more. Nothing is asked after that."""
+        self._client = None
+
+    def _open(self) -> Client:
+        if self._client is None:
+            raise OSError(errno.EIO, "the object store is closed")
+        return self._client
+
+    def get(self, key: str, where: Range) -> Found | None:
+        """What of `where` the object has; None where there is none."""
+        doing = f"reading {key}"
+        try:
+            result = obstore.get(self._open(), key, options={"range": (where.start, where.end)})
+            found = Found(bytes(result.bytes()), result.meta["size"], result.meta["last_modified"])
+        except Exception as error:
+            if is_missing(error):
+                return None
+            if is_beyond_the_end(error):
+                return self._nothing_of(key)
+            raise _told(error, doing) from None
+        if len(found.data) != min(found.size, where.end) - where.start:
+            raise OSError(errno.EIO, f"{doing}: the object store answered with another length")
+        return found
+
+    def _nothing_of(self, key: str) -> Found | None:
+        try:
+            found = obstore.head(self._open(), key)
+        except FileNotFoundError:  # it was there a moment ago
+            return None
+        except Exception as error:
+            raise _told(error, f"reading {key}") from None
+        return Found(b"", found["size"], found["last_modified"])
+
+    def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
+        """Make it the object, whole or not at all."""
+        with _telling(f"writing {key}"):
+            obstore.put(self._open(), key, data, use_multipart=False)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Make it the object unless there is one; whether that was done."""
+        try:
+            obstore.put(self._open(), key, data, mode="create", use_multipart=False)
+        except Exception as error:
+            if is_taken(error):
+                return False
+            raise _told(error, f"writing {key}") from None
+        return True
+
+    def upload(self, key: str, parts: Iterator[bytes], part_bytes: int, at_once: int) -> None:
+        """Put an object in parts, of which `at_once` are on their way; it is there when the last one is."""
+        failed: list[BaseException] = []
+        with _telling(f"writing {key}", failed):
+            pieces = _keeping(parts, failed)
+            obstore.put(self._open(), key, pieces, use_multipart=True, chunk_size=part_bytes, max_concurrency=at_once)
+
+    def delete(self, key: str) -> None:
+        """Remove the object; nothing happens where there is none."""
+        try:
+            obstore.delete(self._open(), key)
+        except Exception as error:
+            if not is_missing(error):
+                raise _told(error, f"deleting {key}") from None
+
+    def stored(self, after: str, is_wanted: Callable[[str], bool]) -> Iterator[list[tuple[str, int]]]:
+        """Pages of keys and sizes behind `after`, in the order of the keys' bytes, until one is not wanted."""
+        with _telling("listing objects"):
+            for page in obstore.list(self._open(), offset=after or None, chunk_size=1000):
+                wanted = [(each["path"], each["size"]) for each in page if is_wanted(each["path"])]
+                yield wanted
+                if len(wanted) < len(page):
+                    return
+
+
+@contextlib.contextmanager
+def _telling(doing: str, failed: list[BaseException] | None = None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if failed:
+            raise failed[0] from None
+        raise _told(error, doing) from None
+
+
+def _told(error: Exception, doing: str) -> OSError:
+    return error if isinstance(error, OSError) and error.errno else told(error, doing)
+
+
+def _keeping(parts: Iterator[bytes], failed: list[BaseException]) -> Iterator[bytes]:
+    """`parts`, with what goes wrong in them kept: obstore would make a text of it."""
+    try:
+        yield from parts
+    except Exception as error:
+        failed.append(error)
+        raise

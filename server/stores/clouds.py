@@ -1,0 +1,173 @@
+"""Where a volume in the cloud is, and the drivers over it: `s3:`, `gs:` and `az:`.
+
+::
+
+    s3:http://host:9000/bucket/prefix     a server of one's own, by path
+    s3:bucket/prefix                      AWS, or what AWS_ENDPOINT_URL says
+    gs:bucket/prefix
+    az:container/prefix                   of the account that is part of the credentials
+
+What logs in comes from a file, the environment or the CONN (`server/credentials.py`). Where there is nothing of ours,
+obstore looks further: for the role of a machine, say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, cast
+
+import msgspec
+from obstore.store import AzureStore, GCSStore, S3Store
+from obstore.store import ObjectStore as Client
+
+from nbdshard.common import logs
+from nbdshard.common.errors import UserError
+from nbdshard.common.limits import OBJECT_CALL_SECONDS, OBJECT_CALL_SECONDS_MAX, OBJECT_RETRY_SECONDS
+from nbdshard.server.backends.base import Backend
+from nbdshard.server.backends.sharded import ShardedBackend
+from nbdshard.server.credentials import Credentials, of_environment
+from nbdshard.server.layers.spread import Spread
+from nbdshard.server.opening import Opening
+from nbdshard.server.stores.base import Store
+from nbdshard.server.stores.bucket import Bucket, client_options, retry_config
+from nbdshard.server.stores.objects import ObjectStore
+from nbdshard.server.volumes import Volume
+
+if TYPE_CHECKING:  # obstore has these as stubs only
+    from obstore.store import AzureConfig, GCSConfig, S3Config, S3Credential
+
+_URL: Final = re.compile(r"(https?)://([^/]+)(?:/(.*))?")
+_AWS_PLACE: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_AWS_REGION: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
+
+
+class Place(msgspec.Struct, frozen=True):
+    """`endpoint`: where a store of one's own is, "" elsewhere; `bucket` and `prefix` in it."""
+
+    endpoint: str
+    bucket: str
+    prefix: str
+
+
+def parse_place(place: str) -> Place:
+    """What stands behind `s3:`, `gs:` or `az:`. Raises UserError."""
+    endpoint, rest = "", place
+    if "://" in place:
+        match = _URL.fullmatch(place)
+        if match is None:
+            raise UserError("http://HOST:PORT/BUCKET/PREFIX is expected", place)
+        endpoint, rest = f"{match[1]}://{match[2]}", match[3] or ""
+    bucket, _, prefix = rest.partition("/")
+    if not bucket:
+        raise UserError("no bucket is named", place)
+    words = [word for word in prefix.split("/") if word]
+    if any(word in (".", "..") for word in words):
+        raise UserError("a prefix with . or .. in it", place)
+    return Place(endpoint, bucket, "/".join(words))
+
+
+def open_store(scheme: str, opening: Opening) -> ObjectStore:
+    """A store of chunks. Nothing is asked of it yet. Raises UserError."""
+    return ObjectStore(
+        open_bucket(scheme, opening),
+        read_only=opening.read_only,
+        steal=opening.parameters.flag("steal"),
+        can_list=opening.parameters.choice("listing", ("yes", "no"), "yes") == "yes",
+    )
+
+
+def drive(store: Store, volume: Volume, read_only: bool) -> Backend:
+    """`volume` in a store that was opened here."""
+    assert isinstance(store, ObjectStore)
+    store.track(volume)
+    return Spread(ShardedBackend(store, volume, read_only=read_only), volume.chunk_bytes)
+
+
+def open_bucket(scheme: str, opening: Opening) -> Bucket:
+    """The bucket that `opening` names. Nothing is asked of it yet. Raises UserError."""
+    place = parse_place(opening.place)
+    seconds = opening.parameters.seconds("timeout") or OBJECT_CALL_SECONDS
+    where = f"{scheme}:{opening.place}"
+    if not 1 <= seconds <= OBJECT_CALL_SECONDS_MAX:
+        raise UserError(f"timeout={seconds:g}s: 1s to {OBJECT_CALL_SECONDS_MAX:g}s is expected", where)
+    try:
+        client = _CLIENTS[scheme](place, opening.credentials, seconds)
+    except UserError as error:
+        raise UserError(str(error), where) from None
+    except Exception as error:  # obstore's own kinds, which name what is missing; a secret would not be
+        raise UserError(logs.printable(str(error).partition("\n")[0]), where) from None
+    return Bucket(client, seconds + OBJECT_RETRY_SECONDS)
+
+
+def _s3(place: Place, credentials: Credentials, seconds: float) -> Client:
+    variables = credentials.variables or of_environment().variables
+    endpoint = place.endpoint or _first(variables, _AWS_PLACE)
+    config: S3Config = {"region": _first(variables, _AWS_REGION) or "us-east-1"}
+    if endpoint:
+        config["endpoint"] = endpoint
+    user, password = credentials.user, credentials.password
+    token = None
+    if not user:
+        user, password = variables.get("AWS_ACCESS_KEY_ID", ""), variables.get("AWS_SECRET_ACCESS_KEY", "")
+        token = variables.get("AWS_SESSION_TOKEN")
+    if user and not password:
+        raise UserError("there is a key's id and not its secret", advice="AWS_SECRET_ACCESS_KEY is to be set, too")
+    if endpoint and not user and variables.get("AWS_SKIP_SIGNATURE") != "true":
+        raise UserError("no credentials are given", advice="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are to be set")
+    # A provider, because obstore would add what it finds in the environment: the token of another account.
+    given: S3Credential = {
+        "access_key_id": user,
+        "secret_access_key": password,
+        "token": token,
+        "expires_at": None,
+    }
+    return S3Store(
+        place.bucket,
+        prefix=place.prefix or None,
+        config=config,
+        client_options=client_options(seconds, plain=endpoint.startswith("http://")),
+        retry_config=retry_config(),
+        credential_provider=(lambda: given) if user else None,
+    )
+
+
+def _gs(place: Place, credentials: Credentials, seconds: float) -> Client:
+    if credentials.user:
+        raise UserError("a login in the CONN is of no use here", advice="GOOGLE_APPLICATION_CREDENTIALS is to be set")
+    config = cast("GCSConfig", _known(credentials.variables, "GOOGLE_"))
+    if place.endpoint:
+        config["google_base_url"] = place.endpoint  # type: ignore[typeddict-unknown-key]
+    return GCSStore(
+        place.bucket,
+        prefix=place.prefix or None,
+        config=config,
+        client_options=client_options(seconds, plain=place.endpoint.startswith("http://")),
+        retry_config=retry_config(),
+    )
+
+
+def _az(place: Place, credentials: Credentials, seconds: float) -> Client:
+    config = cast("AzureConfig", _known(credentials.variables, "AZURE_"))
+    if credentials.user:
+        config = {"account_name": credentials.user, "account_key": credentials.password}
+    if place.endpoint:
+        config["endpoint"] = place.endpoint
+    return AzureStore(
+        place.bucket,
+        prefix=place.prefix or None,
+        config=config,
+        client_options=client_options(seconds, plain=place.endpoint.startswith("http://")),
+        retry_config=retry_config(),
+    )
+
+
+_CLIENTS: Final[Mapping[str, Callable[[Place, Credentials, float], Client]]] = {"s3": _s3, "gs": _gs, "az": _az}
+
+
+def _known(variables: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {name.lower(): text for name, text in variables.items() if name.startswith(prefix)}
+
+
+def _first(variables: Mapping[str, str], names: tuple[str, ...]) -> str:
+    return next((variables[name] for name in names if variables.get(name)), "")
