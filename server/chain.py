@@ -27,6 +27,7 @@ from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.conn import Conn, parse_conn
 from nbdshard.server.credentials import NOBODY, Credentials, take_login
 from nbdshard.server.exports import Exported
+from nbdshard.server.layers.cow import LAYER as COW
 from nbdshard.server.layers.delay import LAYER as DELAY
 from nbdshard.server.layers.error import LAYER as ERROR
 from nbdshard.server.layers.log import LAYER as LOG
@@ -119,7 +120,7 @@ DRIVERS: Final[Drivers] = MappingProxyType(
     }
 )
 LAYERS: Final[Layers] = MappingProxyType(
-    {"delay": DELAY, "error": ERROR, "retry": RETRY, "log": LOG, "rate": RATE, "stats": STATS}
+    {"cow": COW, "delay": DELAY, "error": ERROR, "retry": RETRY, "log": LOG, "rate": RATE, "stats": STATS}
 )
 
 

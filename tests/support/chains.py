@@ -60,6 +60,9 @@ STORES: Mapping[str, Chain] = {
 # Layers over each of them: what stands before a CONN, and the parameters behind it.
 LAYERS: Mapping[str, tuple[str, str]] = {
     "delay": ("delay:", "delay=1ms"),
+    "cow": ("cow:", ""),
+    "cow kept": ("cow:", "overlay={folder}/overlay"),
+    "cow of cow": ("cow:cow:", ""),
     "rate": ("rate:", "rate=1G"),
     "log": ("log:", "log={folder}/log"),
     "stats": ("stats:", "stats={folder}/stats"),

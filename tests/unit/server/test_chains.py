@@ -17,8 +17,8 @@ from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.chain import Wanted, open_backend
-from nbdshard.server.device import Hole
 from support import images
+from support.backends import content_of
 from support.chains import CHAINS, SIZE, Chain
 from support.lots import Lots, Request
 
@@ -37,11 +37,6 @@ def opened(chain: Chain, folder: Path) -> Iterator[Backend]:
             backend.close()
 
 
-def content(backend: Backend, where: Range) -> bytes:
-    parts = backend.read(where)
-    return b"".join(bytes(part.length) if isinstance(part, Hole) else part for part in parts)
-
-
 def carry_out(backend: Backend, request: Request) -> object:
     """What Lots.done is to be told. Raises OSError."""
     if request.kind == "flush":
@@ -58,7 +53,7 @@ def carry_out(backend: Backend, request: Request) -> object:
         case "extents":
             answer = [(piece.length, flags) for piece, flags in backend.extents(where)]
         case _:
-            return content(backend, where)
+            return content_of(backend, where)
     if request.fua:
         backend.flush()
     return answer
@@ -92,7 +87,7 @@ def test_calls_of_many_threads_leave_what_a_reference_holds(chain: Chain, seed: 
 
         for thread in [pool.submit(work) for _ in range(THREADS)]:
             thread.result()
-        assert content(backend, Range(0, SIZE)) == lots.reference
+        assert content_of(backend, Range(0, SIZE)) == lots.reference
 
 
 def offsets() -> st.SearchStrategy[int]:
@@ -122,4 +117,4 @@ def test_any_calls_leave_what_a_reference_holds(chain: Chain, asked: list[Reques
         lots = fresh(backend, 0)
         for request in asked:
             see_through(backend, lots, request)
-        assert content(backend, Range(0, SIZE)) == lots.reference
+        assert content_of(backend, Range(0, SIZE)) == lots.reference
