@@ -62,12 +62,13 @@ def offer(name: str, size: int, flags: TransmissionFlag = TransmissionFlag.READ_
 def carry_out(handle_request: HandleRequest, request: Request) -> Answer:
     """Call `handle_request`; what to answer: call it with the session's device. Never raises."""
     try:
-        return _answer(request, handle_request(request))
+        return answer_to(request, handle_request(request))
     except Exception as error:
         return failure(request, error)
 
 
-def _answer(request: Request, result: Result) -> Answer:
+def answer_to(request: Request, result: Result) -> Answer:
+    """The answer where `handle_request` has returned `result`. Raises BugError where it does not fit the request."""
     if request.command == Command.BLOCK_STATUS:
         extents = [(Range.of(request.offset, request.length), 0)] if result is None else cast(Extents, result)
         if not extents or extents[0][0].start != request.offset:

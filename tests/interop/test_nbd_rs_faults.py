@@ -21,7 +21,7 @@ from support import images
 from support.command import EXECUTABLE, nbdshard
 from support.images import MIB
 from support.nbd_blocking import Connection, connect, negotiate, reset
-from support.served import NAME, serving, still_serves, tool
+from support.served import NAME, NBDSH, serving, still_serves, tool
 
 CHUNK = 64 << 10
 DISK = Wishes(NAME)
@@ -135,7 +135,7 @@ def test_nbd_rs_6_errors_of_trim_and_flush_reach_the_client() -> None:
             f"try:\n    {call}\nexcept nbd.Error as error:\n    assert error.errno == {name!r}\nelse:\n    assert False"
             for call, name in (("h.trim(4096, 0)", "ENOSPC"), ("h.flush()", "EIO"))
         )
-        tool("/usr/bin/python3", "-m", "nbd", "-u", served.uri(), "-c", "import nbd\n" + script)
+        tool(*NBDSH, "-u", served.uri(), "-c", "import nbd\n" + script)
 
 
 # -- 8: One client at a time.
@@ -171,7 +171,7 @@ h.block_status(4096, 0, lambda context, *_: told.append(context))
 assert told == ['base:allocation'], told
 """
     with serving("memory:1M") as served:
-        tool("/usr/bin/python3", "-m", "nbd", "-c", f"URI = {served.uri()!r}", "-c", script)
+        tool(*NBDSH, "-c", f"URI = {served.uri()!r}", "-c", script)
 
 
 # -- 10: A missing --export panics; so does a sudden disconnect. (For `raw s3:` see the tests of object stores.)

@@ -13,9 +13,8 @@ import pytest
 from support import images
 from support.command import nbdshard
 from support.images import MIB
-from support.served import NAME, SERVED_SIZE, Served, serving, tool
+from support.served import NAME, NBDSH, SERVED_SIZE, Served, serving, tool
 
-NBDSH = ("/usr/bin/python3", "-m", "nbd")  # what nbdsh starts; another Python may come first in PATH, without libnbd
 FIO_HAS_NBD = "nbd" in subprocess.run(["fio", "--enghelp"], capture_output=True, text=True, check=True).stdout.split()
 
 

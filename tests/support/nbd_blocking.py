@@ -8,8 +8,10 @@ import struct
 from pathlib import Path
 
 from nbdshard.common.nbd.client import Client, Done
+from nbdshard.common.nbd.commands import COMMANDS, CommandTable
 from nbdshard.common.nbd.connecter import Connecter, Event, Goal, Listed, Negotiated, Wishes
 from nbdshard.common.nbd.export import Export
+from nbdshard.common.nbd.options import OPTIONS, OptionTable
 from nbdshard.common.nbd.payload import in_memory
 from nbdshard.common.ranges import Range
 
@@ -29,9 +31,11 @@ def reset(peer: socket.socket) -> None:
     peer.close()
 
 
-def negotiate(peer: socket.socket, wishes: Wishes, name: str = "server") -> tuple[Connecter, list[Event]]:
+def negotiate(
+    peer: socket.socket, wishes: Wishes, name: str = "server", options: OptionTable = OPTIONS
+) -> tuple[Connecter, list[Event]]:
     """Run a connecter until it is done; errors come through."""
-    connecter = Connecter(wishes, name)
+    connecter = Connecter(wishes, name, options=options)
     events: list[Event] = []
     while not connecter.done:
         for data in connecter.data_to_send():
@@ -47,16 +51,23 @@ def negotiate(peer: socket.socket, wishes: Wishes, name: str = "server") -> tupl
 class Connection:
     """A negotiated connection; every method waits for its reply."""
 
-    def __init__(self, path: Path, wishes: Wishes | None = None, handles: int = 16) -> None:
+    def __init__(
+        self,
+        path: Path,
+        wishes: Wishes | None = None,
+        handles: int = 16,
+        options: OptionTable = OPTIONS,
+        commands: CommandTable = COMMANDS,
+    ) -> None:
         self.socket = connect(path)
         try:
-            _, (event,) = negotiate(self.socket, wishes or Wishes())
+            self.connecter, (event,) = negotiate(self.socket, wishes or Wishes(), options=options)
         except BaseException:
             self.socket.close()
             raise
         assert isinstance(event, Negotiated)
         self.export: Export = event.export
-        self.client = Client(event.export, "server", handles)
+        self.client = Client(event.export, "server", handles, commands=commands)
 
     def run(self) -> list[Done]:
         """Send what is queued and receive until nothing is pending."""

@@ -18,6 +18,7 @@ from support.waiting import wait_for
 NAME = "disk"
 SERVED_SIZE = 16 << 20  # of what the fixture `served` exports
 TOOL_SECONDS = 60.0
+NBDSH = ("/usr/bin/python3", "-m", "nbd")  # what nbdsh starts; another Python may come first in PATH, without libnbd
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
-"""A server of one function, and clients that nobody here wrote."""
+"""A server of one function: what it returns or raises is the answer. Others' clients: interop/test_extending.py."""
 
 from __future__ import annotations
 
 import errno
-import json
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,21 +61,6 @@ def in_memory() -> HandleRequest:
         return None
 
     return handle_request
-
-
-def test_a_function_is_all_that_nbdcopy_and_nbdinfo_need(tmp_path: Path) -> None:
-    (tmp_path / "image").write_bytes(b"data" * (MIB // 8) + bytes(MIB // 2))
-    with served(DISK, in_memory()) as path:
-        uri = f"nbd+unix:///disk?socket={path}"
-        listed = subprocess.run(
-            ["nbdinfo", "--json", "--list", f"nbd+unix:///?socket={path}"], capture_output=True, check=True, timeout=60
-        )
-        (export,) = json.loads(listed.stdout)["exports"]
-        assert (export["export-name"], export["export-size"]) == ("disk", MIB)
-        assert (export["can_flush"], export["can_trim"], export["is_read_only"]) == (True, False, False)
-        for words in ((tmp_path / "image", uri), (uri, tmp_path / "back")):
-            subprocess.run(["nbdcopy", *map(str, words)], check=True, timeout=60)
-    assert (tmp_path / "back").read_bytes() == (tmp_path / "image").read_bytes()
 
 
 def test_what_is_returned_is_the_answer() -> None:
