@@ -21,6 +21,7 @@ from nbdshard.common.errors import BugError, UserError
 from nbdshard.common.limits import SERVED_CONNECTIONS_MAX
 from nbdshard.common.nbd.constants import PORT_DEFAULT
 from nbdshard.common.signals import SignalWatch
+from nbdshard.server import claims
 from nbdshard.server.chain import not_shared, open_exports
 from nbdshard.server.exports import Exported, Exports
 from nbdshard.server.listening import addresses, inherited, listen_tcp, listen_unix
@@ -64,8 +65,7 @@ def _serve_in_processes(settings: Settings, watch: SignalWatch, stack: ExitStack
         if parts := not_shared(wanted, settings.extensions.drivers, settings.extensions.layers):
             where, advice = f"export {wanted.name!r}", "--processes is for raw files and what keeps nothing"
             raise UserError(f"processes cannot share {', '.join(parts)}", where, advice)
-    for exported in _open(settings, threading.Event()).values():
-        exported.backend.close()  # what is wrong is told here, once
+    _open(settings, threading.Event())  # what is wrong is told here, once; and they are claimed for all
     sockets = _listen(settings, stack)
     if not can_fork():
         raise BugError("there are threads before the processes are made")
@@ -73,7 +73,7 @@ def _serve_in_processes(settings: Settings, watch: SignalWatch, stack: ExitStack
     bodies: list[tuple[Serve, Collection[int]]] = []
     for number, ours in enumerate(sockets.of_processes, start=1):
         body = functools.partial(_be_one_of_several, settings, number, ours, places, life)
-        bodies.append((body, [*places.descriptors, *(sock.fileno() for sock in ours)]))
+        bodies.append((body, [*claims.descriptors(), *places.descriptors, *(sock.fileno() for sock in ours)]))
     processes = Processes(bodies)
     for sock in {sock for ours in sockets.of_processes for sock in ours}:
         sock.close()
@@ -90,6 +90,7 @@ def _be_one_of_several(
     ready: Ready,
 ) -> int:
     logs.set_up(f"serve {number}", settings.level)
+    claims.inherit()
     ending = threading.Event()
     exports = Exports(_open(settings, ending), life)
     ready()

@@ -27,13 +27,13 @@ class Claim:
 
     def __init__(self, number: int) -> None:
         self.identity = _identity(os.fstat(number))
-        self._number = number
+        self.number = number
         _held.append(self)
 
     def close(self) -> None:
         """Give it up."""
         _held.remove(self)
-        os.close(self._number)
+        os.close(self.number)
 
 
 def claim(path: Path, *, alone: bool) -> Claim:
@@ -56,6 +56,11 @@ def claim(path: Path, *, alone: bool) -> Claim:
                 raise UserError("is in use by another nbdshard serve", str(path), "a writer has it alone") from None
             raise
         return Claim(number)
+
+
+def descriptors() -> list[int]:
+    """Those of all claims of this process, which one that is forked needs to have them, too."""
+    return [held.number for held in _held]
 
 
 def inherit() -> None:
