@@ -18,10 +18,11 @@ from nbdshard.common.ranges import Range
 SECONDS = 10.0  # for any one receive or send
 
 
-def connect(path: Path) -> socket.socket:
-    peer = socket.socket(socket.AF_UNIX)
+def connect(where: Path | tuple[str, int]) -> socket.socket:
+    """To a unix socket, or to a host and port."""
+    peer = socket.socket(socket.AF_UNIX if isinstance(where, Path) else socket.AF_INET)
     peer.settimeout(SECONDS)
-    peer.connect(str(path))
+    peer.connect(str(where) if isinstance(where, Path) else where)
     return peer
 
 
@@ -53,13 +54,13 @@ class Connection:
 
     def __init__(
         self,
-        path: Path,
+        where: Path | tuple[str, int],
         wishes: Wishes | None = None,
         handles: int = 16,
         options: OptionTable = OPTIONS,
         commands: CommandTable = COMMANDS,
     ) -> None:
-        self.socket = connect(path)
+        self.socket = connect(where)
         try:
             self.connecter, (event,) = negotiate(self.socket, wishes or Wishes(), options=options)
         except BaseException:
