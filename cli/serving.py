@@ -65,7 +65,7 @@ def _serve_in_processes(settings: Settings, watch: SignalWatch, stack: ExitStack
         if parts := not_shared(wanted, settings.extensions.drivers, settings.extensions.layers):
             where, advice = f"export {wanted.name!r}", "--processes is for raw files and what keeps nothing"
             raise UserError(f"processes cannot share {', '.join(parts)}", where, advice)
-    _open(settings, threading.Event())  # what is wrong is told here, once; and they are claimed for all
+    claimed = _open(settings, threading.Event())  # what is wrong is told here, once; and all have the claims together
     sockets = _listen(settings, stack)
     if not can_fork():
         raise BugError("there are threads before the processes are made")
@@ -77,7 +77,9 @@ def _serve_in_processes(settings: Settings, watch: SignalWatch, stack: ExitStack
     processes = Processes(bodies)
     for sock in {sock for ours in sockets.of_processes for sock in ours}:
         sock.close()
-    return processes.run(SignalOrders(watch), functools.partial(_be_ready, settings, stack, sockets))
+    status = processes.run(SignalOrders(watch), functools.partial(_be_ready, settings, stack, sockets))
+    del claimed  # nothing is asked of them here: not even to be closed, which a layer may have something to say about
+    return status
 
 
 def _be_one_of_several(

@@ -19,6 +19,11 @@ class Places:
         """To be kept by a process that is forked."""
         return self._read, self._write
 
+    def close(self) -> None:
+        """For a process that goes on when nobody is connected any more."""
+        os.close(self._read)
+        os.close(self._write)
+
     def take(self) -> bool:
         """Whether there was a place; then it is taken."""
         try:

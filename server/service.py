@@ -90,6 +90,10 @@ class Service:
             logs.error("ends at once: what no flush has covered may be lost")
             return 1
 
+    def close(self) -> None:
+        """After `run`, when no client's thread is left; for a process that goes on."""
+        os.close(self._changed)
+
     # -- clients ------------------------------------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket) -> None:

@@ -1,0 +1,258 @@
+"""The end of a service, step by step: what was accepted is finished, the rest refused, all flushed; or at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdshard.common.nbd.connecter import Wishes
+from nbdshard.common.ranges import Range
+from nbdshard.server import service as under_test
+from nbdshard.server.backends.memory import MemoryBackend
+from nbdshard.server.exports import Exported, Exports
+from nbdshard.server.listening import listen_unix
+from nbdshard.server.orders import AT_ONCE, END, PipeOrders
+from nbdshard.server.places import Places, places_for
+from nbdshard.server.service import Service
+from support.nbd_blocking import Connection, connect
+from support.servers import private_folder
+from support.waiting import WAIT_SECONDS, wait_for
+
+SIZE = 1 << 20
+
+
+class Held(MemoryBackend):
+    """Writes and flushes begin, and go on when a test says so. `story`: what was called, in order."""
+
+    def __init__(self) -> None:
+        super().__init__(SIZE)
+        self.story: list[str] = []
+        self.may_write, self.may_flush = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+
+    def write(self, where: Range, data: memoryview) -> None:
+        self.story.append("write")
+        assert self.may_write.wait(WAIT_SECONDS)
+        super().write(where, data)
+        self.story.append("written")
+
+    def flush(self) -> None:
+        self.story.append("flush")
+        assert self.may_flush.wait(WAIT_SECONDS)
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        self.story.append("close")
+
+
+class Told:
+    """Orders that a test gives."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._asked = 0
+
+    def ask(self, what: int) -> None:
+        self._asked = what
+        os.eventfd_write(self.descriptor, 1)
+
+    def asked(self) -> int:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.descriptor)
+        return self._asked
+
+
+class Running:
+    """A service in a thread, with one export."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._threads_before = set(threading.enumerate())
+        self.backend, self.orders, self.ending = Held(), Told(), threading.Event()
+        self.statuses: list[int] = []
+        self._places = Places(8)
+        exports = Exports({"disk": Exported(self.backend)}, uuid.uuid4())
+        self._service = Service(exports, [listen_unix(path)], self._places, self.orders, self.ending)
+        self.thread = threading.Thread(target=lambda: self.statuses.append(self._service.run()))
+        self.thread.start()
+
+    def connect(self) -> Connection:
+        return Connection(self.path, Wishes("disk"))
+
+    def close(self) -> None:
+        """End it, whatever it waits for."""
+        self.backend.may_write.set()
+        self.backend.may_flush.set()
+        self.orders.ask(AT_ONCE)
+        self.thread.join(WAIT_SECONDS)
+        wait_for("every thread to end", lambda: set(threading.enumerate()) <= self._threads_before)
+        self._service.close()
+        self._places.close()
+        os.close(self.orders.descriptor)
+
+    def ended(self) -> int:
+        self.thread.join(WAIT_SECONDS)
+        (status,) = self.statuses
+        return status
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    with private_folder() as folder:
+        running = Running(folder / "socket")
+        stack_bytes = threading.stack_size()
+        try:
+            yield running
+        finally:
+            running.close()
+            threading.stack_size(stack_bytes)
+
+
+def begun(running: Running, what: str) -> None:
+    wait_for(f"{what!r} to begin", lambda: what in running.backend.story)
+
+
+def test_what_was_accepted_is_finished_and_the_rest_refused_and_then_all_is_flushed(running: Running) -> None:
+    with running.connect() as connection:
+        client = connection.client
+        client.write(1, Range(0, 4096), [b"x" * 4096])
+        connection.push([])
+        begun(running, "write")
+        running.orders.ask(END)
+        assert running.ending.wait(WAIT_SECONDS)
+        wait_for("nobody to be let in any more", lambda: not can_connect(running.path))
+        into = bytearray(4096)
+        client.read(2, Range(0, 4096), memoryview(into))
+        connection.push([])
+        running.backend.may_write.set()
+        done = {each.handle: each for each in connection.run()}
+        assert done[1].error is None
+        assert done[2].error is not None and done[2].error.errno_name == "ESHUTDOWN"
+        assert connection.socket.recv(1) == b""
+    begun(running, "flush")
+    assert running.thread.is_alive()
+    running.backend.may_flush.set()
+    assert running.ended() == 0
+    assert running.backend.story == ["write", "written", "flush", "close"]
+
+
+def can_connect(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EIO, "the disk is gone"), "export 'disk': what was written may be lost: the disk is gone"),
+        (ValueError("a bug"), "internal error: export 'disk': ValueError: a bug"),
+    ],
+)
+def test_a_last_flush_that_fails_is_told(
+    running: Running, capfd: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    running.backend.error = error
+    running.backend.may_flush.set()
+    running.orders.ask(END)
+    assert running.ended() == 1
+    assert said in capfd.readouterr().err
+
+
+def test_the_last_flush_is_waited_for_and_a_second_order_ends_that(
+    running: Running, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(under_test, "FLUSH_TOLD_SECONDS", 0.01)
+    running.orders.ask(END)
+    begun(running, "flush")
+    seen = ""
+
+    def is_told() -> bool:
+        nonlocal seen
+        seen += capfd.readouterr().err
+        return seen.count("waits for the flush of 'disk'") > 1
+
+    wait_for("it to say what it waits for", is_told)
+    running.orders.ask(AT_ONCE)
+    assert running.ended() == 1
+    assert "what no flush has covered may be lost" in capfd.readouterr().err
+
+
+def test_a_second_order_ends_also_what_is_still_being_carried_out(running: Running) -> None:
+    with running.connect() as connection:
+        connection.client.write(1, Range(0, 4096), [b"x" * 4096])
+        connection.push([])
+        begun(running, "write")
+        running.orders.ask(END)
+        assert running.ending.wait(WAIT_SECONDS)
+        running.orders.ask(AT_ONCE)
+        assert running.ended() == 1
+    assert "flush" not in running.backend.story
+
+
+def test_a_request_that_is_never_answered_does_not_keep_the_rest_from_being_flushed(
+    running: Running, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(under_test, "SERVER_DRAIN_SECONDS", 0.01)
+    running.backend.may_flush.set()
+    with running.connect() as connection:
+        connection.client.write(1, Range(0, 4096), [b"x" * 4096])
+        connection.push([])
+        begun(running, "write")
+        running.orders.ask(END)
+        assert running.ended() == 1
+    assert running.backend.story == ["write", "flush"]  # it is still used: it is not closed
+    assert "1 clients wait for answers" in capfd.readouterr().err
+
+
+def test_a_client_that_has_chosen_nothing_yet_does_not_hold_up_the_end(running: Running) -> None:
+    running.backend.may_flush.set()
+    with connect(running.path) as peer:
+        assert peer.recv(8) == b"NBDMAGIC"
+        running.orders.ask(END)
+        while peer.recv(4096):
+            pass
+    assert running.ended() == 0
+
+
+def test_the_last_answer_arrives_although_the_client_goes_on_sending(running: Running) -> None:
+    """Closing a socket with something unread in it resets the connection: what was answered would be lost."""
+    connection = running.connect()
+    with connection:
+        connection.socket.sendall(bytes(100))  # no request: it is cut off
+        with contextlib.suppress(BrokenPipeError):
+            for _ in range(8):
+                connection.socket.sendall(bytes(100))
+        assert connection.socket.recv(1) == b""
+
+
+def test_the_end_of_a_pipe_is_an_order() -> None:
+    reading, writing = os.pipe()
+    orders = PipeOrders(reading)
+    assert (orders.asked(), orders.descriptor) == (0, reading)
+    os.close(writing)
+    assert (orders.asked(), orders.descriptor, orders.asked()) == (END, -1, END)
+    os.close(reading)
+
+
+def test_places_are_taken_and_given_back() -> None:
+    places = Places(2)
+    assert [places.take() for _ in range(3)] == [True, True, False]
+    places.give()
+    assert [places.take() for _ in range(2)] == [True, False]
+    places.close()
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "exports", "expected"), [(1024, 1, 172), (1024, 9, 128), (2, 1, 1), (1 << 20, 1, 262060)]
+)
+def test_so_many_descriptors_are_for_so_many_clients(descriptors: int, exports: int, expected: int) -> None:
+    assert places_for(descriptors, exports) == expected
