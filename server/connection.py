@@ -85,7 +85,9 @@ class Connection:
                 logs.info(f"{self.client}: it has not chosen an export within {NEGOTIATION_SECONDS_MAX:g} s")
                 return None
             if self._is_leaving.is_set():
-                return None
+                listener.shut_down()
+                if not self._out and not self._has_come():
+                    return None
             if listener.done:
                 continue
             count = self._receive(listener.receive_target())

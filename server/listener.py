@@ -55,6 +55,7 @@ class Listener:
         self._options = options
         self._out = [wire.pack_greeting(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)]
         self._option = 0
+        self._is_shutting_down = False
         self._seen = 0  # options
         self._skip = 0  # bytes of the option's data that are still to be dropped
         self._buffer = bytearray()
@@ -105,6 +106,10 @@ class Listener:
             return  # it only looked whether somebody is there
         doing = "waiting for its flags" if state is _State.CLIENT_FLAGS else "waiting for an option"
         raise ConnectionLost(self.client, doing, "the client closed the connection")
+
+    def shut_down(self) -> None:
+        """Answer ERR_SHUTDOWN to whatever is asked from now on: "unwilling to continue negotiation"."""
+        self._is_shutting_down = True
 
     # -- the client's flags -------------------------------------------------------------------------------------------
 
@@ -163,6 +168,8 @@ class Listener:
             self._blame(option_name(self._option), "sent by a client that does not understand a refusal")
         entry = self._options.get(self._option)
         try:
+            if self._is_shutting_down and self._option != Option.ABORT:
+                raise Refusal(OptionReply.ERR_SHUTDOWN, "the server is shutting down")
             if entry is None:
                 raise Refusal(OptionReply.ERR_UNSUP, "this server does not know it")
             replies = entry.answer(self.haggling, memoryview(self._buffer))
@@ -193,7 +200,7 @@ class Listener:
         offer = haggling.offers.find(name)
         if haggling.extended:
             self._blame("NBD_OPT_EXPORT_NAME", "after extended headers were agreed on")
-        if offer is None:
+        if offer is None or self._is_shutting_down:
             self._go(_State.PARTED)
             return
         haggling.choose(offer, name)

@@ -79,8 +79,7 @@ class Session:
 
     def shut_down(self) -> None:
         """Refuse what is asked from now on; what was asked before is still to be answered."""
-        if self.device is not None:
-            self.device.shut_down()
+        (self._listener if self.device is None else self.device).shut_down()
 
     @property
     def finished(self) -> bool:

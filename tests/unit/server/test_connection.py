@@ -14,9 +14,10 @@ import pytest
 
 from nbdshard.common.nbd.commands import COMMANDS, CommandEntry
 from nbdshard.common.nbd.connecter import Wishes
-from nbdshard.common.nbd.constants import Errno
+from nbdshard.common.nbd.constants import Errno, Option, OptionReply
 from nbdshard.common.nbd.payload import Piece
 from nbdshard.common.nbd.wire import SIMPLE_REPLY, Request, pack_request
+from nbdshard.common.nbd.wire_options import OPTION_REPLY, pack_client_flags, pack_option, unpack_option_reply
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.memory import MemoryBackend
@@ -83,6 +84,24 @@ def test_who_leaves_still_says_the_last_answer() -> None:
         assert answer(peer) == (0, 7)
         assert len(peer.recv(512, socket.MSG_WAITALL)) == 512
         assert peer.recv(1) == b""
+
+
+def test_who_leaves_refuses_the_option_that_has_come() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(30)
+    connection = Connection(ours, Exports({"disk": Exported(MemoryBackend(512))}, uuid.uuid4()), "the client")
+    with theirs:
+        theirs.sendall(pack_client_flags(3) + pack_option(Option.LIST))
+        connection.leave()
+        thread = threading.Thread(target=connection.serve)
+        thread.start()
+        assert theirs.recv(18, socket.MSG_WAITALL)
+        header = unpack_option_reply(theirs.recv(OPTION_REPLY.size, socket.MSG_WAITALL))
+        assert (header.option, header.type) == (Option.LIST, OptionReply.ERR_SHUTDOWN)
+        assert theirs.recv(header.length + 1, socket.MSG_WAITALL) == b"the server is shutting down"
+    thread.join(30)
+    assert not thread.is_alive()
+    connection.close()
 
 
 def test_a_bug_of_a_backend_is_an_answer_too(capfd: pytest.CaptureFixture[str]) -> None:

@@ -211,6 +211,17 @@ def test_an_abort_is_acknowledged() -> None:
         listener.received(1)
 
 
+def test_a_server_that_ends_refuses_what_is_asked() -> None:
+    listener = listening()
+    listener.shut_down()
+    assert ask(listener, Option.GO, go()) == [(OptionReply.ERR_SHUTDOWN, b"the server is shutting down")]
+    assert ask(listener, Option.ABORT) == [(OptionReply.ACK, b"")]
+    old = listening()
+    old.shut_down()
+    assert feed_listener(old, wire.pack_option(Option.EXPORT_NAME, b"disk")) == []
+    assert (old.state, said_by_listener(old)) == (ListenerState.PARTED, b"")
+
+
 def test_more_bytes_than_were_wanted_are_a_fault_of_ours() -> None:
     with pytest.raises(BugError, match="5 bytes received where 4 were wanted"):
         Listener(offers(), "client").received(5)

@@ -87,7 +87,6 @@ def test_a_client_that_breaks_the_protocol_is_told_of() -> None:
 
 def test_who_is_to_leave_gets_nothing_more() -> None:
     session = Session(offers(), "client")
-    session.shut_down()  # without an effect before there is a device
     fed(session, CHOICE)
     said(session)
     session.shut_down()
