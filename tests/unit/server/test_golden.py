@@ -1,4 +1,4 @@
-"""What goes over the wire, byte for byte as the spec has it, written by hand: what both sides get wrong alike shows here.
+"""What goes over the wire, byte for byte as the spec has it, by hand: what both sides get wrong alike shows here.
 
 Nobody else's client in Debian 12 speaks extended headers, so for those this is the only witness.
 """
@@ -57,6 +57,9 @@ class Talk:
 
 
 ACK = ("00000001", "")
+SIZE = ("00000003", "0000 0000000000123456 0ded")
+BLOCKS = ("00000003", "0003 00000001 00001000 02000000")
+ALLOCATION = ("00000004", f"00000001 {b'base:allocation'.hex()}")
 
 
 def text(words: str) -> str:
@@ -104,15 +107,15 @@ def test_options_one_by_one() -> None:
     talk.option(
         10,
         f"00000004 6469736b 00000002 00000003 783a79 {allocation}",
-        ("00000004", f"00000001 {text('base:allocation')}"),
+        ALLOCATION,
         ACK,
     )
     talk.option(10, "00000004 6469736b 00000001 00000003 783a79", ACK)  # takes the one before away
     talk.option(
         6,
         "00000004 6469736b 0003 0001 0002 0003",
-        ("00000003", "0000 0000000000123456 0ded"),
-        ("00000003", "0003 00000001 00001000 02000000"),
+        SIZE,
+        BLOCKS,
         ("00000003", "0001 6469736b"),
         ("00000003", f"0002 {text('the first')}"),
         ACK,
@@ -120,8 +123,8 @@ def test_options_one_by_one() -> None:
     talk.option(
         7,
         "00000000 0000",
-        ("00000003", "0000 0000000000123456 0ded"),
-        ("00000003", "0003 00000001 00001000 02000000"),
+        SIZE,
+        BLOCKS,
         ACK,
     )
     assert talk.session.device is not None
@@ -151,9 +154,8 @@ def extended() -> Talk:
 def _choose(talk: Talk) -> None:
     allocation = text("base:allocation")
     query = f"00000004 6469736b 00000001 0000000f {allocation}"
-    talk.option(10, query, ("00000004", f"00000001 {allocation}"), ACK)
-    info = (("00000003", "0000 0000000000123456 0ded"), ("00000003", "0003 00000001 00001000 02000000"))
-    talk.option(7, "00000004 6469736b 0001 0003", *info, ACK)
+    talk.option(10, query, ALLOCATION, ACK)
+    talk.option(7, "00000004 6469736b 0001 0003", SIZE, BLOCKS, ACK)
 
 
 def test_structured_replies() -> None:
