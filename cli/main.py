@@ -52,6 +52,7 @@ SUBCOMMANDS: Final = {
     "worker": ("nbdshard.cli.worker", "work for a coordinator"),
     "verify": ("nbdshard.cli.verify", "compare two exports or files, and say where they differ"),
     "serve": ("nbdshard.cli.serve", "export files, devices and memory over NBD"),
+    "volume": ("nbdshard.cli.volume", "make, resize, delete and list volumes of nbdshard serve"),
     "info": ("nbdshard.cli.info", "show what a server says about an export"),
     "map": ("nbdshard.cli.map", "show which parts of an export are data, holes and zeroes"),
     "checksum": ("nbdshard.cli.checksum", "print the checksum of an export or a file"),

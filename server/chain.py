@@ -168,6 +168,17 @@ def open_backend(
         return _opened(wanted, _looked_up(wanted, drivers, layers), ending or threading.Event())
 
 
+def open_store(text: str, credentials: Credentials, *, read_only: bool = False) -> Store:
+    """The store of objects that `text` names, as a CONN without layers does. Raises UserError."""
+    wanted = _without_login(Wanted("", "", text, credentials=credentials))
+    conn = parse_conn(wanted.conn, (), STORES)
+    keeping, parameters = STORES[conn.store], Parameters(conn.parameters, f"{conn.store}:{conn.place}")
+    _check_known(parameters, keeping.parameters)
+    return keeping.open(
+        Opening(wanted.name, conn.place, parameters, read_only=read_only, credentials=wanted.credentials)
+    )
+
+
 def not_shared(wanted: Wanted, drivers: Drivers = DRIVERS, layers: Layers = LAYERS) -> list[str]:
     """The parts of its chain that several processes cannot serve at once ("cache", "raw memory"). Raises UserError."""
     with _naming(wanted):
@@ -211,9 +222,7 @@ def _looked_up(wanted: Wanted, drivers: Drivers, layers: Layers) -> _Chain:
             raise UserError(f"{name}={here}, and beside it {name}={beside}", where)
     parameters = Parameters({**conn.parameters, **wanted.parameters}, where)
     store, chain = stores[conn.store], [layers[name] for name in conn.layers]
-    known = ANY_EXPORT.union(store.parameters, *(layer.parameters for layer in chain))
-    if unknown := parameters.names() - known:
-        raise UserError(f"no parameter is called {min(unknown)!r}", parameters.where, f"known are {_listed(known)}")
+    _check_known(parameters, ANY_EXPORT.union(store.parameters, *(layer.parameters for layer in chain)))
     return _Chain(conn, store, chain, parameters)
 
 
@@ -234,5 +243,7 @@ def _opened(wanted: Wanted, chain: _Chain, ending: threading.Event) -> Backend:
     return backend
 
 
-def _listed(names: frozenset[str]) -> str:
-    return ", ".join(sorted(names))
+def _check_known(parameters: Parameters, known: frozenset[str]) -> None:
+    if unknown := parameters.names() - known:
+        advice = f"known are {', '.join(sorted(known))}" if known else "there are none"
+        raise UserError(f"no parameter is called {min(unknown)!r}", parameters.where, advice)

@@ -20,7 +20,7 @@ from nbdshard.server.stores.base import Store
 
 _DESCRIPTION_BYTES_MAX: Final = 4096
 _FORMAT: Final = 1
-_OLD_SIZE: Final = "size"  # the object that nbd-rs keeps the size in
+OLD_SIZE: Final = "size"  # the object that nbd-rs keeps the size in
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,6 +98,16 @@ def create_volume(store: Store, name: str, size: int, chunk_bytes: int | None) -
     return volume
 
 
+def describe(store: Store, volume: Volume) -> None:
+    """Change the description of `volume`, which is claimed, to what it says now. Raises UserError, OSError."""
+    _checked(volume)
+    if volume.described_by == OLD_SIZE:
+        text = str(volume.size).encode()
+    else:
+        text = msgspec.json.encode(Description(_FORMAT, volume.size, volume.chunk_bytes))
+    store.put(volume.described_by, text, is_new=False)
+
+
 def check_name(name: str) -> None:
     """Raises UserError."""
     if "/" in name or not name:
@@ -123,13 +133,13 @@ def _described(store: Store, name: str) -> Volume | None:
 
 
 def _of_old(store: Store) -> Volume | None:
-    text = store.read(_OLD_SIZE, Range(0, 64))
+    text = store.read(OLD_SIZE, Range(0, 64))
     if text is None:
         return None
     digits = text.strip().decode("latin-1")
     if not _is_number(digits):
-        raise UserError(f"holds {text[:20]!r} where the image's size in digits is expected", _OLD_SIZE)
-    return _checked(Volume(int(digits), CHUNK_BYTES_DEFAULT, "block-", "", _OLD_SIZE))
+        raise UserError(f"holds {text[:20]!r} where the image's size in digits is expected", OLD_SIZE)
+    return _checked(Volume(int(digits), CHUNK_BYTES_DEFAULT, "block-", "", OLD_SIZE))
 
 
 def _is_number(digits: str) -> bool:

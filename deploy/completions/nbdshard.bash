@@ -14,6 +14,7 @@ _nbdshard_worker="-h -v --connect= --coordinator-key= --help --key= --ring= --ve
 _nbdshard_ctl="-h --help --json"
 _nbdshard_jobs="-h --format= --help --json"
 _nbdshard_serve="-e -h -r -v --config= --credentials= --export= --help --max-connections= --pid-file= --processes= --read-only= --tcp= --unix= --verbose"
+_nbdshard_volume="-h --chunk= --credentials= --help --json --shrink --size= --yes"
 _nbdshard_keygen="-h --dir= --help"
 _nbdshard_info="-L -h --help --json --list"
 _nbdshard_checksum="-C -R -T -h -p -v --connect-timeout= --connections= --handshake-timeout= --help --json --loss-timeout= --no-extents --progress --progress=bar --progress=json
@@ -36,7 +37,7 @@ _nbdshard() {
     local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} subcommand=${COMP_WORDS[1]}
     COMPREPLY=()
     if ((COMP_CWORD == 1)); then
-        mapfile -t COMPREPLY < <(compgen -W "copy coordinator worker verify serve info map checksum ctl jobs keygen --help --version" -- "$word")
+        mapfile -t COMPREPLY < <(compgen -W "copy coordinator worker verify serve volume info map checksum ctl jobs keygen --help --version" -- "$word")
         return
     fi
     if _nbdshard_in_brackets; then
@@ -65,6 +66,10 @@ _nbdshard() {
             fi
             ;;
     esac
+    if ((COMP_CWORD == 2)) && [[ $subcommand == volume && $word != -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "create resize delete list" -- "$word")
+        return
+    fi
     local options=_nbdshard_$subcommand
     if [[ $word == -* ]]; then
         mapfile -t COMPREPLY < <(compgen -W "${!options-}" -- "$word")

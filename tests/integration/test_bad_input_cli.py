@@ -40,7 +40,7 @@ def fails_saying(*argv: str | Path, code: int = 1, words: Sequence[str]) -> None
         (
             ["cp"],
             "unknown subcommand 'cp'; "
-            "known are copy, coordinator, worker, verify, serve, info, map, checksum, ctl, jobs, keygen",
+            "known are copy, coordinator, worker, verify, serve, volume, info, map, checksum, ctl, jobs, keygen",
         ),
         (["copy"], "source and destination are missing; see --help for what can stand there"),
         (["copy", "a"], "the destination is missing; see --help for what can stand there"),

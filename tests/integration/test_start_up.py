@@ -44,6 +44,7 @@ def test_a_copy_imports_no_more_than_it_uses() -> None:
         "nbdshard.cli.keygen",
         "nbdshard.cli.map",
         "nbdshard.cli.serve",
+        "nbdshard.cli.volume",
     }
     for_networks = {"nbdshard.common.keys", "nbdshard.common.zap"}
     for_local_ends = {"nbdshard.worker.files", "nbdshard.worker.streams", "nbdshard.worker.null"}

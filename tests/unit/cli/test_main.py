@@ -109,7 +109,7 @@ def test_a_peers_text_cannot_forge_lines_or_terminal_commands(run: Run, capfd: p
 def test_help_lists_every_subcommand(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capfd.readouterr().out
-    for name in ("copy", "coordinator", "worker", "serve", "info", "map", "keygen"):
+    for name in ("copy", "coordinator", "worker", "serve", "volume", "info", "map", "keygen"):
         assert f"\n  {name} " in out
 
 
@@ -125,13 +125,13 @@ def test_version_is_one_line(word: str, capfd: pytest.CaptureFixture[str]) -> No
         ([], "no subcommand; try 'nbdshard --help'"),
         (
             ["cp"],
-            "unknown subcommand 'cp'; known are copy, coordinator, worker, verify, serve, info, map, checksum, ctl, "
-            "jobs, keygen",
+            "unknown subcommand 'cp'; known are copy, coordinator, worker, verify, serve, volume, info, map, checksum, "
+            "ctl, jobs, keygen",
         ),
         (
             ["--cp"],
-            "unknown option '--cp'; known are copy, coordinator, worker, verify, serve, info, map, checksum, ctl, "
-            "jobs, keygen",
+            "unknown option '--cp'; known are copy, coordinator, worker, verify, serve, volume, info, map, checksum, "
+            "ctl, jobs, keygen",
         ),
         (["copy", "--nosuch", "a", "b"], "unrecognized arguments: --nosuch; try 'nbdshard copy --help'"),
     ],
