@@ -10,7 +10,7 @@ FAULTS ?= 200
 BIN := .venv/bin
 # An editable install compiles nothing, and where PYTHONDONTWRITEBYTECODE is set no run keeps what it compiles: a third
 # of a short copy would be the compiler.
-COMPILE = $(BIN)/python -m compileall -q cli common coordinator worker
+COMPILE = $(BIN)/python -m compileall -q cli common coordinator worker server
 STAMPS := .cache/stamps
 SHELL := /bin/sh
 # Debian keeps mke2fs and losetup where an ordinary user, and some machinery, does not look.

@@ -1,12 +1,13 @@
 #!/bin/sh
-# The main job, on this machine's own files: an ext4 image is built, served over NBD by one server, copied to a second
-# server by four workers, and then checked by e2fsck and byte for byte. Run by `make demo`; needs no network.
+# The main job, on this machine's own files: an ext4 image is built, served over NBD by one server, copied by four workers
+# to a second one, which keeps it in chunks, read back, and checked by e2fsck and byte for byte. Run by `make demo`; needs
+# no network and no other NBD software.
 set -eu
 
 IMAGE_MIB=${IMAGE_MIB:-384}
 FILES_MIB=${FILES_MIB:-240}
 WORKERS=${WORKERS:-4}
-RATE=${RATE:-160M} # bits per second of each source connection: slow enough to watch the bar
+RATE=${RATE:-80M} # bytes per second of the source: slow enough to watch the bar
 
 top=$(cd "$(dirname "$0")/.." && pwd)
 nbdshard=$top/.venv/bin/nbdshard
@@ -48,41 +49,52 @@ find /usr/share /usr/lib /usr/bin -xdev -type f -readable -size -8192k -printf '
         >"$folder/list"
 tar -C / --ignore-failed-read -cf - --verbatim-files-from -T "$folder/list" 2>/dev/null |
     tar -C "$folder/files" -xf - 2>/dev/null
-truncate -s "${IMAGE_MIB}M" "$folder/source.img" "$folder/destination.img"
+truncate -s "${IMAGE_MIB}M" "$folder/source.img"
 mke2fs -q -F -t ext4 -E lazy_itable_init=0 -d "$folder/files" "$folder/source.img" "${IMAGE_MIB}M"
 rm -rf "$folder/files"
 echo "$(wc -l <"$folder/list") files; the image occupies $(du -m "$folder/source.img" | cut -f1) of $IMAGE_MIB MiB"
 
-step 'Starting two NBD servers: nbdkit serves the image, qemu-nbd serves an empty one'
-nbdkit -f -r -U "$folder/source.sock" --filter=rate file "$folder/source.img" \
-    connection-rate="$RATE" burstiness=0.25 2>"$folder/nbdkit.log" &
+step 'Starting two NBD servers: one serves the image, one an empty volume that is kept in chunks'
+mkdir "$folder/volume"
+"$nbdshard" serve -e disk raw "rate:file:$folder/source.img?rate=$RATE&read-only=yes" \
+    --unix "$folder/source.sock" 2>"$folder/source.log" &
 source_pid=$!
-qemu-nbd -t -f raw -e 0 -k "$folder/destination.sock" --discard=unmap "$folder/destination.img" \
-    2>"$folder/qemu-nbd.log" &
+"$nbdshard" serve -e disk sharded "file:$folder/volume/?size=${IMAGE_MIB}M" \
+    --unix "$folder/destination.sock" 2>"$folder/destination.log" &
 destination_pid=$!
 await_socket "$folder/source.sock" "$source_pid"
 await_socket "$folder/destination.sock" "$destination_pid"
 
 step "Copying with $WORKERS worker processes (the source is slowed down so that the bar can be watched)"
 set -- copy --workers "$WORKERS" --connections "$WORKERS" --progress \
-    "nbd+unix:///?socket=$folder/source.sock" "nbd+unix:///?socket=$folder/destination.sock"
+    "nbd+unix:///disk?socket=$folder/source.sock" "nbd+unix:///disk?socket=$folder/destination.sock"
 echo "\$ nbdshard $*"
 "$nbdshard" "$@" || {
     code=$?
-    cat "$folder/nbdkit.log" "$folder/qemu-nbd.log" >&2
+    cat "$folder/source.log" "$folder/destination.log" >&2
     exit "$code"
 }
 
-step 'Stopping both servers, then checking the copy'
+step 'Stopping both servers'
 kill "$source_pid" "$destination_pid"
-wait "$source_pid" 2>/dev/null || true
-wait "$destination_pid" 2>/dev/null || true
+wait "$source_pid" && wait "$destination_pid" || {
+    echo 'a server did not end well' >&2
+    cat "$folder/source.log" "$folder/destination.log" >&2
+    exit 1
+}
 source_pid=''
 destination_pid=''
+echo "the volume has $(find "$folder/volume" -name '*.chunk' | wc -l) chunks of 4 MiB;" \
+    "they occupy $(du -m "$folder/volume" | cut -f1) of $IMAGE_MIB MiB"
+
+step 'Reading the volume back, from a server that is started for the copy, then checking it'
+set -- copy '[' "$nbdshard" serve -e disk sharded "file:$folder/volume/" ']' "$folder/destination.img"
+echo "\$ nbdshard $*"
+"$nbdshard" "$@"
 e2fsck -fn "$folder/destination.img"
 cmp "$folder/source.img" "$folder/destination.img"
 echo "cmp: all $((IMAGE_MIB << 20)) bytes are the same"
 
 step "That was: one export, copied between two servers by a coordinator and $WORKERS workers over io_uring or epoll."
-echo 'The holes of the source were not read, and became holes or zeroes of the destination. The copy was flushed'
-echo 'before success was reported; it is a clean ext4 file system and equals the source in every byte.'
+echo 'The holes of the source were not read, and are no chunks of the destination. The copy was flushed before success'
+echo 'was reported; read back, it is a clean ext4 file system and equals the source in every byte.'

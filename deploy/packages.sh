@@ -6,7 +6,7 @@
 set -eu
 
 case "${1:-}" in
-demo) wanted='nbdkit qemu-utils e2fsprogs' ;;
+demo) wanted='e2fsprogs' ;;
 test) wanted='nbdkit nbd-server nbd-client libnbd-bin python3-libnbd qemu-utils fio strace e2fsprogs iproute2 systemd libseccomp2 man-db groff-base' ;;
 bench) wanted='nbdkit libnbd-bin qemu-utils' ;;
 venv)
