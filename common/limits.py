@@ -314,3 +314,29 @@ VOLUME_LEASE_SETTLE_SECONDS: Final = (
 )
 VOLUME_LEASE_NOTE_BYTES_MAX: Final = 4096
 VOLUME_LEASE_TRIES_MAX: Final = 3  # to take a free volume, where others do the same
+
+# -- the server's cache ------------------------------------------------------------------------------------------------
+CACHE_BYTES_DEFAULT: Final = 256 * MIB  # in memory
+CACHE_DISK_BYTES_DEFAULT: Final = 10 * GIB
+CACHE_BYTES_MAX: Final = 1 << 44
+CACHE_BLOCK_BYTES_DEFAULT: Final = 64 * KIB  # what a miss of a few bytes costs
+CACHE_DISK_BLOCK_BYTES_DEFAULT: Final = 256 * KIB  # 10 GiB of them take 20 MiB of memory to remember
+CACHE_BLOCK_BYTES_MIN: Final = 4 * KIB
+CACHE_BLOCK_BYTES_MAX: Final = 4 * MIB
+CACHE_BLOCKS_MIN: Final = 16  # fewer are no cache
+CACHE_GRAIN_BYTES: Final = (
+    512  # of which a block in memory remembers whether it holds it: the smallest sector of a disk
+)
+CACHE_DISK_GRAIN_BYTES: Final = 4 * KIB  # and a block on disk, with a checksum for each
+CACHE_UNIT_BYTES_MIN: Final = MIB  # written back together, where what is below does not care: a call costs as much
+CACHE_UNIT_BYTES_MAX: Final = 64 * MIB  # the largest chunk
+CACHE_FETCH_BYTES_MAX: Final = 4 * MIB  # asked of what is below at a time
+CACHE_TRANSFER_SHARE: Final = 4  # this share of the limit in memory is for transfers, and no block's
+CACHE_TRANSFER_BYTES_MAX: Final = 64 * MIB  # ... and no more than this
+CACHE_TRANSFERS_MAX: Final = 16  # fetches at once, and half as many write-backs, where that much memory allows it
+CACHE_SPARE_SHARE: Final = 8  # this share of the blocks is never dirty: readers find room
+CACHE_DIRTY_SHARE_START: Final = 2  # when this share of the others is dirty, it is written back before it has aged
+CACHE_AGE_SECONDS: Final = 5.0  # of what is dirty, before it is written back; sooner it may change again
+CACHE_REST_SECONDS_MIN: Final = 0.5  # after a write-back that failed; doubled with each that fails
+CACHE_REST_SECONDS_MAX: Final = 5.0
+CACHE_FAILING_SECONDS: Final = 15.0  # a writer waits for room while write-backs fail: less than its client waits for it

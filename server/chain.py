@@ -27,6 +27,7 @@ from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.conn import Conn, parse_conn
 from nbdshard.server.credentials import NOBODY, Credentials, take_login
 from nbdshard.server.exports import Exported
+from nbdshard.server.layers.cache import LAYER as CACHE
 from nbdshard.server.layers.cow import LAYER as COW
 from nbdshard.server.layers.delay import LAYER as DELAY
 from nbdshard.server.layers.error import LAYER as ERROR
@@ -120,7 +121,16 @@ DRIVERS: Final[Drivers] = MappingProxyType(
     }
 )
 LAYERS: Final[Layers] = MappingProxyType(
-    {"cow": COW, "delay": DELAY, "error": ERROR, "retry": RETRY, "log": LOG, "rate": RATE, "stats": STATS}
+    {
+        "cache": CACHE,
+        "cow": COW,
+        "delay": DELAY,
+        "error": ERROR,
+        "retry": RETRY,
+        "log": LOG,
+        "rate": RATE,
+        "stats": STATS,
+    }
 )
 
 

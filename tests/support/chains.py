@@ -66,6 +66,9 @@ LAYERS: Mapping[str, tuple[str, str]] = {
     "rate": ("rate:", "rate=1G"),
     "log": ("log:", "log={folder}/log"),
     "stats": ("stats:", "stats={folder}/stats"),
+    "cache": ("cache:", "limit=256K&block=4K"),  # so small that it is full all the time
+    "cache through": ("cache:", "limit=256K&block=16K&mode=writethrough"),
+    "cache cache": ("cache:cache:", "limit=512K&block=8K"),
     "retry error": ("retry:error:", "error-rate=10%&error-seed=3&retries=100&retry-delay=1ms"),
 }
 
