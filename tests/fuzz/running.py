@@ -6,6 +6,7 @@ import argparse
 import faulthandler
 import resource
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +24,39 @@ class Outcome:
     error: str  # name of its class, or ""
 
 
+class Unspoilt(Random):
+    """Chooses no mutations, and the largest pieces."""
+
+    def choice(self, options: tuple[int, ...]) -> int:  # type: ignore[override]
+        return options[0] if options[0] == 0 else options[-1]
+
+
 def a_piece(random: Random) -> int:
     """How many bytes come at once."""
     return random.choice((1, 2, 7, 30, 500, 100_000))
+
+
+def outcomes_of(run_seed: Callable[[int], Outcome], seeds: range, program: str) -> set[Outcome]:
+    """How the runs of `seeds` ended. What comes out of one comes through, and `program` with its seed is printed."""
+    found: set[Outcome] = set()
+    for seed in seeds:
+        try:
+            found.add(run_seed(seed))
+        except BaseException:
+            print(f"python tests/fuzz/{program} --runs 1 --seed {seed}")
+            raise
+    return found
+
+
+def peak_bytes_of(run_seed: Callable[[int], Outcome], seeds: range) -> int:
+    """The most memory that Python had for the runs of `seeds`."""
+    tracemalloc.start()
+    try:
+        for seed in seeds:
+            run_seed(seed)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def main(description: str, run_seed: Callable[[int], Outcome]) -> int:
