@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from nbdshard.cli.grammar import Parser, UsageError, count_between, without_logins
+from nbdshard.cli.title import hide_logins
 from nbdshard.common import logs
 from nbdshard.common.limits import SERVED_CONNECTIONS_MAX, SERVER_PROCESSES_MAX
 from nbdshard.common.nbd.constants import PORT_DEFAULT
@@ -84,19 +85,10 @@ def run(args: Namespace, extensions: Extensions | None = None) -> int:
         what = f"one word too many: {without_logins(args.operands[0])!r}"
         raise UsageError(what, advice="an export is -e NAME DRIVER CONN")
     logs.set_up("serve", logs.Level.DEBUG if args.verbose else logs.Level.WARNING)
-    _hide_logins(args.command_line)
+    if hide_logins(args.command_line):
+        logs.warning("a password on the command line is there for others to see; --credentials FILE is not")
     from nbdshard.cli.serve_settings import settings_of
     from nbdshard.cli.serving import serve
 
     settings = settings_of(args)
     return serve(settings if extensions is None else replace(settings, extensions=extensions))
-
-
-def _hide_logins(words: list[str]) -> None:
-    """Take passwords out of what ps(1) shows of us, and say that they were there to be seen."""
-    shown = [without_logins(word) for word in words]
-    if shown != words:
-        from nbdshard.cli.title import show_as
-
-        show_as("nbdshard", ["nbdshard", *shown])
-        logs.warning("a password on the command line is there for others to see; --credentials FILE is not")

@@ -6,9 +6,20 @@ import ctypes
 from collections.abc import Sequence
 from typing import Final
 
+from nbdshard.cli.grammar import without_logins
+
 _ARG_START: Final = 48  # the fields of /proc/self/stat, as proc(5) counts them
 _ARG_END: Final = 49
 _FIRST_AFTER_NAME: Final = 3  # the second field is the name, which may itself hold blanks and parentheses
+
+
+def hide_logins(words: Sequence[str]) -> bool:
+    """Take passwords out of the command line `words` that ps(1) shows of us; whether there were any."""
+    shown = [without_logins(word) for word in words]
+    if shown == list(words):
+        return False
+    show_as("nbdshard", ["nbdshard", *shown])
+    return True
 
 
 def show_as(name: str, words: Sequence[str]) -> None:

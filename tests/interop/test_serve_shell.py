@@ -66,6 +66,18 @@ def test_nbdcopy_starts_it_and_ends_it(tmp_path: Path) -> None:
     wait_for("the server to end", lambda: not processes.with_environment(mark))
 
 
+def test_systemd_starts_it_at_the_first_client() -> None:
+    with private_folder() as folder:
+        where = f"--listen={folder / 'socket'}"
+        wrapper = ("systemd-socket-activate", where, "--fdname=nbd", "-E", "NBDSHARD_TEST_RUN", EXECUTABLE)
+        with started("serve", *MEMORY, executable=wrapper) as run:
+            run.until("systemd to listen", (folder / "socket").exists)
+            with Connection(folder / "socket", DISK) as connection:
+                assert connection.read(Range(0, 4096)) == bytes(4096)
+            run.process.terminate()  # systemd-socket-activate has become the server
+            run.wait().succeeded()
+
+
 HANDING_OVER = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
