@@ -242,6 +242,32 @@ def test_who_sends_a_byte_at_a_time_is_served_like_others(memory: Served) -> Non
         assert said.endswith(b"0123456789abcdef")
 
 
+def test_who_never_finishes_a_large_payload_takes_nothing_from_others(memory: Served) -> None:
+    with leaving_nothing(memory):
+        peers = [connected_by_tcp(memory, PLAIN) for _ in range(CLIENTS)]
+        for peer in peers:
+            peer.sendall(asked(Command.WRITE, 0, 32 * MIB) + bytes(MIB))
+        with Connection(memory.socket, Wishes(NAME)) as connection:
+            connection.client.write(0, Range(0, 32 * MIB), [bytes(32 * MIB)])
+            assert [done.error for done in connection.run()] == [None]
+            assert connection.read(Range(0, 32 * MIB)) == bytes(32 * MIB)
+        for peer in peers:
+            peer.close()
+
+
+def test_requests_that_wait_for_a_slow_backend_hold_up_no_other_export() -> None:
+    words = ("-e", "slow", "raw", "delay:memory:64M?delay-read=10m&delay-flush=10m")
+    with serving("memory:64M", *words) as served:
+        peers = [connect(served.socket) for _ in range(10)]
+        for peer in peers:
+            negotiate(peer, Wishes("slow", extended=False))
+            peer.sendall(asked(Command.READ, 0, 4096) * 100 + asked(Command.FLUSH) * 100)
+        for _ in range(10):
+            still_serves(served)
+        for peer in peers:
+            peer.close()
+
+
 def test_a_thousand_idle_clients_leave_room_for_another(memory: Served) -> None:
     with leaving_nothing(memory):
         peers = [connect(memory.socket) for _ in range(500)]
