@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nbdshard.common.errors import NbdshardError, RequestError
@@ -24,6 +24,7 @@ from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.ranges import Range
 from support import processes
+from support.chains import CHAINS, Chain
 from support.nbd_blocking import Connection
 from support.served import NAME, Served, serving
 from support.waiting import WAIT_SECONDS
@@ -34,6 +35,17 @@ CLIENTS = 3
 BATCH = 6
 LENGTHS = (4096, 4096, 16_384, 65_536, 200_704)
 ZEROES = 0
+
+PASSING = ("delay", "error", "log", "rate", "retry", "stats")  # layers that keep nothing: the long suite has them
+
+
+def _keeps(chain: Chain) -> bool:
+    """Whether anything is to be there when the server is started again."""
+    return "memory:" not in chain.conn and ("cow:" not in chain.conn or "overlay=" in chain.conn)
+
+
+KEEPING: Mapping[str, Chain] = {name: chain for name, chain in CHAINS.items() if _keeps(chain)}
+KEEPING_SHORT: Mapping[str, Chain] = {name: chain for name, chain in KEEPING.items() if not name.startswith(PASSING)}
 
 
 class Lost(Exception):
