@@ -313,6 +313,15 @@ def test_contexts_are_those_of_the_export_that_is_chosen(between: bytes) -> None
     assert not entered.export.contexts
 
 
+def test_the_last_choice_of_contexts_counts() -> None:
+    listener = listening()
+    ask(listener, Option.STRUCTURED_REPLY)
+    for queries in (["base:allocation"], ["x:other"]):
+        ask(listener, Option.SET_META_CONTEXT, wire.pack_context_query("disk", queries))
+    (entered,) = feed_listener(listener, wire.pack_option(Option.GO, go()))
+    assert not entered.export.contexts
+
+
 def test_a_failed_choice_of_contexts_takes_the_one_before_away() -> None:
     listener = listening()
     ask(listener, Option.STRUCTURED_REPLY)
