@@ -27,6 +27,7 @@ from nbdshard.server.exports import Exported, Exports
 from nbdshard.server.listening import addresses, inherited, listen_tcp, listen_unix
 from nbdshard.server.notifying import notify
 from nbdshard.server.orders import Orders, SignalOrders
+from nbdshard.server.peers import Peers
 from nbdshard.server.places import Places, places_for
 from nbdshard.server.processes import Processes, Ready, Serve
 from nbdshard.server.service import Service
@@ -69,12 +70,19 @@ def _serve_in_processes(settings: Settings, watch: SignalWatch, stack: ExitStack
     sockets = _listen(settings, stack)
     if not can_fork():
         raise BugError("there are threads before the processes are made")
-    life = uuid.uuid4()
+    life, peers = uuid.uuid4(), Peers(settings.processes)
     bodies: list[tuple[Serve, Collection[int]]] = []
-    for number, ours in enumerate(sockets.of_processes, start=1):
-        body = functools.partial(_be_one_of_several, settings, number, ours, places, life)
-        bodies.append((body, [*claims.descriptors(), *places.descriptors, *(sock.fileno() for sock in ours)]))
+    for index, ours in enumerate(sockets.of_processes):
+        body = functools.partial(_be_one_of_several, settings, index, ours, places, peers, life)
+        keep = [
+            *claims.descriptors(),
+            *places.descriptors,
+            *peers.descriptors(index),
+            *(sock.fileno() for sock in ours),
+        ]
+        bodies.append((body, keep))
     processes = Processes(bodies)
+    peers.close()
     for sock in {sock for ours in sockets.of_processes for sock in ours}:
         sock.close()
     status = processes.run(SignalOrders(watch), functools.partial(_be_ready, settings, stack, sockets))
@@ -84,19 +92,21 @@ def _serve_in_processes(settings: Settings, watch: SignalWatch, stack: ExitStack
 
 def _be_one_of_several(
     settings: Settings,
-    number: int,
+    index: int,
     listeners: Sequence[socket.socket],
     places: Places,
+    peers: Peers,
     life: uuid.UUID,
     orders: Orders,
     ready: Ready,
 ) -> int:
-    logs.set_up(f"serve {number}", settings.level)
+    logs.set_up(f"serve {index + 1}", settings.level)
     claims.inherit()
     ending = threading.Event()
     exports = Exports(_open(settings, ending), life)
     ready()
-    return Service(exports, listeners, places, orders, ending, protocol=settings.extensions.protocol).run()
+    protocol, peer = settings.extensions.protocol, peers.peer(index)
+    return Service(exports, listeners, places, orders, ending, protocol=protocol, peer=peer).run()
 
 
 def _open(settings: Settings, ending: threading.Event) -> dict[str, Exported]:

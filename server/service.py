@@ -29,6 +29,7 @@ from nbdshard.server.exports import Exports
 from nbdshard.server.handling import NBD, Protocol
 from nbdshard.server.notifying import notify
 from nbdshard.server.orders import AT_ONCE, Orders
+from nbdshard.server.peers import Peer
 from nbdshard.server.places import Places
 
 _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -54,13 +55,16 @@ class Service:
         ending: threading.Event,
         *,
         protocol: Protocol = NBD,
+        peer: Peer | None = None,
     ) -> None:
+        """`peer`: this process as one of several that are one server."""
         self._exports = exports
         self._protocol = protocol
         self._listeners = listeners
         self._places = places
         self._orders = orders
         self._ending = ending
+        self._peer = peer
         self._lock = threading.Lock()
         self._threads: dict[Connection, threading.Thread] = {}  # under the lock: a thread takes itself out
         self._changed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # a thread has ended
@@ -74,6 +78,8 @@ class Service:
         by_number = {listener.fileno(): listener for listener in self._listeners}
         for number in (self._orders.descriptor, *by_number):
             poll.register(number, select.POLLIN)
+        if self._peer is not None:
+            poll.register(self._peer.descriptor, select.POLLIN)
         quiet = select.poll()
         quiet.register(self._orders.descriptor, select.POLLIN)
         while not self._orders.asked():
@@ -84,6 +90,8 @@ class Service:
             for ready, _ in poll.poll():
                 if ready in by_number:
                     self._accept(by_number[ready])
+                elif self._peer is not None and ready == self._peer.descriptor:
+                    self._take(self._peer)
         try:
             return self._end()
         except _EndAtOnce:
@@ -101,7 +109,7 @@ class Service:
         try:
             spare = os.eventfd(0)  # a client takes a descriptor beside its socket's, or waits until there are two
             try:
-                sock, address = listener.accept()
+                sock, _ = listener.accept()
             finally:
                 os.close(spare)
         except BlockingIOError:
@@ -110,23 +118,38 @@ class Service:
             logs.warning(f"a client could not be accepted: {error.strerror}")
             self._is_short = error.errno in _SHORT
             return
+        if not self._places.take():
+            logs.warning("a client is turned away: so many are connected as may be")
+            sock.close()
+        elif self._peer is None or not self._peer.hand_on(sock):
+            self._begin(sock)
+
+    def _take(self, peer: Peer) -> None:
+        """Let a client in that another process has accepted."""
+        try:
+            sock = peer.take()
+        except OSError as error:
+            logs.warning(f"a client of another process could not be taken: {error.strerror}")
+            self._give_place()
+        else:
+            if sock is not None:
+                self._begin(sock)
+
+    def _begin(self, sock: socket.socket) -> None:
+        """Have a thread serve `sock`, which has its place."""
         self._count += 1
         client = f"client {self._count}"
-        if sock.family in _NETWORK:
-            client += f" ({address[0]}:{address[1]})"
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if not self._places.take():
-            logs.warning(f"{client} is turned away: so many are connected as may be")
-            sock.close()
-            return
         try:
-            self._begin(sock, client)
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread is left: others may go
+            if sock.family in _NETWORK:
+                client += " ({}:{})".format(*sock.getpeername())
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._start(sock, client)
+        except (OSError, RuntimeError) as error:  # it has gone, or no descriptor, no thread is left: others may go
             logs.warning(f"{client} is turned away: {error}")
             sock.close()
-            self._places.give()
+            self._give_place()
 
-    def _begin(self, sock: socket.socket, client: str) -> None:
+    def _start(self, sock: socket.socket, client: str) -> None:
         connection = Connection(sock, self._exports, client, self._protocol)
         thread = threading.Thread(target=self._attend, args=(connection,), daemon=True)
         logs.info(f"{client} comes")
@@ -147,8 +170,14 @@ class Service:
         with self._lock:
             del self._threads[connection]
             connection.close()
-        self._places.give()
+        self._give_place()
         os.eventfd_write(self._changed, 1)
+
+    def _give_place(self) -> None:
+        self._places.give()
+        if self._peer is not None:
+            with self._lock:
+                self._peer.ended()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -261,6 +261,17 @@ def test_processes_are_one_server(pair: Served) -> None:
     assert instance(pair.uri()) == instance(tcp_uri(pair))
 
 
+def test_clients_are_shared_out(pair: Served) -> None:
+    port = int(tcp_uri(pair).rpartition(":")[2].rstrip("/"))
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            for where in (pair.socket, ("127.0.0.1", port)):
+                connection = stack.enter_context(Connection(where, DISK))
+                assert connection.read(Range(0, 4096)) == bytes(4096)
+        came = re.findall(r"serve ([12]): client [0-9]+.* comes", pair.run.err())
+        assert sorted(came) == ["1"] * 5 + ["2"] * 5
+
+
 def test_signals_end_all_processes(pair: Served, tmp_path: Path) -> None:
     with of_process(pair, 2) as two:
         two.client.write(0, Range(0, 4096), [b"y" * 4096])
