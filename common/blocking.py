@@ -84,19 +84,8 @@ class BlockingClient:
         Raises Unreachable, TimedOut, ConnectionLost, ProtocolError, and UserError where the server refuses.
         """
         wishes = wishes or Wishes(uri.export_name)
-        if wishes.goal is not Goal.GO:
-            raise BugError("these wishes do not lead into the transmission phase")
-        connecter = Connecter(wishes, peer)
-        stream = _Stream(dial(uri, peer, timeouts.connect), peer)
-        try:
-            event = _negotiate(stream, connecter, timeouts.handshake)
-            if not isinstance(event, Negotiated):
-                raise BugError("an export was asked for")
-            client = Client(event.export, peer, handles=1)
-        except BaseException:
-            stream.close()
-            raise
-        return cls(stream, client, timeouts)
+        connection, export = open_export(uri, peer, wishes, timeouts)
+        return cls(_Stream(connection, peer), Client(export, peer, handles=1), timeouts)
 
     def read(self, where: Range) -> bytes:
         """The bytes of `where`. Raises RequestError where the server says so."""
@@ -133,7 +122,7 @@ class BlockingClient:
         try:
             if not self._stream.closed and not self._client.pending:
                 self._client.disconnect()
-                deadline = _Deadline(self._stream.peer, "disconnecting", DISCONNECT_SECONDS)
+                deadline = Deadline(self._stream.peer, "disconnecting", DISCONNECT_SECONDS)
                 self._stream.send(in_memory(self._client.data_to_send()), deadline)
                 if waits:
                     self._stream.await_end(deadline)
@@ -153,7 +142,7 @@ class BlockingClient:
     def _request(self, doing: str, size: int, queue: Callable[[], None], least: float = 0) -> Done:
         """Queue one request and see it through. After anything but a RequestError the connection is closed."""
         seconds = max(least, self._timeouts.request + REQUEST_SECONDS_PER_MIB * size / MIB)
-        deadline = _Deadline(self._stream.peer, doing, seconds)
+        deadline = Deadline(self._stream.peer, doing, seconds)
         queue()
         try:
             done = self._answer(deadline)
@@ -164,7 +153,7 @@ class BlockingClient:
             raise done.error
         return done
 
-    def _answer(self, deadline: _Deadline) -> Done:
+    def _answer(self, deadline: Deadline) -> Done:
         pieces = in_memory(self._client.data_to_send())
         self._stream.send(pieces, deadline)
         events = self._client.sent(sum(map(len, pieces)))
@@ -177,6 +166,24 @@ class BlockingClient:
                 self._client.end_of_stream()
                 raise BugError("the end of the stream was taken for an answer")
             events = self._client.received(count)
+
+
+def open_export(uri: NbdUri, peer: str, wishes: Wishes, timeouts: Timeouts) -> tuple[socket.socket, Export]:
+    """A connection in the transmission phase, the caller's own, and what was negotiated. Raises as `BlockingClient.open`
+    does.
+    """
+    if wishes.goal is not Goal.GO:
+        raise BugError("these wishes do not lead into the transmission phase")
+    connecter = Connecter(wishes, peer)
+    connection = dial(uri, peer, timeouts.connect)
+    try:
+        event = _negotiate(_Stream(connection, peer), connecter, timeouts.handshake)
+        if not isinstance(event, Negotiated):
+            raise BugError("an export was asked for")
+    except BaseException:
+        connection.close()
+        raise
+    return connection, event.export
 
 
 def list_exports(uri: NbdUri, peer: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[tuple[str, str]]:
@@ -195,7 +202,7 @@ def list_exports(uri: NbdUri, peer: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) 
 
 def _negotiate(stream: _Stream, connecter: Connecter, seconds: float) -> Negotiated | Listed:
     """Drive `connecter` to its result. A refusal is answered politely before it is raised."""
-    deadline = _Deadline(stream.peer, "negotiating", seconds)
+    deadline = Deadline(stream.peer, "negotiating", seconds)
     try:
         while True:
             stream.send(connecter.data_to_send(), deadline)
@@ -212,7 +219,7 @@ def _negotiate(stream: _Stream, connecter: Connecter, seconds: float) -> Negotia
 
 def _part(stream: _Stream, connecter: Connecter) -> None:
     """Say ABORT where the protocol allows it, and wait a little for the server to close. Never raises."""
-    deadline = _Deadline(stream.peer, "disconnecting", DISCONNECT_SECONDS)
+    deadline = Deadline(stream.peer, "disconnecting", DISCONNECT_SECONDS)
     try:
         connecter.abort()
         stream.send(connecter.data_to_send(), deadline)
@@ -269,8 +276,8 @@ _LIST_CONTEXTS: Final = OptionHandler(
 )
 
 
-class _Deadline:
-    """Until when something may take; tells what was waited for."""
+class Deadline:
+    """Until when `doing` something with `peer` may take; tells what was waited for."""
 
     def __init__(self, peer: str, doing: str, seconds: float) -> None:
         self.peer = peer
@@ -300,7 +307,7 @@ class _Stream:
     def closed(self) -> bool:
         return self._connection.fileno() < 0
 
-    def send(self, pieces: Sequence[memoryview | bytes], deadline: _Deadline) -> None:
+    def send(self, pieces: Sequence[memoryview | bytes], deadline: Deadline) -> None:
         """Send all of it."""
         rest = [memoryview(piece) for piece in pieces if len(piece)]
         while rest:
@@ -314,7 +321,7 @@ class _Stream:
             if count:
                 rest[0] = rest[0][count:]
 
-    def receive(self, targets: Sequence[memoryview], deadline: _Deadline) -> int:
+    def receive(self, targets: Sequence[memoryview], deadline: Deadline) -> int:
         """The number of bytes that came into `targets`; 0 at the end of the stream."""
         self._connection.settimeout(deadline.left())
         try:
@@ -322,7 +329,7 @@ class _Stream:
         except OSError as error:
             raise self._failure(error, deadline) from None
 
-    def await_end(self, deadline: _Deadline) -> None:
+    def await_end(self, deadline: Deadline) -> None:
         """Receive and forget until the server closes the connection."""
         nowhere = [memoryview(bytearray(4096))]
         while self.receive(nowhere, deadline):
@@ -331,7 +338,7 @@ class _Stream:
     def close(self) -> None:
         self._connection.close()
 
-    def _failure(self, error: OSError, deadline: _Deadline) -> ConnectionLost:
+    def _failure(self, error: OSError, deadline: Deadline) -> ConnectionLost:
         if isinstance(error, TimeoutError):
             return deadline.over()
         return ConnectionLost(self.peer, deadline.doing, cause_of(error))
