@@ -169,8 +169,9 @@ class BlockingClient:
 
 
 def open_export(uri: NbdUri, peer: str, wishes: Wishes, timeouts: Timeouts) -> tuple[socket.socket, Export]:
-    """A connection in the transmission phase, the caller's own, and what was negotiated. Raises as `BlockingClient.open`
-    does.
+    """A connection in the transmission phase, which is the caller's own, and what was negotiated.
+
+    Raises as `BlockingClient.open` does.
     """
     if wishes.goal is not Goal.GO:
         raise BugError("these wishes do not lead into the transmission phase")

@@ -21,6 +21,7 @@ from nbdshard.common.limits import EXPORT_NAME_BYTES_MAX, LAYERS_MAX
 from nbdshard.common.nbd.constants import EXPORT_BYTES_MAX
 from nbdshard.common.units import parse_size
 from nbdshard.server import advice
+from nbdshard.server.backends import remote
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.file import FileBackend
 from nbdshard.server.backends.memory import MemoryBackend
@@ -116,7 +117,14 @@ STORES: Final[Mapping[str, Keeping]] = MappingProxyType(  # of objects, for volu
 )
 DRIVERS: Final[Drivers] = MappingProxyType(
     {
-        "raw": MappingProxyType({"file": Opener(_raw_file, shared=True), "memory": Opener(_raw_memory)}),
+        "raw": MappingProxyType(
+            {
+                "file": Opener(_raw_file, shared=True),
+                "memory": Opener(_raw_memory),
+                "nbd": remote.opener("nbd"),
+                "nbd+unix": remote.opener("nbd+unix"),
+            }
+        ),
         "sharded": MappingProxyType({name: sharded(keeping) for name, keeping in STORES.items()}),
     }
 )

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from support import images
+from support.served import serving
+from support.servers import nbdkit
 
 SIZE = 20 * 65_536 + 4096  # the last chunk is short
 
@@ -28,6 +30,21 @@ def _nothing(_: Path) -> Iterator[Mapping[str, str]]:
     yield {}
 
 
+@contextlib.contextmanager
+def _nbdshard(_: Path) -> Iterator[Mapping[str, str]]:
+    """Another server, of this make."""
+    with serving(f"memory:{SIZE}") as served:
+        yield {"uri": served.uri()}
+
+
+@contextlib.contextmanager
+def _nbdkit(_: Path) -> Iterator[Mapping[str, str]]:
+    """Another server, of another make, that takes short requests only."""
+    filters, options = ("blocksize-policy",), ("blocksize-maximum=32k", "blocksize-error-policy=error")
+    with nbdkit("memory", str(SIZE), *options, filters=filters) as server:
+        yield {"uri": server.uri}
+
+
 @dataclass(frozen=True)
 class Chain:
     """A driver and a CONN, with places for {folder}, which is empty at first, {size}, and what `needs` provides.
@@ -38,6 +55,7 @@ class Chain:
     driver: str
     conn: str
     needs: Callable[[Path], AbstractContextManager[Mapping[str, str]]] = _nothing
+    is_quick: bool = True  # to make: a hundred of them in one test are no matter
 
     def over(self, layers: str, parameters: str = "") -> Chain:
         """This with `layers` ("retry:error:") in front."""
@@ -74,5 +92,7 @@ LAYERS: Mapping[str, tuple[str, str]] = {
 
 CHAINS: Mapping[str, Chain] = {
     **STORES,
+    "nbd nbdshard": Chain("raw", "nbd:{uri}", _nbdshard, is_quick=False),
+    "nbd nbdkit": Chain("raw", "nbd:{uri}", _nbdkit, is_quick=False),
     **{f"{layer} {name}": store.over(*LAYERS[layer]) for layer in LAYERS for name, store in STORES.items()},
 }

@@ -1,0 +1,426 @@
+"""An export of another NBD server, of whatever make, as an export: over a few connections that all threads share.
+
+A connection that is lost is made anew by whoever needs one; what was not answered then is asked again, a flush only
+where nothing is lost. What was acknowledged and not flushed may be gone with the other server's life. It is not, where
+its hint `instance` is the same as before, and it CAN_MULTI_CONN (`common/nbd/hints.py`). Where that cannot be shown,
+`losses` grows, and no flush succeeds any more: nobody here knows which of several clients have been told.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Final
+from urllib.parse import quote
+
+from nbdshard.common import logs
+from nbdshard.common.blocking import Deadline, Timeouts, open_export
+from nbdshard.common.errors import ConnectionLost, NbdshardError, RequestError, TimedOut, UserError
+from nbdshard.common.limits import (
+    CONNECT_SECONDS,
+    EXTRA_LINK_SECONDS,
+    FLUSH_BYTES_PER_SECOND,
+    FLUSH_SECONDS,
+    HANDSHAKE_SECONDS,
+    LINK_REQUEST_SECONDS,
+    LINK_RETRY_SECONDS,
+    LINKS,
+    LINKS_MAX,
+    MIB,
+    REMOTE_PIECE_BYTES,
+    REMOTE_RANGE_BYTES,
+    REQUEST_SECONDS_PER_MIB,
+)
+from nbdshard.common.nbd.client import Client, Done
+from nbdshard.common.nbd.connecter import Wishes
+from nbdshard.common.nbd.constants import BASE_ALLOCATION, Errno, TransmissionFlag
+from nbdshard.common.nbd.export import Export
+from nbdshard.common.nbd.extents import Extents
+from nbdshard.common.nbd.uri import NbdUri, parse_uri
+from nbdshard.common.ranges import Range
+from nbdshard.server.backends.base import Backend
+from nbdshard.server.backends.link import Link, Queue
+from nbdshard.server.device import Hole
+from nbdshard.server.opening import Opener, Opening
+
+_PASSED: Final = (
+    TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_FAST_ZERO
+    | TransmissionFlag.SEND_CACHE
+)
+_WRITES: Final = (
+    TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_FAST_ZERO
+)
+_ERRNOS: Final[Mapping[str, int]] = MappingProxyType({each.name: int(each) for each in Errno})
+
+
+class RemoteBackend:
+    """The export at `uri`. Opens at once; raises UserError where there is none, or it cannot be used."""
+
+    def __init__(self, uri: NbdUri, *, read_only: bool = False, links_max: int = LINKS) -> None:
+        self._uri = uri
+        self._peer = str(uri)
+        self._links: list[Link] = []
+        self._state = threading.Lock()  # of all that follows, and the links
+        self._connecting = threading.Lock()
+        self._life = 0  # of the server; another one where it is not known to be the same
+        self._writes = 0  # begun so far, zeroes and trims included; each has its number
+        self._active: set[int] = set()  # numbers of those under way
+        self._acknowledged = 0  # the highest number of those that are, in this life
+        self._flushed = 0  # the number up to which all that were acknowledged are durable
+        self._unflushed_bytes = 0
+        self._is_in_doubt = False  # a flush may have been told that something is lost
+        self._lost: OSError | None = None
+        self._refused: tuple[float, NbdshardError] | None = None  # when and why there was no connection
+        try:
+            first = self._open(Timeouts())
+        except NbdshardError as error:
+            raise UserError(str(error)) from None
+        self._export = first.export
+        self._tries = links_max + 2  # of one request: all connections may be lost at once, and be noticed one by one
+        self._links_max = links_max if first.export.flags & TransmissionFlag.CAN_MULTI_CONN else 1
+        minimum = first.export.block_sizes.minimum
+        if minimum > 1:
+            first.close()
+            raise UserError(f"takes requests in multiples of {minimum} bytes only", self._peer, "that is not supported")
+        self._links = [first, *self._more(first)]
+        self.size = first.export.size
+        self.flags = _flags(first.export.flags, read_only=read_only)
+        self.block_size = max(512, first.export.block_sizes.preferred)
+
+    @property
+    def losses(self) -> int:
+        return 0 if self._lost is None else 1
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def read(self, where: Range) -> Sequence[memoryview | bytes | Hole]:
+        view = memoryview(bytearray(where.length))
+        for piece in self._pieces(where):
+            into = view[piece.start - where.start : piece.end - where.start]
+            self._call("reading", piece, partial(_read, piece, into))
+        return (view,)
+
+    def write(self, where: Range, data: memoryview) -> None:
+        def pieces() -> None:
+            for piece in self._pieces(where):
+                part = data[piece.start - where.start : piece.end - where.start]
+                self._call("writing", piece, partial(_write, piece, part))
+
+        self._change(pieces, where.length)
+
+    def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
+        flags = self._export.flags
+        if fast and not flags & TransmissionFlag.SEND_FAST_ZERO:
+            raise OSError(errno.ENOTSUP, "the other server does not say whether zeroes are fast")
+        if not flags & TransmissionFlag.SEND_WRITE_ZEROES:
+            for part in where.split(REMOTE_PIECE_BYTES):
+                self.write(part, memoryview(bytes(part.length)))
+            return
+        self._change_ranges("zeroing", where, partial(_zero, not may_punch, fast))
+
+    def trim(self, where: Range) -> None:
+        if self._export.flags & TransmissionFlag.SEND_TRIM:  # else it is a hint that cannot be followed
+            self._change_ranges("trimming", where, _trim)
+
+    def cache(self, where: Range) -> None:
+        if self._export.flags & TransmissionFlag.SEND_CACHE:
+            for piece in where.split(REMOTE_RANGE_BYTES):
+                self._call("caching", piece, partial(_cache, piece), payload=False)
+
+    def extents(self, where: Range) -> Extents:
+        if BASE_ALLOCATION not in self._export.contexts:
+            return [(where, 0)]
+        piece = next(where.split(REMOTE_RANGE_BYTES))
+        try:
+            done = self._call("mapping", piece, partial(_block_status, piece), payload=False)
+        except _Refused:
+            return [(where, 0)]  # what is not known is data
+        return done.extents or [(piece, 0)]
+
+    def flush(self) -> None:
+        """What was acknowledged before is durable; or may be lost, and then this and every later flush fails."""
+        with self._state:
+            covered = min(self._active, default=self._writes + 1) - 1  # all up to it have been answered
+            seconds = FLUSH_SECONDS + self._unflushed_bytes / FLUSH_BYTES_PER_SECOND
+        deadline = Deadline(self._peer, "flushing", seconds)
+        for _ in range(self._tries):
+            link = self._link(deadline)
+            self._tell_loss()
+            if not self._export.flags & TransmissionFlag.SEND_FLUSH:
+                return  # and none was promised
+            try:
+                failure: NbdshardError | None = link.ask(_flush, deadline).error
+            except NbdshardError as error:
+                failure = error
+                self._drop(link)
+            if failure is None:
+                break
+            self._doubt(failure)
+            if isinstance(failure, TimedOut) or not isinstance(failure, ConnectionLost):
+                raise _as_os_error(failure)
+            # It was lost with its connection. Asked on another one, it is told if anything else was.
+        else:
+            raise OSError(errno.ENOTCONN, f"{self._peer}: its connections are lost again and again")
+        with self._state:
+            self._flushed = max(self._flushed, covered)
+            if self._flushed >= self._acknowledged:
+                self._unflushed_bytes = 0
+        self._tell_loss()
+
+    def close(self) -> None:
+        with self._state:
+            links, self._links = self._links, []
+        for link in links:
+            link.close()
+
+    def _pieces(self, where: Range) -> Iterator[Range]:
+        """What one READ or WRITE may have: the other server's maximum, and ours."""
+        return where.split(min(self._export.block_sizes.maximum, REMOTE_PIECE_BYTES))
+
+    def _call(self, doing: str, where: Range, queue: Queue, *, payload: bool = True) -> Done:
+        """Ask, again on another connection where one is lost. Raises OSError."""
+        seconds = LINK_REQUEST_SECONDS + (REQUEST_SECONDS_PER_MIB * where.length / MIB if payload else 0)
+        deadline = Deadline(self._peer, f"{doing} {where}", seconds)
+        failure: NbdshardError
+        for _ in range(self._tries):
+            link = self._link(deadline)
+            try:
+                done = link.ask(queue, deadline)
+            except NbdshardError as error:
+                failure = error
+                self._drop(link)
+                if isinstance(error, TimedOut) or not isinstance(error, ConnectionLost):
+                    break  # it may still be done: whoever asks again has to know
+            else:
+                if done.error is None:
+                    return done
+                if done.error.errno_name != Errno.ESHUTDOWN.name:
+                    raise _Refused(_number_of(done.error), str(done.error))
+                failure = done.error
+        raise _as_os_error(failure)
+
+    def _change_ranges(self, doing: str, where: Range, request: Callable[[Range, Client, int], None]) -> None:
+        """A change without payload."""
+
+        def pieces() -> None:
+            for piece in where.split(REMOTE_RANGE_BYTES):
+                self._call(doing, piece, partial(request, piece), payload=False)
+
+        self._change(pieces, 0)
+
+    def _change(self, ask: Callable[[], None], length: int) -> None:
+        """`ask` for it, all of it in one life of the server: what is acknowledged in an earlier one may be gone."""
+        with self._state:
+            self._writes += 1
+            number = self._writes
+            self._active.add(number)
+            self._unflushed_bytes += length
+        try:
+            for _ in range(2):
+                life = self._life
+                ask()
+                with self._state:
+                    if self._life == life:
+                        self._acknowledged = max(self._acknowledged, number)
+                        return
+        finally:
+            with self._state:
+                self._active.remove(number)
+        raise OSError(errno.ENOTCONN, f"{self._peer}: it was started again and again")
+
+    # -- connections --------------------------------------------------------------------------------------------------
+
+    def _link(self, deadline: Deadline) -> Link:
+        """The connection with the fewest requests, made anew if there is none. Raises OSError."""
+        try:
+            found = self._best()
+            if found is None:
+                if not self._connecting.acquire(timeout=deadline.left()):
+                    raise deadline.over()
+                try:
+                    found = self._best() or self._reconnected(deadline)
+                finally:
+                    self._connecting.release()
+        except NbdshardError as error:
+            raise _as_os_error(error) from None
+        return found
+
+    def _best(self) -> Link | None:
+        with self._state:
+            leaving = [link for link in self._links if self._is_in_doubt or not link.is_usable]
+            self._links = [link for link in self._links if link not in leaving]
+            found = min(self._links, key=lambda link: link.pending, default=None)
+        _part_from(leaving)
+        return found
+
+    def _reconnected(self, deadline: Deadline) -> Link:
+        """Who is here is the only one. Nothing that was acknowledged has been asked of the server's new life yet."""
+        if self._refused is not None and time.monotonic() - self._refused[0] < LINK_RETRY_SECONDS:
+            raise self._refused[1]
+        left = deadline.left()
+        try:
+            first = self._open(Timeouts(min(left, CONNECT_SECONDS), min(left, HANDSHAKE_SECONDS)))
+        except NbdshardError as error:
+            self._refused = (time.monotonic(), error)
+            raise
+        self._refused = None
+        old, new = self._export, first.export
+        if (old.size, old.flags, old.block_sizes) != (new.size, new.flags, new.block_sizes):
+            first.close()
+            raise ConnectionLost(self._peer, "connecting again", "it is not the same export any more")
+        with self._state:
+            if not _is_same_life(old, new):
+                self._life += 1
+                if self._is_in_doubt or self._acknowledged > self._flushed:
+                    self._lose("it was started again, or does not say that it was not")
+            self._is_in_doubt = False
+            self._export = new
+        more = self._more(first)
+        with self._state:
+            self._links = [first, *more]
+        logs.info(f"{self._peer}: connected again")
+        return first
+
+    def _open(self, timeouts: Timeouts) -> Link:
+        connection, export = open_export(self._uri, self._peer, Wishes(self._uri.export_name, hints=True), timeouts)
+        return Link(connection, export, self._peer)
+
+    def _more(self, first: Link) -> list[Link]:
+        """Further connections; a server may say that it admits several, and admit fewer."""
+        found: list[Link] = []
+        while len(found) + 1 < self._links_max:
+            try:
+                link = self._open(Timeouts(EXTRA_LINK_SECONDS, EXTRA_LINK_SECONDS))
+            except NbdshardError as error:
+                logs.info(f"{self._peer}: {len(found) + 1} of {self._links_max} connections: {error}")
+                break
+            if link.export.hints.instance != first.export.hints.instance:
+                link.close()
+                break
+            found.append(link)
+        return found
+
+    def _drop(self, link: Link) -> None:
+        link.fail(ConnectionLost(self._peer, "idle", "it is not used any more"))
+        with self._state:
+            self._links = [each for each in self._links if each is not link]
+
+    # -- losses -------------------------------------------------------------------------------------------------------
+
+    def _doubt(self, failure: NbdshardError) -> None:
+        """A flush has failed, or its answer is lost: it may have been the only word of a write-back that failed.
+
+        A server that names its lives names another one then. So what comes next connects anew, and sees.
+        """
+        with self._state:
+            if self._writes == self._flushed:
+                return  # nothing is at stake
+            if not self._export.hints.instance:
+                self._lose(f"a flush failed ({failure})")
+                return
+            self._is_in_doubt = True  # so no connection is used any more that there is now
+
+    def _lose(self, why: str) -> None:
+        """Holding the lock."""
+        if self._lost is None:
+            self._lost = OSError(errno.EIO, f"{self._peer} may have lost what it acknowledged: {why}")
+            logs.warning(str(self._lost.strerror))
+
+    def _tell_loss(self) -> None:
+        if self._lost is not None:
+            raise OSError(self._lost.errno, self._lost.strerror)
+
+
+def _part_from(links: Sequence[Link]) -> None:
+    """What is still asked there is answered first."""
+    for link in links:
+        threading.Thread(target=link.close, daemon=True).start()
+
+
+class _Refused(OSError):
+    """The other server's own error."""
+
+
+def _read(where: Range, into: memoryview, client: Client, handle: int) -> None:
+    client.read(handle, where, into)
+
+
+def _write(where: Range, data: memoryview, client: Client, handle: int) -> None:
+    client.write(handle, where, [data])
+
+
+def _zero(no_hole: bool, fast: bool, where: Range, client: Client, handle: int) -> None:
+    client.write_zeroes(handle, where, no_hole=no_hole, fast_zero=fast)
+
+
+def _trim(where: Range, client: Client, handle: int) -> None:
+    client.trim(handle, where)
+
+
+def _cache(where: Range, client: Client, handle: int) -> None:
+    client.cache(handle, where)
+
+
+def _block_status(where: Range, client: Client, handle: int) -> None:
+    client.block_status(handle, where)
+
+
+def _flush(client: Client, handle: int) -> None:
+    client.flush(handle)
+
+
+def _flags(flags: TransmissionFlag, *, read_only: bool) -> TransmissionFlag:
+    """Ours. A flush covers all clients: they share one connection, or several of which a flush of one covers all."""
+    found = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_DF | TransmissionFlag.CAN_MULTI_CONN | flags & _PASSED
+    if flags & TransmissionFlag.SEND_FLUSH:
+        found |= TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
+    if read_only or flags & TransmissionFlag.READ_ONLY:
+        found = found & ~_WRITES | TransmissionFlag.READ_ONLY
+    return found
+
+
+def _is_same_life(old: Export, new: Export) -> bool:
+    """Whether what `old` acknowledged is there for certain."""
+    multi = old.flags & new.flags & TransmissionFlag.CAN_MULTI_CONN
+    return bool(multi and old.hints.instance) and old.hints.instance == new.hints.instance
+
+
+def _number_of(error: RequestError) -> int:
+    return _ERRNOS.get(error.errno_name, errno.EIO)
+
+
+def _as_os_error(error: NbdshardError) -> OSError:
+    number = errno.EPROTO
+    if isinstance(error, RequestError):
+        number = _number_of(error)
+    elif isinstance(error, TimedOut):
+        number = errno.ETIMEDOUT
+    elif isinstance(error, ConnectionLost | UserError):  # the export may not be there yet
+        number = errno.ENOTCONN
+    return OSError(number, str(error))
+
+
+def opener(scheme: str) -> Opener:
+    """Of the store that is called like the scheme of its URIs: nbd://... is itself a CONN, and so is nbd:nbd://..."""
+
+    def open_it(opening: Opening) -> Backend:
+        """What is special in the place has been decoded; a `socket` in the URI is one of the parameters."""
+        text = quote(opening.place, safe="/:[]@+", errors="surrogateescape")
+        if text.startswith("//"):
+            text = f"{scheme}:{text}"
+        if (path := opening.parameters.text("socket")) is not None:
+            text += f"?socket={quote(path, errors='surrogateescape')}"
+        links_max = opening.parameters.count("connections", 1, LINKS_MAX)
+        return RemoteBackend(parse_uri(text), read_only=opening.read_only, links_max=links_max or LINKS)
+
+    return Opener(open_it, frozenset({"socket", "connections"}))
