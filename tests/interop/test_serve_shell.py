@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common.limits import SERVED_REQUESTS_MAX
 from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.ranges import Range
@@ -339,6 +340,27 @@ def test_each_process_tells_of_a_write_back_that_failed(tmp_path: Path) -> None:
                         assert done.error is not None
                 served.run.process.terminate()
                 served.run.wait().failed(1, saying=["what was written may be lost"])
+
+
+# -- the end
+
+
+def test_every_request_that_was_sent_before_the_end_has_an_answer() -> None:
+    """More than the server has taken, so that some are unread when it ends; not one answer may be lost by that."""
+    count = 3 * SERVED_REQUESTS_MAX
+    with serving("delay:memory:1M?delay-read=10m", "--tcp", "127.0.0.1:0") as served:
+        port = int(tcp_uri(served).rpartition(":")[2].rstrip("/"))
+        with Connection(("127.0.0.1", port), DISK, handles=count) as connection:
+            buffers = [bytearray(1) for _ in range(count)]
+            for handle, buffer in enumerate(buffers):
+                connection.client.read(handle, Range.of(handle, 1), memoryview(buffer))
+            connection.push([])
+            served.run.process.terminate()
+            errors = [done.error.errno_name if done.error else "" for done in connection.run()]
+            assert len(errors) == count
+            assert {"ESHUTDOWN"} <= set(errors) <= {"", "ESHUTDOWN"}  # how many it had taken by then is its business
+            assert connection.socket.recv(1) == b""
+        served.run.wait().succeeded()
 
 
 # -- what is told, and what is not
