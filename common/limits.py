@@ -256,6 +256,11 @@ SERVED_BYTES_MAX: Final = 64 * MIB  # of their payload and of answers that are n
 SERVED_PAYLOAD_SKIPPED_MAX: Final = 64 * MIB  # of a request that is refused for its size; who sends more is cut off
 EXTENTS_TOLD_MAX: Final = 8192  # in one answer: 64 KiB, or twice that with extended headers
 NEGOTIATION_SECONDS_MAX: Final = 30.0  # from a client's coming to its choice; what it costs the server is little
+KEEPALIVE_IDLE_SECONDS: Final = (
+    60  # nothing was heard of a client for so long: its machine is asked whether it is there
+)
+KEEPALIVE_PROBE_SECONDS: Final = 10  # between two questions
+KEEPALIVE_PROBES: Final = 6  # without an answer; then it has gone. One that is there, and only silent, stays for ever
 SENT_PIECES_MAX: Final = 64  # of answers in one sendmsg
 SERVED_AT_ONCE: Final = 16  # requests of one connection that are carried out side by side
 CONNECTION_STACK_BYTES: Final = 512 * KIB

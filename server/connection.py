@@ -81,14 +81,15 @@ class Connection:
             self._send()
             if listener.done and not self._out:
                 break
-            if not self._wait(deadline, is_wanted=not listener.done):
+            is_wanted = not (listener.done or self._out)  # else answers to option after option would pile up
+            if not self._wait(deadline, is_wanted=is_wanted):
                 logs.info(f"{self.client}: it has not chosen an export within {NEGOTIATION_SECONDS_MAX:g} s")
                 return None
             if self._is_leaving.is_set():
                 listener.shut_down()
                 if not self._out and not self._has_come():
                     return None
-            if listener.done:
+            if not is_wanted:
                 continue
             count = self._receive(listener.receive_target())
             if count == 0:

@@ -8,6 +8,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -219,6 +220,31 @@ def test_who_reads_no_refusals_is_not_listened_to(memory: Served) -> None:
     with leaving_nothing(memory), connected_by_tcp(memory, PLAIN) as peer:
         stuff(memory, peer, asked(99) * 10_000)
         assert processes.resident_peak_bytes(memory.run.pid) < MEMORY_BYTES_MAX
+
+
+def test_who_reads_no_answers_to_options_is_not_listened_to() -> None:
+    """Each LIST is answered with half a mebibyte; OPTIONS_MAX of them would be 128."""
+    words = [word for n in range(127) for word in ("-e", f"{n:04000}", "raw", "memory:1M")]
+    with serving("memory:1M", *words) as served:
+        still_serves(served)
+        before = processes.resident_peak_bytes(served.run.pid)
+        with connect(served.socket) as peer:
+            peer.sendall(FIXED)
+            stuff(served, peer, pack_option(Option.LIST) * (OPTIONS_MAX - 1))
+            assert processes.resident_peak_bytes(served.run.pid) < before + 16 * MIB
+
+
+def test_a_machine_that_goes_without_a_word_is_noticed(memory: Served) -> None:
+    """The kernel asks whether it is there: its timer is seen to run."""
+    with connected_by_tcp(memory, PLAIN) as peer:
+        ours, theirs = (f"{number:04X}" for number in (memory.address[1], peer.getsockname()[1]))
+
+        def asks() -> bool:
+            rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+            (timer,) = (row[5] for row in rows if row[1].endswith(f":{ours}") and row[2].endswith(f":{theirs}"))
+            return timer.startswith("02:")  # proc(5): keepalive
+
+        wait_for("keepalive to run", asks)
 
 
 def test_who_reads_a_byte_at_a_time_holds_up_nobody(memory: Served) -> None:
