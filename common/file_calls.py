@@ -124,6 +124,23 @@ def read_by_pages(number: int, where: Range) -> None:
     drop_pages(number, where)
 
 
+_IN_MEMORY: Final = frozenset({0x01021994, 0x858458F6, 0x958458F6})  # linux/magic.h: tmpfs, ramfs, hugetlbfs
+
+
+def is_in_memory(number: int) -> bool:
+    """Whether a file has its home in memory, so that nothing of it is ever waited for (but for swapping)."""
+    answer = (ctypes.c_long * 32)()  # struct statfs, of at most 120 bytes; its type comes first
+    return _libc.fstatfs(number, answer) == 0 and answer[0] in _IN_MEMORY
+
+
+def is_at_hand(number: int, where: Range) -> bool:
+    """Whether the page cache holds all of `where`, as far as the kernel tells: then it is read without waiting."""
+    try:
+        return cached_bytes(number, where) >= where.length
+    except OSError:
+        return False
+
+
 class _CacheStat(ctypes.Structure):
     """struct cachestat of linux/mman.h: pages, by what they are."""
 

@@ -263,6 +263,20 @@ KEEPALIVE_PROBE_SECONDS: Final = 10  # between two questions
 KEEPALIVE_PROBES: Final = 6  # without an answer; then it has gone. One that is there, and only silent, stays for ever
 SENT_PIECES_MAX: Final = 64  # of answers in one sendmsg
 SERVED_AT_ONCE: Final = 16  # requests of one connection that are carried out side by side
+SERVER_BYTES_MAX: Final = (
+    32 * MIB
+)  # payload in memory, of all connections of a process: as much as one request may have
+SERVER_BYTES_RESERVE: Final = 2 * MIB  # beside that, for small requests while a large one waits for the rest
+SERVED_STALL_SECONDS: Final = (
+    30.0  # a client that takes nothing for so long, holding memory others wait for, is cut off
+)
+CREW_CALLS_MAX: Final = 32  # calls of one export's backend at a time, for all its clients ...
+CREW_FLUSHES_MAX: Final = 4  # ... and flushes beside them: a slow one must not stand in the way of reads
+INLINE_BYTES_MAX: Final = MIB  # read by a connection's own thread before it sends what it has
+INLINE_SECONDS_MAX: Final = 0.02  # a write that took its thread longer: others wait for it no more ...
+INLINE_PAUSE: Final = 64  # ... until so many were left to the crew
+SERVED_PIPE_BYTES: Final = (4 * MIB, MIB)  # asked for in turn: pipe-max-size allows everybody the second
+SERVED_SOCKET_BYTES: Final = MIB  # asked for as a unix socket's buffer: the default one takes a mebibyte in five pieces
 CONNECTION_STACK_BYTES: Final = 512 * KIB
 LISTEN_BACKLOG: Final = 1024  # clients that come at once are not turned away for want of a moment
 ACCEPT_PAUSE_SECONDS: Final = 1.0  # before the next client is let in, where there was no descriptor for one

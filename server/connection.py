@@ -1,34 +1,22 @@
-"""One client: a thread that moves bytes between its socket, the listener and then the device. It decides nothing.
-
-Requests are carried out by the connection's own few threads, side by side, so that answers go out as they are ready.
-The device lives here alone: the others hand over what it is to say, and wake this thread.
-"""
+"""One client: a thread that moves bytes between its socket and the listener, and then has them transmitted."""
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final
 
 from nbdshard.common import logs
 from nbdshard.common.errors import BugError, NbdshardError
-from nbdshard.common.limits import NEGOTIATION_SECONDS_MAX, SENT_PIECES_MAX, SERVED_AT_ONCE
-from nbdshard.common.nbd.payload import Piece, in_memory
-from nbdshard.server.backends.base import Backend
+from nbdshard.common.limits import NEGOTIATION_SECONDS_MAX, SERVED_SOCKET_BYTES
 from nbdshard.server.device import Device
 from nbdshard.server.exports import Exports
-from nbdshard.server.handling import NBD, Answer, Protocol, handle
+from nbdshard.server.handling import NBD, Protocol
 from nbdshard.server.listener import Listener
 from nbdshard.server.parting import part
-from nbdshard.server.serving import Request
-
-_READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
+from nbdshard.server.transmission import Transmission
+from nbdshard.server.wake import Wake
 
 
 class Connection:
@@ -39,21 +27,21 @@ class Connection:
         self._protocol = protocol
         self._socket = sock
         self._exports = exports
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._answers: deque[Answer] = deque()  # of other threads; appending and popping are atomic
+        self._wake = Wake()
         self._is_leaving = threading.Event()
-        self._out: deque[memoryview] = deque()
-        self._device: Device | None = None
+        self._out = b""  # of the negotiation, not sent yet
 
     def leave(self) -> None:
         """From any thread: finish what was asked, refuse the rest, and end."""
         self._is_leaving.set()
-        self._notify()
+        self._wake.notify()
 
     def serve(self) -> None:
         """Until the connection ends. Never raises."""
         try:
             self._socket.setblocking(False)
+            if self._socket.family == socket.AF_UNIX:  # TCP finds out itself how much it needs
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SERVED_SOCKET_BYTES)
             device = self._negotiate()
             if device is not None:
                 self._transmit(device)
@@ -68,7 +56,7 @@ class Connection:
 
     def close(self) -> None:
         """After `serve` has returned."""
-        os.close(self._wake)
+        self._wake.close()
 
     # -- the handshake ------------------------------------------------------------------------------------------------
 
@@ -77,7 +65,7 @@ class Connection:
         deadline = time.monotonic() + NEGOTIATION_SECONDS_MAX
         entered = None
         while True:
-            self._queue(listener.data_to_send())
+            self._out += b"".join(listener.data_to_send())
             self._send()
             if listener.done and not self._out:
                 break
@@ -104,86 +92,33 @@ class Connection:
     # -- the transmission phase ---------------------------------------------------------------------------------------
 
     def _transmit(self, device: Device) -> None:
-        backend = self._exports.backend(device.export.name)
         logs.info(f"{self.client}: serves {device.export.name!r}")
-        with ThreadPoolExecutor(SERVED_AT_ONCE) as pool:
-
-            def begin(requests: Sequence[Request]) -> None:
-                for request in requests:
-                    pool.submit(self._carry_out, backend, request)
-
-            while not device.finished:
-                while self._answers:
-                    self._answers.popleft()(device)
-                if self._is_leaving.is_set():
-                    device.shut_down()
-                begin(device.resume())
-                self._queue(device.data_to_send())
-                device_sent = self._send()
-                if device_sent:
-                    device.sent(device_sent)
-                    continue
-                if self._is_leaving.is_set() and not device.under_way and not self._out and not self._has_come():
-                    return  # only now: what was just answered has left too, and what had come is refused
-                target = device.receive_target()
-                if device.finished:
-                    return
-                self._wait(None, is_wanted=bool(target))
-                if target and (count := self._receive(target)) is not None:
-                    if count == 0:
-                        device.end_of_stream()
-                        return
-                    begin(device.received(count))
-
-    def _carry_out(self, backend: Backend, request: Request) -> None:
-        self._answers.append(handle(backend, request, self._protocol.handlers))
-        self._notify()
+        transmission = Transmission(
+            self._socket, device, self._exports, self._protocol.handlers, self._wake, self._is_leaving
+        )
+        try:
+            transmission.run()
+        finally:
+            transmission.close()
 
     # -- bytes --------------------------------------------------------------------------------------------------------
 
-    def _notify(self) -> None:
-        os.eventfd_write(self._wake, 1)
-
-    def _wait(self, deadline: float | None, *, is_wanted: bool) -> bool:
+    def _wait(self, deadline: float, *, is_wanted: bool) -> bool:
         """Until something can be done; False where it was waited until `deadline` in vain."""
         poll = select.poll()
         events = (select.POLLIN if is_wanted else 0) | (select.POLLOUT if self._out else 0)
         if events:  # asked for nothing, it would still say, at once and for ever, that the client has gone
             poll.register(self._socket, events)
-        poll.register(self._wake, select.POLLIN)
-        found = poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000)
-        try:
-            os.eventfd_read(self._wake)
-        except BlockingIOError:
-            pass
+        poll.register(self._wake.number, select.POLLIN)
+        found = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        self._wake.clear()
         return bool(found)
 
-    def _has_come(self) -> bool:
-        """Whether there is something to be read, and be it the end."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def _queue(self, pieces: Sequence[Piece]) -> None:
-        self._out += [memoryview(piece) for piece in in_memory(pieces)]
-
-    def _send(self) -> int:
-        """What the socket takes of what is queued, in bytes."""
-        sent = 0
-        while self._out:
-            try:
-                count = self._socket.sendmsg([self._out[at] for at in range(min(len(self._out), SENT_PIECES_MAX))])
-            except BlockingIOError:
-                break
-            sent += count
-            while count and self._out:
-                first = self._out[0]
-                if count < len(first):
-                    self._out[0] = first[count:]
-                    break
-                count -= len(first)
-                self._out.popleft()
-        return sent
+    def _send(self) -> None:
+        try:
+            self._out = self._out[self._socket.send(self._out) :] if self._out else b""
+        except BlockingIOError:
+            return
 
     def _receive(self, target: memoryview) -> int | None:
         """How many bytes came into `target`: 0 is the end of the stream, None that there are none yet."""

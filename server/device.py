@@ -7,6 +7,8 @@ The client's twin. The caller's duties:
 - answer each request that `received` returns, once, in any order, with `done`, `failed`, `content` or `extents`;
 - send what `data_to_send()` yields, in order, and report how far it got with `sent(count)`; leave buffers of answers
   alone until then;
+- payload of the request `incoming` may be moved without the machine, `incoming_left` bytes of it, and told to
+  `moved(count)`. Its `payload` is what came along with its header, then; `receive_target()` makes room for all of it;
 - close the connection when `finished`.
 
 What the export does not allow is answered here, and never handed out. `received` raises ProtocolError when the client
@@ -29,6 +31,7 @@ from nbdshard.common.limits import (
     SERVED_BYTES_MAX,
     SERVED_PAYLOAD_SKIPPED_MAX,
     SERVED_REQUESTS_MAX,
+    SPLICE_BYTES_MIN,
 )
 from nbdshard.common.nbd import wire
 from nbdshard.common.nbd.commands import COMMANDS, CommandTable
@@ -86,8 +89,9 @@ class Device:
         # Receiving: headers, with what of a payload came along, or payload alone.
         self._head = bytearray(HEAD_BYTES_MAX)
         self._filled = 0
-        self._writing: Request | None = None  # its payload comes
-        self._place = _NOTHING  # where the rest of it belongs
+        self.incoming: Request | None = None  # its payload comes
+        self.incoming_left = 0  # bytes of it that have not come yet
+        self._is_narrow = False  # one header at a time: what follows it is payload for elsewhere, as it seems
         self._skip = 0  # bytes of a payload that nobody wants
         # Sending: positions count the bytes of the whole stream.
         self._replies = bytearray()  # answers without payload queue here, so that they leave together
@@ -96,7 +100,7 @@ class Device:
         self._handed = 0
         self._sent = 0
         self._load = 0  # bytes of payload, here and in answers, that are not sent yet
-        self._unsent: deque[tuple[int, int]] = deque()  # where an answer ends, its load
+        self._unsent: deque[tuple[int, int, int]] = deque()  # where an answer ends, its load, what is held for it
 
     # -- receiving ----------------------------------------------------------------------------------------------------
 
@@ -106,11 +110,22 @@ class Device:
             return _NOTHING
         if self._skip:
             return memoryview(self._head)[: min(self._skip, len(self._head))]
-        if self._place:
-            return self._place
+        if self.incoming is not None:
+            return self._place(self.incoming)
         if self.is_busy:
             return _NOTHING
-        return memoryview(self._head)[self._filled :]
+        head = memoryview(self._head)
+        if self._is_narrow and self._filled < self._header.size:
+            return head[self._filled : self._header.size]
+        return head[self._filled :]
+
+    def _place(self, request: Request) -> memoryview:
+        """Where the rest of the payload of `request` belongs: room for it is made when it is first asked for."""
+        came = request.payload
+        if len(came) < request.length:
+            request.payload = bytearray(request.length)
+            request.payload[: len(came)] = came
+        return memoryview(request.payload)[request.length - self.incoming_left :]
 
     @property
     def is_busy(self) -> bool:
@@ -130,44 +145,52 @@ class Device:
         requests: list[Request] = []
         if self._skip:
             self._skip -= count
-        elif self._place:
-            self._placed(count, requests)
+        elif self.incoming is not None:
+            self._came(count, requests)
         else:
             self._filled += count
         self._parse(requests)
         return requests
 
+    def moved(self, count: int) -> list[Request]:
+        """`count` bytes of the payload of `incoming` were moved from the stream to elsewhere. As `received`."""
+        if self.incoming is None or not 0 < count <= self.incoming_left:
+            raise BugError(f"{count} bytes moved of {self.incoming_left} that are to come")
+        requests: list[Request] = []
+        self._came(count, requests)
+        return requests
+
     def resume(self) -> list[Request]:
         """To be called when `is_busy` has ended: the requests that had come, and were not looked at."""
         requests: list[Request] = []
-        if self.state is DeviceState.RUNNING:
+        if self._filled and self.state is DeviceState.RUNNING:
             self._parse(requests)
         return requests
 
     def end_of_stream(self) -> None:
-        """The client closed the connection. Raises ConnectionLost where it was in the middle of something."""
-        if self.state in (DeviceState.CLOSED, DeviceState.FAILED):
+        """The client sends nothing more. Raises ConnectionLost where it was in the middle of something.
+
+        What it asked before is answered: it may listen still, as `nc -N` does.
+        """
+        if self.state is not DeviceState.RUNNING:
             return
-        in_the_middle = self.state is DeviceState.RUNNING and bool(self._filled or self._place or self._skip)
-        unanswered = self.under_way
-        self._go(DeviceState.CLOSED)
+        in_the_middle = bool(self._filled or self.incoming or self._skip)
+        waits = self.under_way or self._sent < self._queued
+        self._go(DeviceState.DISCONNECTING if waits and not in_the_middle else DeviceState.CLOSED)
         if in_the_middle:
             raise ConnectionLost(self.client, "receiving a request", "the client closed the connection")
-        if unanswered:
-            raise ConnectionLost(self.client, f"serving {unanswered} requests", "the client closed the connection")
 
-    def _placed(self, count: int, requests: list[Request]) -> None:
-        self._place = self._place[count:]
-        if not self._place:
-            assert self._writing is not None
-            requests.append(self._writing)
-            self._writing = None
+    def _came(self, count: int, requests: list[Request]) -> None:
+        self.incoming_left -= count
+        if not self.incoming_left and self.incoming is not None:
+            requests.append(self.incoming)
+            self.incoming = None
 
     def _parse(self, requests: list[Request]) -> None:
         """Take as many headers out of `_head` as are whole; what follows one may be the start of its payload."""
         at, size = 0, self._header.size
         head = memoryview(self._head)
-        while self.state is DeviceState.RUNNING and not self._place:
+        while self.state is DeviceState.RUNNING and self.incoming is None:
             if self._skip:
                 dropped = min(self._skip, self._filled - at)
                 at, self._skip = at + dropped, self._skip - dropped
@@ -182,12 +205,11 @@ class Device:
                 self._go(DeviceState.DISCONNECTING)
                 break
             self._take(request, requests)
-            if self._place:
-                piece = head[at : min(at + len(self._place), self._filled)]
-                self._place[: len(piece)] = piece
-                at += len(piece)
-                if piece:
-                    self._placed(len(piece), requests)
+            if self.incoming is not None:
+                piece = min(self.incoming_left, self._filled - at)
+                request.payload += head[at : at + piece]
+                at += piece
+                self._came(piece, requests)
         if at:
             rest = self._filled - at
             head[:rest] = bytes(head[at : self._filled])
@@ -209,9 +231,9 @@ class Device:
             return
         request.load = payload or self._rules.answer_bytes(request)
         self._load += request.load
+        self._is_narrow = payload >= SPLICE_BYTES_MIN
         if payload:
-            request.payload = bytearray(payload)
-            self._writing, self._place = request, memoryview(request.payload)
+            self.incoming, self.incoming_left = request, payload
         else:
             requests.append(request)
 
@@ -228,6 +250,8 @@ class Device:
 
     def failed(self, request: Request, errno: int, sentence: str = "") -> None:
         """`request` has failed with `errno`, a value of the spec; others are told as EINVAL."""
+        if request is self.incoming:  # its payload is still coming, and nobody wants it any more
+            self.incoming, self._skip = None, self.incoming_left
         if not self._answers(request):
             return
         error = self._rules.error(request, errno)
@@ -291,7 +315,7 @@ class Device:
         request.answered = True
         request.payload = bytearray()
         self.under_way -= 1
-        self._unsent.append((self._queued, request.load))
+        self._unsent.append((self._queued, request.load, request.held))
 
     def _runs(self, request: Request, parts: Sequence[Piece | Hole]) -> None:
         """A chunk for each hole and for each run of data."""
@@ -348,13 +372,17 @@ class Device:
         self._handed = self._queued
         return out
 
-    def sent(self, count: int) -> None:
-        """`count` more of the bytes handed out have left."""
+    def sent(self, count: int) -> int:
+        """`count` more of the bytes handed out have left: what was `held` for the requests answered by them, in sum."""
         if not 0 < count <= self._handed - self._sent:
             raise BugError(f"{count} bytes sent of {self._handed - self._sent} handed out")
         self._sent += count
+        free = 0
         while self._unsent and self._unsent[0][0] <= self._sent:
-            self._load -= self._unsent.popleft()[1]
+            _, load, held = self._unsent.popleft()
+            self._load -= load
+            free += held
+        return free
 
     @property
     def finished(self) -> bool:

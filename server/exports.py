@@ -10,6 +10,8 @@ import msgspec
 from nbdshard.common.nbd.export import BlockSizes
 from nbdshard.common.nbd.hints import NO_HINTS, Hints
 from nbdshard.server.backends.base import Backend
+from nbdshard.server.budget import Budget
+from nbdshard.server.crew import Crew
 from nbdshard.server.offers import Offer
 
 
@@ -27,6 +29,8 @@ class Exports:
     def __init__(self, exports: Mapping[str, Exported], life: uuid.UUID) -> None:
         self._exports = dict(exports)
         self._life = life
+        self._crews = {name: Crew() for name in self._exports}
+        self.budget = Budget()  # of the connections to all of them
 
     def find(self, name: str) -> Offer | None:
         """The export called `name`, as it is now: its `instance` is another one after a loss below."""
@@ -42,6 +46,10 @@ class Exports:
     def backend(self, name: str) -> Backend:
         """What is behind the export `name`, as it was offered."""
         return self._exports[name].backend
+
+    def crew(self, name: str) -> Crew:
+        """Who carries out what is asked of the export `name`."""
+        return self._crews[name]
 
     def backends(self) -> Mapping[str, Backend]:
         """Of all exports, by name."""

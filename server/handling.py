@@ -119,6 +119,20 @@ def handle(backend: Backend, request: Request, handlers: HandlerTable = HANDLERS
         return failure(request, error)
 
 
+def flushes(request: Request) -> bool:
+    """Whether carrying it out takes a flush."""
+    return request.command == Command.FLUSH or (request.fua and request.command in _WRITING)
+
+
+def flushed(backend: Backend, request: Request) -> Answer:
+    """Make durable what `request`, which is carried out otherwise, has written. Never raises."""
+    try:
+        backend.flush()
+    except Exception as error:
+        return failure(request, error)
+    return lambda device: device.done(request)
+
+
 class Protocol(msgspec.Struct, frozen=True):
     """What a server speaks, as tables to which anybody may add: option -> what is answered, command -> what it needs of
     an export, command -> what carries it out.

@@ -31,7 +31,7 @@ _FAST_ZERO: Final = CommandFlag.FAST_ZERO.value
 class Request:
     """One request from its header to its answer. `payload`: of a WRITE, or what sends one, once all of it is there."""
 
-    __slots__ = ("answered", "command", "cookie", "flags", "length", "load", "offset", "payload")
+    __slots__ = ("answered", "command", "cookie", "flags", "held", "length", "load", "offset", "payload")
 
     def __init__(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
         self.command = command
@@ -40,7 +40,8 @@ class Request:
         self.offset = offset
         self.length = length
         self.payload = bytearray()
-        self.load = 0  # bytes it and its answer take in the server
+        self.load = 0  # bytes of its payload, or of its answer's
+        self.held = 0  # bytes of memory that the shell took for it: `Device.sent` tells when they are free again
         self.answered = False
 
     @property

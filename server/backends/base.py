@@ -7,7 +7,8 @@ empty: the device has checked them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
@@ -58,3 +59,40 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Nothing is asked any more."""
+
+
+# What a backend may offer beside. A layer offers it only where it has nothing to do with the bytes.
+
+
+@runtime_checkable
+class Prompt(Protocol):
+    """Calls for a connection's own thread, which must not wait."""
+
+    def read_now(self, where: Range) -> Sequence[memoryview | bytes | Hole] | None:
+        """As `read`; None where it would have to wait, for a disk, say."""
+
+    def write_now(self, where: Range, data: memoryview) -> bool:
+        """As `write`; False, and nothing is written, where it would have to wait."""
+
+
+class Place(NamedTuple):
+    """Where a range begins: an open file, and an offset in it."""
+
+    number: int
+    offset: int
+
+
+@runtime_checkable
+class Direct(Protocol):
+    """Its bytes are in files of this machine, so they may be moved from and to a socket without a look at them."""
+
+    def is_direct(self, where: Range) -> bool:
+        """Whether all of `where` is in one file, or would be if it were written."""
+
+    def reading(self, where: Range) -> AbstractContextManager[Place | None]:
+        """Where `where`, which is direct, is, all of it and for as long as the block lasts, to be read without waiting;
+        None where it is not so."""
+
+    def writing(self, where: Range) -> AbstractContextManager[Place]:
+        """Where to write `where`, which is direct, in the block. After it, all is as if `write` had returned, or raised
+        what the block raised."""

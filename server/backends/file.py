@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import mmap
 import os
 import stat
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.file_calls import NEVER, zero_device, zero_file
+from nbdshard.common.file_calls import NEVER, is_at_hand, is_in_memory, zero_device, zero_file
 from nbdshard.common.file_map import FileMap
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
+from nbdshard.server.backends.base import Place
 from nbdshard.server.claims import claim
 from nbdshard.server.device import Hole
 
@@ -56,6 +60,8 @@ class FileBackend:
         self.flags = _READS | (TransmissionFlag.READ_ONLY if read_only else _WRITES)
         self.block_size = max(found.st_blksize, 512)
         self._map = FileMap(self._number)
+        self._is_in_memory = is_in_memory(self._number)
+        self._can_ask = not self._is_in_memory  # the file system can read what is at hand, and nothing else
         self._flushing = threading.Lock()
         self._lost: OSError | None = None
 
@@ -77,6 +83,46 @@ class FileBackend:
         at = 0
         while at < where.length:
             at += os.pwrite(self._number, data[at:], where.start + at)
+
+    # -- without waiting: see Prompt and Direct
+
+    def read_now(self, where: Range) -> Sequence[memoryview] | None:
+        flags = 0
+        if not self._is_in_memory:
+            if not self._can_ask and not is_at_hand(self._number, where):
+                return None
+            flags = os.RWF_NOWAIT if self._can_ask else 0
+        view = memoryview(bytearray(where.length))
+        try:
+            if os.preadv(self._number, [view], where.start, flags) == where.length:
+                return (view,)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._can_ask = False
+        return None  # whatever else it is, `read` will tell
+
+    def write_now(self, where: Range, data: memoryview) -> bool:
+        if (where.start | where.length) % mmap.PAGESIZE and not self._is_ready(where):
+            return False  # the rest of a page would have to be read first
+        self.write(where, data)
+        return True
+
+    def _is_ready(self, where: Range) -> bool:
+        return self._is_in_memory or is_at_hand(self._number, where)
+
+    def is_direct(self, where: Range) -> bool:
+        return True
+
+    def reading(self, where: Range) -> AbstractContextManager[Place | None]:
+        return contextlib.nullcontext(Place(self._number, where.start) if self._is_ready(where) else None)
+
+    def writing(self, where: Range) -> AbstractContextManager[Place]:
+        return contextlib.nullcontext(Place(self._number, where.start))
+
+    # -- what changes more than bytes
 
     def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
         try:

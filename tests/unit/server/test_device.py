@@ -291,10 +291,20 @@ def test_what_was_asked_before_disc_is_answered() -> None:
     served.end_of_stream()
 
 
-def test_a_client_that_vanishes_is_told_of() -> None:
+def test_who_only_stops_asking_is_answered() -> None:
     served = device()
     requests, _ = feed_device(served, request(Command.FLUSH))
-    with pytest.raises(ConnectionLost, match="serving 1 requests"):
+    served.end_of_stream()
+    assert not served.finished
+    served.done(requests[0])
+    assert len(said_by_device(served)) == 16
+    assert served.finished
+
+
+def test_a_client_that_vanishes_in_the_middle_is_told_of() -> None:
+    served = device()
+    requests, _ = feed_device(served, request(Command.FLUSH) + request(Command.WRITE, 0, 512)[:9])
+    with pytest.raises(ConnectionLost, match="receiving a request"):
         served.end_of_stream()
     served.done(requests[0])  # into the void
     assert served.data_to_send() == []
@@ -303,7 +313,48 @@ def test_a_client_that_vanishes_is_told_of() -> None:
     feed_device(served, request(Command.WRITE, 0, 512) + b"half")
     with pytest.raises(ConnectionLost, match="receiving a request"):
         served.end_of_stream()
-    device().end_of_stream()  # between two requests it may go
+    gone = device()
+    gone.end_of_stream()  # between two requests it may go
+    assert gone.finished
+
+
+def test_payload_may_go_elsewhere() -> None:
+    served = device()
+    assert feed_device(served, request(Command.WRITE, 512, 300_000) + b"ab") == ([], b"")
+    incoming = served.incoming
+    assert incoming is not None
+    assert (incoming.payload, served.incoming_left) == (b"ab", 299_998)
+    assert served.moved(299_997) == []
+    assert served.moved(1) == [incoming]
+    assert incoming.payload == b"ab"
+    assert len(served.receive_target()) == 28  # the payload of the next one may go there too
+    served.done(incoming)
+    assert feed_device(served, request(Command.WRITE, 0, 2) + b"ab")[0][0].payload == b"ab"
+    assert len(served.receive_target()) > 28
+    with pytest.raises(BugError, match="1 bytes moved of 0"):
+        served.moved(1)
+
+
+def test_what_fails_before_its_payload_is_there_has_the_rest_dropped() -> None:
+    served = device()
+    feed_device(served, request(Command.WRITE, 0, 300_000) + b"ab")
+    assert served.incoming is not None
+    served.failed(served.incoming, Errno.ENOSPC, "no room")
+    assert error_of(said_by_device(served)) == (Errno.ENOSPC, "no room")
+    (following,), _ = feed_device(served, bytes(299_998) + request(Command.FLUSH))
+    assert following.command == Command.FLUSH
+
+
+def test_memory_is_free_when_the_answer_it_was_held_for_has_left() -> None:
+    served = device()
+    requests, _ = feed_device(served, request(Command.READ, 0, 10) + request(Command.READ, 0, 20))
+    for each in requests:
+        each.held = each.length
+        served.content(each, [bytes(each.length)])
+    said = sum(map(len, served.data_to_send()))
+    assert served.sent(said - 21) == 10
+    assert served.sent(20) == 0
+    assert served.sent(1) == 20
 
 
 def test_a_server_that_ends_refuses_what_still_comes() -> None:

@@ -1,0 +1,34 @@
+"""How other threads wake one that waits in poll(2)."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+
+class Wake:
+    """`number` is readable from a `notify` to the next `clear`. What is to be seen is there before `notify`."""
+
+    def __init__(self) -> None:
+        """Raises OSError where there is no descriptor left."""
+        self.number = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._is_set = False
+        self._lock = threading.Lock()
+
+    def notify(self) -> None:
+        """From any thread. Said many times before it is heard, it costs one system call."""
+        with self._lock:
+            if not self._is_set:
+                self._is_set = True
+                os.eventfd_write(self.number, 1)
+
+    def clear(self) -> None:
+        """Before looking at what it may be about."""
+        if self._is_set:
+            with self._lock:
+                self._is_set = False
+                os.eventfd_read(self.number)
+
+    def close(self) -> None:
+        """Nobody notifies any more."""
+        os.close(self.number)
