@@ -355,6 +355,7 @@ CACHE_GRAIN_BYTES: Final = (
     512  # of which a block in memory remembers whether it holds it: the smallest sector of a disk
 )
 CACHE_DISK_GRAIN_BYTES: Final = 4 * KIB  # and a block on disk, with a checksum for each
+CACHE_DISK_GRAINS_MAX: Final = 512  # of a block: its record fits into a page
 CACHE_UNIT_BYTES_MIN: Final = MIB  # written back together, where what is below does not care: a call costs as much
 CACHE_UNIT_BYTES_MAX: Final = 64 * MIB  # the largest chunk
 CACHE_FETCH_BYTES_MAX: Final = 4 * MIB  # asked of what is below at a time

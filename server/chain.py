@@ -28,7 +28,7 @@ from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.conn import Conn, parse_conn
 from nbdshard.server.credentials import NOBODY, Credentials, take_login
 from nbdshard.server.exports import Exported
-from nbdshard.server.layers.cache import LAYER as CACHE
+from nbdshard.server.layers.cache_opening import LAYER as CACHE
 from nbdshard.server.layers.cow import LAYER as COW
 from nbdshard.server.layers.delay import LAYER as DELAY
 from nbdshard.server.layers.error import LAYER as ERROR
@@ -249,7 +249,9 @@ def _opened(wanted: Wanted, chain: _Chain, ending: threading.Event) -> Backend:
 
     def opening(layers: Sequence[Layer]) -> Opening:
         below = read_only or any(layer.only_reads for layer in layers)
-        return Opening(wanted.name, chain.conn.place, chain.parameters, below, ending, wanted.credentials)
+        return Opening(
+            wanted.name, chain.conn.place, chain.parameters, below, ending, wanted.credentials, wanted.driver
+        )
 
     backend = chain.store.open(opening(chain.layers))
     try:

@@ -28,6 +28,7 @@ class Opening(msgspec.Struct, frozen=True):
     read_only: bool
     ending: threading.Event = msgspec.field(default_factory=threading.Event)
     credentials: Credentials = NOBODY
+    driver: str = ""
 
 
 class Opener(msgspec.Struct, frozen=True):

@@ -26,7 +26,7 @@ from nbdshard.common.limits import (
     KEEPALIVE_PROBES,
     SERVER_DRAIN_SECONDS,
 )
-from nbdshard.server.backends.base import Backend
+from nbdshard.server.backends.base import Backend, Deferred
 from nbdshard.server.connection import Connection
 from nbdshard.server.exports import Exports
 from nbdshard.server.handling import NBD, Protocol
@@ -252,7 +252,10 @@ class Service:
 def _settled(name: str, backend: Backend, *, may_close: bool) -> bool:
     """Flush `backend`, and close it where nobody uses it any more; whether all of it is durable. Never raises."""
     try:
-        backend.flush()
+        try:
+            backend.flush()
+        except Deferred as error:
+            logs.warning(f"export {name!r}: {error.strerror}")
         if may_close:
             backend.close()
     except OSError as error:

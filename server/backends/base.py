@@ -16,6 +16,11 @@ from nbdshard.common.ranges import Range
 from nbdshard.server.device import Hole
 
 
+class Deferred(OSError):
+    """A flush that has not brought everything to where it belongs. Nothing is lost if the server ends now, though: the
+    next one goes on with it."""
+
+
 class Backend(Protocol):
     """One export's bytes."""
 

@@ -14,34 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from nbdshard.common import logs
-from nbdshard.common.errors import UserError
-from nbdshard.common.limits import (
-    CACHE_BLOCK_BYTES_DEFAULT,
-    CACHE_BLOCK_BYTES_MAX,
-    CACHE_BLOCK_BYTES_MIN,
-    CACHE_BLOCKS_MIN,
-    CACHE_BYTES_DEFAULT,
-    CACHE_BYTES_MAX,
-    CACHE_FAILING_SECONDS,
-    CACHE_FETCH_BYTES_MAX,
-    CACHE_GRAIN_BYTES,
-    CACHE_TRANSFER_BYTES_MAX,
-    CACHE_TRANSFER_SHARE,
-    CACHE_TRANSFERS_MAX,
-    CACHE_UNIT_BYTES_MAX,
-    CACHE_UNIT_BYTES_MIN,
-)
-from nbdshard.common.nbd.constants import TransmissionFlag
+from nbdshard.common.limits import CACHE_FAILING_SECONDS
+from nbdshard.common.nbd.constants import STATE_ZERO, TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
 from nbdshard.common.units import format_bytes
-from nbdshard.server.backends.base import Backend
+from nbdshard.server.backends.base import Backend, Deferred
 from nbdshard.server.device import Hole
 from nbdshard.server.layers.base import Passing
 from nbdshard.server.layers.cache_blocks import (
     Block,
     Fetch,
-    Geometry,
     Part,
     Reading,
     WriteBack,
@@ -50,9 +33,7 @@ from nbdshard.server.layers.cache_blocks import (
     runs,
 )
 from nbdshard.server.layers.cache_core import CacheCore, Obstacle
-from nbdshard.server.layers.cache_slots import MemorySlots, Slots, joined
-from nbdshard.server.opening import Layer, Opening
-from nbdshard.server.parameters import Parameters
+from nbdshard.server.layers.cache_slots import Slots, joined
 
 _ZEROES: Final = memoryview(bytes(1 << 20))
 _OURS: Final = TransmissionFlag.CAN_MULTI_CONN | TransmissionFlag.SEND_CACHE  # whatever is below
@@ -261,8 +242,10 @@ class Cache(Passing):
         at = 0
         try:
             for part in writing.parts:
-                self._slots.put(part.block.slot, part.start, data[at : at + part.end - part.start])
-                at += part.end - part.start
+                piece = data[at : at + part.end - part.start]
+                self._slots.put(part.block.slot, part.start, piece)
+                self._slots.sign(part.block.slot, part.start, part.end, piece)
+                at += len(piece)
         except BaseException:
             with self._lock:
                 self._core.failed_write(writing)
@@ -293,18 +276,35 @@ class Cache(Passing):
         start, end = -(-where.start // grain) * grain, where.end // grain * grain
         end = where.end if where.end == self.size else end
         if start < end:
-            self._pass(Range(start, end), lambda: self.below.trim(Range(start, end)))
+            where = Range(start, end)
+            self._pass(where, lambda: self.below.trim(where), stays=lambda: not self._is_empty(where))
 
-    def _pass(self, where: Range, call: Callable[[], None], data: memoryview | None = None) -> None:
-        """Have `call` change what is below, and nobody anything in `where` meanwhile; then hold `data`, or nothing."""
+    def _is_empty(self, where: Range) -> bool:
+        """Whether all of it is known to read as zeroes below."""
+        found = self.below.extents(where)
+        return found[-1][0].end >= where.end and all(flags & STATE_ZERO for _, flags in found)
+
+    def _pass(
+        self,
+        where: Range,
+        call: Callable[[], None],
+        data: memoryview | None = None,
+        stays: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Have `call` change what is below, and nobody anything in `where` meanwhile; then hold `data`, or nothing.
+
+        `stays`: asked where something was dirty there, whether that is still what is to be read.
+        """
         with self._lock:
             through = self._core.begin_through(where)
             while not self._core.may_pass(through):
                 self._changed.wait()
-        done = False
+            is_dirty = bool(self._core.dirty_ranges(where))
+        done = drops = False
         parts: list[Part] = []
         try:
             call()
+            drops = not (is_dirty and stays())
             if data is not None:
                 with self._lock:
                     parts = self._core.begin_copy(through)
@@ -316,7 +316,7 @@ class Cache(Passing):
                     self._core.end_copy(parts)
                 else:
                     self._core.give_up_copy(parts)
-                    self._core.drop(through, dirty=done)
+                    self._core.drop(through, dirty=drops)
                 self._core.end_through(through)
                 self._note()
                 self._changed.notify_all()
@@ -345,7 +345,7 @@ class Cache(Passing):
             covered, self._written = self._written, []
         try:
             if flush.error is not None:
-                raise OSError(flush.error.errno, self._told(flush.error))
+                raise self._told(flush.error)
             self.below.flush()
         except BaseException:
             with self._lock:
@@ -357,8 +357,11 @@ class Cache(Passing):
                 self._core.flushed(block for block in covered if id(block) not in again)
                 self._note()
 
-    def _told(self, error: OSError) -> str:
-        return f"{format_bytes(self.dirty_bytes)} cannot be written back: {error.strerror or error}"
+    def _told(self, error: OSError) -> OSError:
+        told = f"{format_bytes(self.dirty_bytes)} cannot be written back: {error.strerror or error}"
+        if self._slots.lasting:
+            return Deferred(error.errno, f"{told}; kept in {self._slots.lasting} for the next start")
+        return OSError(error.errno, told)
 
     @property
     def dirty_bytes(self) -> int:
@@ -419,20 +422,27 @@ class Cache(Passing):
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """What can be written back is; what cannot is kept by a cache on disk, and else lost, which is told."""
+        """What can be written back is; what cannot is kept by a cache on disk, and else lost, which is told.
+
+        Raises OSError where it cannot be kept.
+        """
         try:
             self.flush()
+        except Deferred:
+            pass
         except OSError as error:
-            where = self._slots.lasting
-            logs.error(f"{self._told(error)}; {'kept in ' + where if where else 'lost'}")
+            logs.error(f"what was written is lost: {error.strerror or error}")
         with self._lock:
             self._is_closing = True
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
         self._pool.shutdown()
-        self._slots.close()
-        self.below.close()
+        try:
+            self._slots.keep()
+        finally:
+            self._slots.close()
+            self.below.close()
 
 
 def _flat(parts: Sequence[memoryview | bytes | Hole]) -> memoryview | Hole:
@@ -442,39 +452,3 @@ def _flat(parts: Sequence[memoryview | bytes | Hole]) -> memoryview | Hole:
     if all(isinstance(part, Hole) for part in parts):
         return Hole(sum(part.length for part in parts if isinstance(part, Hole)))
     return memoryview(b"".join(bytes(part.length) if isinstance(part, Hole) else part for part in parts))
-
-
-# -- from parameters ----------------------------------------------------------------------------------------------
-
-
-def _wrap(below: Backend, opening: Opening) -> Backend:
-    parameters = opening.parameters
-    block = _size(parameters, "block", CACHE_BLOCK_BYTES_DEFAULT)
-    if block & (block - 1) or not CACHE_BLOCK_BYTES_MIN <= block <= CACHE_BLOCK_BYTES_MAX:
-        allowed = f"{format_bytes(CACHE_BLOCK_BYTES_MIN)} to {format_bytes(CACHE_BLOCK_BYTES_MAX)}"
-        raise UserError(f"block={block}: a power of two from {allowed} is expected", parameters.where)
-    limit = _size(parameters, "limit", CACHE_BYTES_DEFAULT)
-    if not CACHE_BLOCKS_MIN * block <= limit <= CACHE_BYTES_MAX:
-        least = f"at least {format_bytes(CACHE_BLOCKS_MIN * block)}"
-        raise UserError(f"limit={limit}: {least} is needed with blocks of {format_bytes(block)}", parameters.where)
-    transfer = min(limit // CACHE_TRANSFER_SHARE, CACHE_TRANSFER_BYTES_MAX)
-    unit = min(max(below.block_size, block, CACHE_UNIT_BYTES_MIN), CACHE_UNIT_BYTES_MAX)
-    fetch = max(block, min(unit, CACHE_FETCH_BYTES_MAX))
-    slots = (limit - transfer) // block
-    return Cache(
-        below,
-        CacheCore(Geometry(below.size, block, CACHE_GRAIN_BYTES, unit, fetch), slots),
-        MemorySlots(slots, block),
-        write_back=parameters.choice("mode", ("writeback", "writethrough"), "writeback") == "writeback",
-        fetchers=max(1, min(CACHE_TRANSFERS_MAX, transfer // 2 // fetch)),
-        writers=max(1, min(CACHE_TRANSFERS_MAX // 2, transfer // 2 // unit)),
-        through=max(below.block_size, block),
-    )
-
-
-def _size(parameters: Parameters, name: str, default: int) -> int:
-    found = parameters.size(name)
-    return default if found is None else found
-
-
-LAYER: Final = Layer(_wrap, frozenset({"block", "limit", "mode"}))

@@ -13,7 +13,7 @@ are in slots, which the caller keeps. Time is an argument. How a request goes:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum, auto
 from typing import Final
 
@@ -185,15 +185,15 @@ class CacheCore:
             self._rest_of(block)
             self._unpin(block)
 
-    def restore(self, slot: int, number: int, dirty: int, now: float) -> None:
-        """At the start: a journal says that this slot holds these grains, which may not be below."""
-        if number in self._blocks or slot not in self._free:
-            raise BugError(f"block {number} in slot {slot} is there twice")
-        self._free.remove(slot)
-        block = self._blocks[number] = Block(number, slot)
-        block.valid = dirty
-        self.claimed += 1
-        self._soil(block, dirty, now)
+    def restore(self, held: Mapping[int, tuple[int, int]], now: float) -> None:
+        """At the start: a journal says that these slots hold these blocks' grains, which may not be below."""
+        self._free = [slot for slot in self._free if slot not in held]
+        for slot, (number, dirty) in held.items():
+            block = self._blocks[number] = Block(number, slot)
+            block.valid = dirty
+            self.claimed += 1
+            self._soil(block, dirty, now)
+        self.changed.clear()  # by nothing that the journal does not have
 
     # -- writing back -------------------------------------------------------------------------------------------------
 

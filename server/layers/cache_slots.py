@@ -24,6 +24,12 @@ class Slots(Protocol):
     def note(self, changed: Mapping[int, Block | None]) -> None:
         """What a journal has to have of these slots is another (`Block.kept`). Raises OSError."""
 
+    def sign(self, slot: int, start: int, end: int, data: memoryview) -> None:
+        """`data` was put there, and a journal will have to have it. Raises OSError."""
+
+    def keep(self) -> None:
+        """Make durable what it holds, where it lasts. Raises OSError."""
+
     @property
     def lasting(self) -> str:
         """Where what it holds is found again by the next run; "": nowhere."""
@@ -55,6 +61,12 @@ class MemorySlots:
         self.put(slot, start, self._zeroes[: end - start])
 
     def note(self, changed: Mapping[int, Block | None]) -> None:
+        return None
+
+    def sign(self, slot: int, start: int, end: int, data: memoryview) -> None:
+        return None
+
+    def keep(self) -> None:
         return None
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.ranges import Range
 from support import images, processes
+from support.command import nbdshard
 from support.images import MIB
 from support.nbd_blocking import Connection
 from support.served import NAME, Served, serving, tool
@@ -124,3 +125,62 @@ def test_what_cannot_be_written_back_is_an_exit_code_at_the_end(tmp_path: Path) 
         served.run.process.send_signal(signal.SIGTERM)
         assert served.run.wait().code == 1
         assert "what was written may be lost: 8 KiB cannot be written back" in served.run.err()
+
+
+# -- on disk
+
+
+def on_disk(tmp_path: Path) -> tuple[Path, str]:
+    """An image, and a cache on disk in front of it that cannot write to it while there is a file "switch"."""
+    image = images.empty_image(tmp_path / "image", MIB)
+    faults = f"error-write=ENOSPC&error-file={tmp_path / 'switch'}"
+    return image, f"cache:error:file:{image}?dir={tmp_path / 'cache'}&dir-limit=2M&block=64K&{faults}"
+
+
+def test_what_was_acknowledged_survives_kill_9_without_a_flush(tmp_path: Path) -> None:
+    image, conn = on_disk(tmp_path)
+    (tmp_path / "switch").touch()
+    with serving(conn) as served:
+        connection = Connection(served.socket, DISK)
+        for number in range(8):
+            assert not write(connection, number * 100_000, bytes([number + 1]) * 50_000)
+        processes.kill_group(served.run.pid)
+        served.run.process.wait()
+        connection.socket.close()
+    assert image.read_bytes() == bytes(MIB)
+    (tmp_path / "switch").unlink()
+    with serving(conn) as served:
+        connection = Connection(served.socket, DISK)
+        for number in range(8):
+            assert connection.read(Range.of(number * 100_000, 50_000)) == bytes([number + 1]) * 50_000
+        assert not flush(connection)
+        connection.close()
+        assert "of an earlier run are written back" in served.run.err()
+    content = image.read_bytes()
+    assert all(content[each * 100_000 : each * 100_000 + 50_000] == bytes([each + 1]) * 50_000 for each in range(8))
+
+
+def test_what_cannot_be_written_back_at_the_end_is_kept_on_disk_and_no_loss(tmp_path: Path) -> None:
+    image, conn = on_disk(tmp_path)
+    with serving(conn) as served:
+        kept_failing(served, tmp_path / "switch")
+        served.run.process.send_signal(signal.SIGTERM)
+        assert served.run.wait().code == 0
+        assert f"kept in {tmp_path / 'cache'} for the next start" in served.run.err()
+    (tmp_path / "switch").unlink()
+    with serving(conn) as served:
+        served.run.process.send_signal(signal.SIGTERM)
+        assert served.run.wait().code == 0
+    content = image.read_bytes()
+    assert content[:4096] == b"x" * 4096
+    assert content[65_536 : 65_536 + 4096] == b"y" * 4096
+
+
+def test_a_cache_on_disk_is_of_one_export_and_has_one_server(tmp_path: Path) -> None:
+    image, conn = on_disk(tmp_path)
+    with serving(conn):
+        images.empty_image(tmp_path / "image2", MIB)
+        other = conn.replace(f"file:{image}", f"file:{image}2")
+        nbdshard("serve", "-e", NAME, "raw", other, "--unix", tmp_path / "s").failed(1, saying=["is in use"])
+    line = f"is the cache of export '{NAME}' (raw file:{image}); each export needs a directory of its own"
+    nbdshard("serve", "-e", NAME, "raw", other, "--unix", tmp_path / "s").failed(1, saying=[line])

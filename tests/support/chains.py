@@ -86,6 +86,7 @@ LAYERS: Mapping[str, tuple[str, str]] = {
     "stats": ("stats:", "stats={folder}/stats"),
     "cache": ("cache:", "limit=256K&block=4K"),  # so small that it is full all the time
     "cache through": ("cache:", "limit=256K&block=16K&mode=writethrough"),
+    "cache on disk": ("cache:", "dir={folder}/cache&dir-limit=256K&block=8K"),
     "cache cache": ("cache:cache:", "limit=512K&block=8K"),
     "retry error": ("retry:error:", "error-rate=10%&error-seed=3&retries=100&retry-delay=1ms"),
 }

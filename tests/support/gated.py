@@ -40,6 +40,9 @@ class Gated(Around):
             raise OSError(self.failing[operation], f"this {operation.value} fails")
         return call()
 
+    def close(self) -> None:
+        """It is still there for the next one."""
+
     def shut(self, operation: Operation) -> None:
         """From now on calls of it wait."""
         self._shut[operation] = threading.Event()

@@ -304,7 +304,7 @@ def test_what_cannot_be_written_back_at_the_end_is_told(capfd: pytest.CaptureFix
     below.failing[Operation.WRITE] = errno.EIO
     with cached(below) as cache:
         write(cache, 0, b"x" * BLOCK)
-    assert "4 KiB cannot be written back: this write fails; lost" in capfd.readouterr().err
+    assert "what was written is lost: 4 KiB cannot be written back: this write fails" in capfd.readouterr().err
 
 
 def test_a_bug_of_a_layer_below_is_an_error_of_the_flush(capfd: pytest.CaptureFixture[str]) -> None:
@@ -403,6 +403,21 @@ def test_a_write_through_that_fails_leaves_nothing_in_the_cache_that_may_not_be_
             write(cache, 0, b"x" * BLOCK)
         read(cache, 0, BLOCK)
         assert len(below.asked(Operation.READ)) == 2
+
+
+def test_writes_through_to_one_place_come_one_after_the_other() -> None:
+    below = Gated(SIZE)
+    below.shut(Operation.WRITE)
+    with cached(below, write_back=False) as cache, elsewhere() as apart:
+        read(cache, 0, BLOCK)
+        writes = [apart(lambda value=value: write(cache, 0, bytes([value]) * 1000)) for value in (1, 2, 3)]
+        below.wait_for(Operation.WRITE, 1)
+        wait_for("the others to wait", lambda: len(cache._core._throughs) == 3)
+        assert len(below.asked(Operation.WRITE)) == 1
+        below.open(Operation.WRITE)
+        for each in writes:
+            each.result()
+        assert read(cache, 0, 1000) == below.content(0, 1000)
 
 
 # -- from the command line

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import random
 from dataclasses import dataclass, field
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nbdshard.common.ranges import Range
 from nbdshard.server.layers.cache_blocks import Block, Fetch, Flush, Geometry, Reading, Through, WriteBack, Writing
@@ -16,9 +16,9 @@ from nbdshard.server.layers.cache_core import CacheCore, Obstacle
 SIZE = 16 * 4 + 6
 GEOMETRY = Geometry(SIZE, block=16, grain=4, unit=32, fetch=32)
 SLOTS = 3
-starts = st.sampled_from([0, 0, 4, 6, 16, 18, 32, 48, 64, 69])
-lengths = st.sampled_from([1, 3, 4, 8, 16, 20, 40])
-picks = st.integers(0, 1 << 16)
+STARTS = (0, 0, 4, 6, 16, 18, 32, 48, 64, 69)
+LENGTHS = (1, 3, 4, 8, 16, 20, 40)
+STEPS = 300
 
 
 def around(start: int, length: int) -> Range:
@@ -71,11 +71,10 @@ class Pass:
     passes: bool = False
 
 
-class Machine(RuleBasedStateMachine):
+class Machine:
     """Reads, writes, write-backs, flushes and what passes through, each in its steps."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.core = CacheCore(GEOMETRY, SLOTS)
         self.below = bytearray(SIZE)
         self.slots = [bytearray(b"\xff" * 16) for _ in range(SLOTS)]
@@ -120,14 +119,11 @@ class Machine(RuleBasedStateMachine):
 
     # -- reading
 
-    @rule(start=starts, length=lengths)
     def read_begins(self, start: int, length: int) -> None:
         where = around(start, length)
         self.reads.append(Read(where, self.snapshot(where), self.core.begin_read(where)))
         self.read_goes_on(len(self.reads) - 1)
 
-    @precondition(lambda self: self.reads)
-    @rule(pick=picks)
     def read_goes_on(self, pick: int) -> None:
         read = self.reads[pick % len(self.reads)]
         fetches, waits = self.core.wanted(read.reading)
@@ -148,8 +144,6 @@ class Machine(RuleBasedStateMachine):
         self.core.end_read(read.reading)
         self.reads.remove(read)
 
-    @precondition(lambda self: self.fetches)
-    @rule(pick=picks, fails=st.booleans())
     def fetch_arrives(self, pick: int, fails: bool) -> None:
         fetch = self.fetches.pop(pick % len(self.fetches))
         if fails:
@@ -158,8 +152,6 @@ class Machine(RuleBasedStateMachine):
             data = bytes(self.below[fetch.where.start : fetch.where.end])
             self.landings.append(Landing(fetch, data, self.core.begin_landing(fetch)))
 
-    @precondition(lambda self: self.landings)
-    @rule(pick=picks)
     def fetch_lands(self, pick: int) -> None:
         landing = self.landings.pop(pick % len(self.landings))
         for block, mask in landing.parts:
@@ -172,7 +164,6 @@ class Machine(RuleBasedStateMachine):
 
     # -- writing
 
-    @rule(start=starts, length=lengths, at_once=st.booleans())
     def write_begins(self, start: int, length: int, at_once: bool) -> None:
         where, value = around(start, length), self.next_value()
         writing, obstacle = self.core.begin_write(where)
@@ -187,8 +178,6 @@ class Machine(RuleBasedStateMachine):
         elif at_once and writing.parts:
             self.write_ends(len(self.writes) - 1, False, False)
 
-    @precondition(lambda self: self.writes)
-    @rule(pick=picks, fails=st.booleans(), half=st.booleans())
     def write_ends(self, pick: int, fails: bool, half: bool) -> None:
         write = self.writes.pop(pick % len(self.writes))
         for part in write.writing.parts:
@@ -202,7 +191,6 @@ class Machine(RuleBasedStateMachine):
 
     # -- writing back
 
-    @rule(seconds=st.sampled_from([0.0, 10.0, 10.0]))
     def write_back_begins(self, seconds: float) -> None:
         self.now += seconds
         taken = self.core.next_write_back(self.now)
@@ -211,8 +199,6 @@ class Machine(RuleBasedStateMachine):
             assert [run.where.length for run in taken.runs] == [len(each) for each in data]
             self.flights.append(Flight(taken, data))
 
-    @precondition(lambda self: self.flights)
-    @rule(pick=picks, fails=st.booleans(), runs=st.integers(0, 3))
     def write_back_ends(self, pick: int, fails: bool, runs: int) -> None:
         flight = self.flights.pop(pick % len(self.flights))
         for run, data in zip(flight.taken.runs[: runs if fails else None], flight.data, strict=False):
@@ -222,13 +208,10 @@ class Machine(RuleBasedStateMachine):
         else:
             self.core.written_back(flight.taken)
 
-    @rule()
     def flush_begins(self) -> None:
         where = Range(0, SIZE)
         self.flushes.append(Flushing(where, self.snapshot(where), self.core.units.begin_flush()))
 
-    @precondition(lambda self: self.flushes)
-    @rule(pick=picks)
     def flush_ends(self, pick: int) -> None:
         flushing = self.flushes[pick % len(self.flushes)]
         if flushing.flush.units:
@@ -241,7 +224,6 @@ class Machine(RuleBasedStateMachine):
 
     # -- through
 
-    @rule(start=starts, length=lengths, zeroes=st.booleans())
     def through_begins(self, start: int, length: int, zeroes: bool) -> None:
         where = around(start, length)
         if zeroes:  # whole grains only, as the shell has it
@@ -253,8 +235,6 @@ class Machine(RuleBasedStateMachine):
         self.passes.append(Pass(self.core.begin_through(where), value))
         self.begins(where, value)
 
-    @precondition(lambda self: self.passes)
-    @rule(pick=picks, fails=st.booleans())
     def through_goes_on(self, pick: int, fails: bool) -> None:
         each = self.passes[pick % len(self.passes)]
         if not each.passes:
@@ -277,12 +257,11 @@ class Machine(RuleBasedStateMachine):
 
     # -- always
 
-    @invariant()
     def holds_together(self) -> None:
         self.core.validate()
         assert self.core.claimed <= self.core.dirty_max
 
-    def teardown(self) -> None:
+    def settle(self) -> None:
         """Everything ends, and is below."""
         while self.landings or self.fetches or self.writes or self.flights or self.passes:
             while self.fetches:
@@ -313,6 +292,49 @@ class Machine(RuleBasedStateMachine):
         assert not self.reads, "a read waits for nothing"
         self.core.validate()
 
+    def step(self, chance: random.Random) -> None:
+        """Something happens."""
+        start, length = chance.choice(STARTS), chance.choice(LENGTHS)
+        pick, fails, also = chance.randrange(1 << 16), chance.random() < 0.3, chance.random() < 0.5
+        match chance.choice(KINDS):
+            case "read" if len(self.reads) < 2:
+                self.read_begins(start, length)
+            case "go on" if self.reads:
+                self.read_goes_on(pick)
+            case "arrive" if self.fetches:
+                self.fetch_arrives(pick, fails)
+            case "land" if self.landings:
+                self.fetch_lands(pick)
+            case "write":
+                self.write_begins(start, length, also)
+            case "written" if self.writes:
+                self.write_ends(pick, fails, also)
+            case "write back":
+                self.write_back_begins(chance.choice((0.0, 10.0, 10.0)))
+            case "below" if self.flights:
+                self.write_back_ends(pick, fails, chance.randrange(3))
+            case "flush" if len(self.flushes) < 3:
+                self.flush_begins()
+            case "flushed" if self.flushes:
+                self.flush_ends(pick)
+            case "through" if len(self.passes) < 2:
+                self.through_begins(start, length, also)
+            case "pass" if self.passes:
+                self.through_goes_on(pick, fails)
+        self.holds_together()
 
-TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+
+KINDS = (
+    *("read", "go on", "go on", "arrive", "arrive", "land", "land"),
+    *("write", "write", "write", "written", "written", "write back", "write back", "below"),
+    *("flush", "flushed", "flushed", "through", "pass", "pass"),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, (1 << 32) - 1))
+def test_whatever_happens_no_byte_is_lost_or_out_of_nowhere(seed: int) -> None:
+    machine, chance = Machine(), random.Random(seed)
+    for _ in range(STEPS):
+        machine.step(chance)
+    machine.settle()
