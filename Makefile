@@ -16,7 +16,7 @@ SHELL := /bin/sh
 # Debian keeps mke2fs and losetup where an ordinary user, and some machinery, does not look.
 export PATH := $(PATH):/usr/sbin:/sbin
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long check bench fuzz simulate chaos format venv clean
+.PHONY: help demo test test-long check bench fuzz simulate chaos format venv swift clean
 
 help:
 	@echo 'make demo       copy a real ext4 image between two NBD servers with several workers, and check the copy'
@@ -33,10 +33,10 @@ demo: $(STAMPS)/packages-demo .venv/installed
 	@$(COMPILE)
 	@deploy/demo.sh
 
-test: $(STAMPS)/packages-test .venv/installed-dev
+test: $(STAMPS)/packages-test .venv/installed-dev .cache/swift/installed
 	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m 'not long' $(ARGS)
 
-test-long: $(STAMPS)/packages-test .venv/installed-dev
+test-long: $(STAMPS)/packages-test .venv/installed-dev .cache/swift/installed
 	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m long --timeout 1800 $(ARGS)
 
 check: $(STAMPS)/packages-test .venv/installed-dev
@@ -67,6 +67,8 @@ format: .venv/installed-dev
 
 venv: .venv/installed-dev
 
+swift: $(STAMPS)/packages-test .cache/swift/installed
+
 clean:
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -81,6 +83,13 @@ $(STAMPS)/packages-%: deploy/packages.sh
 	@deploy/packages.sh venv
 	@echo 'setting up .venv with $(PYTHON)'
 	@$(PYTHON) -m venv .venv
+
+# An object store for tests, with dependencies that are none of the project's.
+.cache/swift/installed: deploy/swift-requirements.txt | .venv/pyvenv.cfg
+	@echo 'installing OpenStack Swift into .cache/swift, for tests of object stores'
+	@$(PYTHON) -m venv .cache/swift
+	@.cache/swift/bin/pip install -qq --disable-pip-version-check -r deploy/swift-requirements.txt
+	@touch $@
 
 .venv/installed: pyproject.toml | .venv/pyvenv.cfg
 	@echo 'installing nbdshard and its dependencies into .venv'

@@ -110,3 +110,14 @@ def s3() -> Iterator[S3]:
 
     with moto() as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def swift_s3() -> Iterator[S3]:
+    """A store that keeps things on a disk and is no toy, for all tests of a run."""
+    from support.swift import is_installed, swift
+
+    if not is_installed():
+        pytest.skip("Swift is not set up: `make swift` does that, and `make test`")
+    with swift() as found:
+        yield found

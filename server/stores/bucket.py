@@ -41,7 +41,7 @@ def retry_config() -> RetryConfig:
 class Found(msgspec.Struct, frozen=True):
     """What a range of an object holds, the whole object's size, and when it was put, by the store's clock."""
 
-    data: bytes
+    data: memoryview
     size: int
     modified: datetime | None
 
@@ -70,7 +70,7 @@ class Bucket:
         doing = f"reading {key}"
         try:
             result = obstore.get(self._open(), key, options={"range": (where.start, where.end)})
-            found = Found(bytes(result.bytes()), result.meta["size"], result.meta["last_modified"])
+            found = Found(memoryview(result.bytes()), result.meta["size"], result.meta["last_modified"])
         except Exception as error:
             if is_missing(error):
                 return None
@@ -88,7 +88,7 @@ class Bucket:
             return None
         except Exception as error:
             raise _told(error, f"reading {key}") from None
-        return Found(b"", found["size"], found["last_modified"])
+        return Found(memoryview(b""), found["size"], found["last_modified"])
 
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
         """Make it the object, whole or not at all."""

@@ -46,6 +46,7 @@ class ObjectStore:
         self._volume: Volume | None = None
         self._reads = _Places(OBJECT_READS_AT_ONCE)
         self._writes = _Places(OBJECT_WRITES_AT_ONCE)
+        self._merges = _Places(OBJECT_WRITES_AT_ONCE // 2)  # those that read first: a chunk is in memory twice then
         self._lock = threading.Lock()  # of these three
         self._there = ChunkMap()  # chunks that are there, or were when they were looked for
         self._gone = ChunkMap()  # chunks that are not: it is we who deleted them
@@ -58,6 +59,7 @@ class ObjectStore:
         places = max(OBJECT_TRANSFER_BYTES_MAX // volume.chunk_bytes, 1)
         self._reads = _Places(min(OBJECT_READS_AT_ONCE, places))
         self._writes = _Places(min(OBJECT_WRITES_AT_ONCE, places))
+        self._merges = _Places(max(self._writes.count // 2, 1))
         if self._can_list:
             threading.Thread(target=self._list, args=(volume,), daemon=True).start()
 
@@ -70,17 +72,18 @@ class ObjectStore:
             return None
         with self._reads.one():
             found = self._bucket.get(key, where)
-        return None if found is None else found.data
+        return None if found is None else bytes(found.data)
 
     def write(self, key: str, where: Range, data: memoryview) -> None:
-        with self._writes.one():
-            if where.start == 0 and where.length == self._length(key):
-                content: bytearray | memoryview = data
-            else:
-                old = self._whole(key) or b""
-                content = bytearray(max(len(old), where.end))
-                content[: len(old)] = old
-                content[where.start : where.end] = data
+        if where.start == 0 and where.length == self._length(key):
+            with self._writes.one():
+                self._put(key, data)
+            return
+        with self._merges.one(), self._writes.one():
+            content = self._whole(key) or bytearray()
+            if len(content) < where.end:
+                content.extend(bytes(where.end - len(content)))
+            content[where.start : where.end] = data
             self._put(key, content)
 
     def put(self, key: str, data: bytes, *, is_new: bool) -> None:
@@ -93,13 +96,12 @@ class ObjectStore:
                 raise FileExistsError(errno.EEXIST, f"{key} is there already")
 
     def zero(self, key: str, where: Range, *, fast: bool = False) -> bool:
-        with self._writes.one():
-            old = self._whole(key)
-            if old is None:
+        with self._merges.one(), self._writes.one():
+            content = self._whole(key)
+            if content is None:
                 return False
             if fast:
                 raise OSError(errno.ENOTSUP, "zeroes in a part of a chunk take as long as data there")
-            content = bytearray(old)
             if where.end < len(content):
                 content[where.start : where.end] = bytes(where.length)
             else:
@@ -110,7 +112,7 @@ class ObjectStore:
             return True
 
     def cut(self, key: str, length: int) -> None:
-        with self._writes.one():
+        with self._merges.one(), self._writes.one():
             old = self._whole(key)
             if old is not None and len(old) > length:
                 self._put(key, old[:length])
@@ -174,7 +176,8 @@ class ObjectStore:
         if self._lease is not None:
             self._lease.check()
 
-    def _whole(self, key: str) -> bytes | None:
+    def _whole(self, key: str) -> bytearray | None:
+        """A copy of the whole object, which takes the place of what came: one of each is enough memory."""
         if self._is_gone(key):
             return None
         length = self._length(key)
@@ -183,7 +186,7 @@ class ObjectStore:
             return None
         if found.size > length:
             raise OSError(errno.EIO, f"{key} has {found.size} bytes, and a chunk {length}")
-        return found.data
+        return bytearray(found.data)
 
     def _put(self, key: str, content: bytes | bytearray | memoryview) -> None:
         self._may_write()

@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from nbdshard.common.ranges import Range
 from nbdshard.server.credentials import Credentials
@@ -25,9 +26,11 @@ WHOLE = Range(0, 1 << 26)
 
 @dataclass(frozen=True)
 class S3:
-    """A server at `endpoint` with the bucket BUCKET."""
+    """A server at `endpoint` with the bucket BUCKET, and who may do everything there."""
 
     endpoint: str
+    user: str = USER
+    password: str = PASSWORD
 
     def place(self, prefix: str) -> str:
         """What stands behind `s3:` for things below `prefix`."""
@@ -35,7 +38,8 @@ class S3:
 
     def conn(self, prefix: str, parameters: str = "") -> str:
         """A CONN with its login."""
-        return f"s3:{self.place(prefix).replace('://', f'://{USER}:{PASSWORD}@')}{parameters}"
+        login = f"{quote(self.user, safe='')}:{self.password}"
+        return f"s3:{self.place(prefix).replace('://', f'://{login}@')}{parameters}"
 
     def bucket(self, prefix: str) -> Bucket:
         """The objects below `prefix`."""
@@ -45,7 +49,7 @@ class S3:
         """What an opener is given for an export `disk` below `prefix`."""
         place = self.place(prefix)
         given = Parameters(parameters, f"s3:{place}")
-        return Opening("disk", place, given, read_only, credentials=Credentials(USER, PASSWORD))
+        return Opening("disk", place, given, read_only, credentials=Credentials(self.user, self.password))
 
 
 def new_prefix() -> str:
@@ -62,7 +66,7 @@ def content(bucket: Bucket, key: str) -> bytes:
     """Of an object that is there."""
     found = bucket.get(key, WHOLE)
     assert found is not None, key
-    return found.data
+    return bytes(found.data)
 
 
 @contextlib.contextmanager
