@@ -341,6 +341,14 @@ VOLUME_LEASE_SETTLE_SECONDS: Final = (
 )
 VOLUME_LEASE_NOTE_BYTES_MAX: Final = 4096
 VOLUME_LEASE_TRIES_MAX: Final = 3  # to take a free volume, where others do the same
+OBJECT_PARTS_MAX: Final = 10_000  # of an object that is uploaded in parts, in S3 ...
+OBJECT_PARTS_WANTED: Final = 1000  # ... and in Swift, as it comes
+OBJECT_PART_BYTES_MIN: Final = 8 * MIB
+OBJECT_PART_BYTES_MAX: Final = 64 * MIB
+OBJECT_SPOOL_BYTES: Final = (
+    GIB  # of data of a raw object that is not uploaded yet, and as much while it is being uploaded
+)
+OBJECT_SPOOL_BYTES_MIN: Final = 64 * MIB  # more than a request may have
 
 # -- the server's cache ------------------------------------------------------------------------------------------------
 CACHE_BYTES_DEFAULT: Final = 256 * MIB  # in memory

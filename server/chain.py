@@ -111,6 +111,15 @@ def _cloud(scheme: str) -> Keeping:
     return Keeping(open_it, _CLOUD, drive)
 
 
+def _raw_cloud(scheme: str) -> Opener:
+    def open_it(opening: Opening) -> Backend:
+        from nbdshard.server.stores.clouds import open_raw
+
+        return open_raw(scheme, opening)
+
+    return Opener(open_it, frozenset({"size", "spool", "timeout", "steal"}))
+
+
 _CLOUD: Final = frozenset({"timeout", "steal", "listing"})
 STORES: Final[Mapping[str, Keeping]] = MappingProxyType(  # of objects, for volumes
     {"file": Keeping(_file_store), "s3": _cloud("s3"), "gs": _cloud("gs"), "az": _cloud("az")}
@@ -124,6 +133,7 @@ DRIVERS: Final[Drivers] = MappingProxyType(
                 "nbd": remote.opener("nbd"),
                 "nbd+unix": remote.opener("nbd+unix"),
             }
+            | {scheme: _raw_cloud(scheme) for scheme in ("s3", "gs", "az")}
         ),
         "sharded": MappingProxyType({name: sharded(keeping) for name, keeping in STORES.items()}),
     }

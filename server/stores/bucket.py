@@ -105,12 +105,21 @@ class Bucket:
             raise _told(error, f"writing {key}") from None
         return True
 
-    def upload(self, key: str, parts: Iterator[bytes], part_bytes: int, at_once: int) -> None:
-        """Put an object in parts, of which `at_once` are on their way; it is there when the last one is."""
-        failed: list[BaseException] = []
-        with _telling(f"writing {key}", failed):
-            pieces = _keeping(parts, failed)
-            obstore.put(self._open(), key, pieces, use_multipart=True, chunk_size=part_bytes, max_concurrency=at_once)
+    def upload(self, key: str, pieces: Iterator[memoryview | bytes], part_bytes: int, at_once: int) -> None:
+        """Put an object in parts, of which `at_once` are on their way. It is there when the last one is.
+
+        What goes wrong in `pieces` is raised as it is. Parts of an upload that fails stay in the store, unseen, until
+        it clears them away: obstore has no call for it.
+        """
+        with _telling(f"writing {key}"):
+            writer = obstore.open_writer(self._open(), key, buffer_size=part_bytes, max_concurrency=at_once)
+        for piece in pieces:
+            with _telling(f"writing {key}"):
+                count = writer.write(piece)
+            if count != len(piece):
+                raise OSError(errno.EIO, f"writing {key}: {count} bytes of {len(piece)} were taken")
+        with _telling(f"writing {key}"):
+            writer.close()
 
     def delete(self, key: str) -> None:
         """Remove the object; nothing happens where there is none."""
@@ -131,23 +140,12 @@ class Bucket:
 
 
 @contextlib.contextmanager
-def _telling(doing: str, failed: list[BaseException] | None = None) -> Iterator[None]:
+def _telling(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if failed:
-            raise failed[0] from None
         raise _told(error, doing) from None
 
 
 def _told(error: Exception, doing: str) -> OSError:
     return error if isinstance(error, OSError) and error.errno else told(error, doing)
-
-
-def _keeping(parts: Iterator[bytes], failed: list[BaseException]) -> Iterator[bytes]:
-    """`parts`, with what goes wrong in them kept: obstore would make a text of it."""
-    try:
-        yield from parts
-    except Exception as error:
-        failed.append(error)
-        raise

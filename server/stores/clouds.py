@@ -23,14 +23,25 @@ from obstore.store import ObjectStore as Client
 
 from nbdshard.common import logs
 from nbdshard.common.errors import UserError
-from nbdshard.common.limits import OBJECT_CALL_SECONDS, OBJECT_CALL_SECONDS_MAX, OBJECT_RETRY_SECONDS
+from nbdshard.common.limits import (
+    OBJECT_CALL_SECONDS,
+    OBJECT_CALL_SECONDS_MAX,
+    OBJECT_RETRY_SECONDS,
+    OBJECT_SPOOL_BYTES,
+    OBJECT_SPOOL_BYTES_MIN,
+)
+from nbdshard.common.nbd.constants import EXPORT_BYTES_MAX
+from nbdshard.common.ranges import Range
+from nbdshard.common.units import format_bytes
 from nbdshard.server.backends.base import Backend
+from nbdshard.server.backends.object import ObjectBackend, WholeObject
 from nbdshard.server.backends.sharded import ShardedBackend
 from nbdshard.server.credentials import Credentials, of_environment
 from nbdshard.server.layers.spread import Spread
 from nbdshard.server.opening import Opening
 from nbdshard.server.stores.base import Store
 from nbdshard.server.stores.bucket import Bucket, client_options, retry_config
+from nbdshard.server.stores.leases import Lease
 from nbdshard.server.stores.objects import ObjectStore
 from nbdshard.server.volumes import Volume
 
@@ -84,9 +95,49 @@ def drive(store: Store, volume: Volume, read_only: bool) -> Backend:
     return Spread(ShardedBackend(store, volume, read_only=read_only), volume.chunk_bytes)
 
 
-def open_bucket(scheme: str, opening: Opening) -> Bucket:
-    """The bucket that `opening` names. Nothing is asked of it yet. Raises UserError."""
+def open_raw(scheme: str, opening: Opening) -> Backend:
+    """An image that is one object. Raises UserError."""
+    where = f"{scheme}:{opening.place}"
     place = parse_place(opening.place)
+    folder, _, key = place.prefix.rpartition("/")
+    if not key:
+        raise UserError("no object is named", where, "BUCKET/NAME is expected")
+    parameters = opening.parameters
+    spool_bytes = parameters.size("spool") or OBJECT_SPOOL_BYTES
+    if spool_bytes < OBJECT_SPOOL_BYTES_MIN:
+        raise UserError(f"spool={spool_bytes}: at least {format_bytes(OBJECT_SPOOL_BYTES_MIN)} are needed", where)
+    bucket = open_bucket(scheme, opening, msgspec.structs.replace(place, prefix=folder))
+    try:
+        if opening.read_only:
+            return _whole(bucket, key, None)
+        lease = Lease(bucket, key, steal=parameters.flag("steal"))
+        try:
+            return ObjectBackend(_whole(bucket, key, parameters.size("size")), lease, spool_bytes)
+        except BaseException:
+            lease.release()
+            raise
+    except (UserError, OSError) as error:
+        bucket.close()
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot be opened: {error.strerror}", where) from None
+
+
+def _whole(bucket: Bucket, key: str, size: int | None) -> WholeObject:
+    found = bucket.get(key, Range(0, 1))
+    if found is None and size is None:
+        raise UserError("there is no such object", key, "size= makes a new one")
+    there = size or 0 if found is None else found.size
+    if size not in (None, there):
+        raise UserError(f"size={size}, and the object has {there} bytes", key)
+    if not 0 < there <= EXPORT_BYTES_MAX:
+        raise UserError(f"a size of {there} bytes", key)
+    return WholeObject(bucket, key, there, is_there=found is not None)
+
+
+def open_bucket(scheme: str, opening: Opening, place: Place | None = None) -> Bucket:
+    """The bucket that `opening` names, or of `place`. Nothing is asked of it yet. Raises UserError."""
+    place = place or parse_place(opening.place)
     seconds = opening.parameters.seconds("timeout") or OBJECT_CALL_SECONDS
     where = f"{scheme}:{opening.place}"
     if not 1 <= seconds <= OBJECT_CALL_SECONDS_MAX:

@@ -105,6 +105,27 @@ def test_clients_that_nobody_here_wrote(anywhere: S3, tmp_path: Path) -> None:
     assert (tmp_path / "back").read_bytes() == expected
 
 
+def test_nbd_rs_10_raw_s3_is_served(anywhere: S3, tmp_path: Path) -> None:
+    """nbd-rs panics there, though it is in its own examples."""
+    source = images.sparse_image(tmp_path / "source", SIZE + 512)
+    prefix = new_prefix()
+    place = anywhere.conn(f"{prefix}/disk.img")
+    with serving(f"{place}?size={SIZE + 512}") as served:
+        copy(source, served.uri()).succeeded()  # which flushes
+        assert content(anywhere.bucket(prefix), "disk.img") == source.read_bytes()
+        connection = Connection(served.socket, DISK)
+        connection.client.write(0, Range(100, 5000), [b"x" * 4900])
+        connection.run()
+        connection.close()
+        end(served)  # which flushes, too
+    expected = bytearray(source.read_bytes())
+    expected[100:5000] = b"x" * 4900
+    assert content(anywhere.bucket(prefix), "disk.img") == expected
+    with serving(f"{place}?read-only=yes") as served:
+        copy(served.uri(), tmp_path / "back").succeeded()
+    assert (tmp_path / "back").read_bytes() == expected
+
+
 def test_what_was_acknowledged_is_there_after_a_kill(anywhere: S3) -> None:
     """A write is acknowledged when the store has it, so even what no flush covered is there."""
     prefix = new_prefix()
