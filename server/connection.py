@@ -16,7 +16,7 @@ from nbdshard.server.handling import NBD, Protocol
 from nbdshard.server.listener import Listener
 from nbdshard.server.parting import part
 from nbdshard.server.transmission import Transmission
-from nbdshard.server.wake import Wake
+from nbdshard.server.wake import Wake, is_readable
 
 
 class Connection:
@@ -75,7 +75,7 @@ class Connection:
                 return None
             if self._is_leaving.is_set():
                 listener.shut_down()
-                if not self._out and not self._has_come():
+                if not self._out and not is_readable(self._socket.fileno()):
                     return None
             if not is_wanted:
                 continue

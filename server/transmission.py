@@ -43,7 +43,7 @@ from nbdshard.server.device import Device
 from nbdshard.server.exports import Exports
 from nbdshard.server.handling import HANDLERS, Answer, HandlerTable, failure, flushed, flushes, handle
 from nbdshard.server.serving import Request
-from nbdshard.server.wake import Wake
+from nbdshard.server.wake import Wake, is_readable
 
 _READ: Final = Command.READ.value
 _WRITE: Final = Command.WRITE.value
@@ -117,7 +117,7 @@ class Transmission:
             self._go_on()
             if self._send():
                 continue
-            if self._is_leaving.is_set() and not device.under_way and not self._out and not self._is_readable():
+            if self._is_leaving.is_set() and not device.under_way and not self._out and not is_readable(self._number):
                 return  # only now: what was just answered has left too, and what had come is refused
             if device.finished:
                 return
@@ -288,7 +288,7 @@ class Transmission:
     def _receive_into_pipe(self, request: Request) -> bool:
         count = self._inward.receive(self._number, self._device.incoming_left)
         if count is None:
-            if self._inward.held and self._is_readable():  # so it is the pipe that is full
+            if self._inward.held and is_readable(self._number):  # so it is the pipe that is full
                 self._store(request)
                 return True
             self._events = select.POLLIN
@@ -319,11 +319,6 @@ class Transmission:
             return
         if self._piped is None:
             self._wrote(request, began)
-
-    def _is_readable(self) -> bool:
-        poll = select.poll()
-        poll.register(self._number, select.POLLIN)
-        return bool(poll.poll(0))
 
     # -- sending ------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
-"""How other threads wake one that waits in poll(2)."""
+"""How other threads wake one that waits in poll(2), and what it asks without waiting."""
 
 from __future__ import annotations
 
 import os
+import select
 import threading
 
 
@@ -32,3 +33,10 @@ class Wake:
     def close(self) -> None:
         """Nobody notifies any more."""
         os.close(self.number)
+
+
+def is_readable(number: int) -> bool:
+    """Whether there is something to be read at once, and be it the end."""
+    poll = select.poll()
+    poll.register(number, select.POLLIN)
+    return bool(poll.poll(0))
