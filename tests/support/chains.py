@@ -14,7 +14,7 @@ from pathlib import Path
 
 from support import images
 from support.served import serving
-from support.servers import nbdkit
+from support.servers import nbd_server, nbdkit, qemu_nbd
 
 SIZE = 20 * 65_536 + 4096  # the last chunk is short
 
@@ -42,6 +42,19 @@ def _nbdkit(_: Path) -> Iterator[Mapping[str, str]]:
     """Another server, of another make, that takes short requests only."""
     filters, options = ("blocksize-policy",), ("blocksize-maximum=32k", "blocksize-error-policy=error")
     with nbdkit("memory", str(SIZE), *options, filters=filters) as server:
+        yield {"uri": server.uri}
+
+
+@contextlib.contextmanager
+def _qemu_nbd(folder: Path) -> Iterator[Mapping[str, str]]:
+    with qemu_nbd(images.empty_image(folder / "image", SIZE), "--discard=unmap", clients=3) as server:
+        yield {"uri": server.uri}
+
+
+@contextlib.contextmanager
+def _nbd_server(folder: Path) -> Iterator[Mapping[str, str]]:
+    """It knows neither structured replies nor block status, and no zeroes; a process for each connection."""
+    with nbd_server(images.empty_image(folder / "image", SIZE), "flush = true", "trim = true") as server:
         yield {"uri": server.uri}
 
 
@@ -95,5 +108,13 @@ CHAINS: Mapping[str, Chain] = {
     **STORES,
     "nbd nbdshard": Chain("raw", "nbd:{uri}", _nbdshard, is_quick=False),
     "nbd nbdkit": Chain("raw", "nbd:{uri}", _nbdkit, is_quick=False),
+    "nbd qemu-nbd": Chain("raw", "nbd:{uri}", _qemu_nbd, is_quick=False),
+    "nbd nbd-server": Chain("raw", "nbd:{uri}", _nbd_server, is_quick=False),
+    "cow nbd": Chain("raw", "cow:nbd:{uri}", _nbdshard, is_quick=False),
+    "deep": STORES["sharded file"].over(
+        "log:stats:rate:retry:error:cache:cow:delay:",
+        "log={folder}/log&stats={folder}/stats&rate=1G&error-rate=5%&error-seed=5&retries=100&retry-delay=1ms"
+        "&limit=256K&block=4K&overlay={folder}/overlay&delay-flush=1ms",
+    ),
     **{f"{layer} {name}": store.over(*LAYERS[layer]) for layer in LAYERS for name, store in STORES.items()},
 }
