@@ -146,7 +146,7 @@ class ShardedBackend:
         """Those of `_chunks` that may be there: few chunks are looked for, of many there is a list."""
         size = self._chunk_bytes
         first, end = where.start // size, -(-where.end // size)
-        if end - first <= CHUNKS_WALKED_MAX:
+        if end - first <= CHUNKS_WALKED_MAX or not self._store.can_list:
             yield from self._chunks(where)
             return
         for chunk in self._known.within(first, end):

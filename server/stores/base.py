@@ -47,6 +47,10 @@ class Store(Protocol):
     def extents(self, key: str, where: Range) -> Extents | None:
         """What is known of an object's data and holes from the start of `where` on; None where there is no object."""
 
+    @property
+    def can_list(self) -> bool:
+        """Whether `keys` leaves out nothing that was there before."""
+
     def keys(self) -> Iterator[str]:
         """Those of all objects that are there all the while, in no order."""
 

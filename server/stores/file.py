@@ -212,6 +212,10 @@ class FileStore:
         finally:
             self._let_go(file)
 
+    @property
+    def can_list(self) -> bool:
+        return True
+
     def keys(self) -> Iterator[str]:
         return (entry.name for entry in self._entries())
 
@@ -259,8 +263,10 @@ class FileStore:
                 return file
             deletions = self._deletions
         try:
-            number = os.open(key, self._mode | (os.O_CREAT if make else 0), 0o666, dir_fd=self._number)
+            number = self._opened(key, self._mode | (os.O_CREAT if make else 0))
         except FileNotFoundError:
+            if make:
+                raise  # the directory has gone
             return None
         if make:
             self._has_changed = True
@@ -281,6 +287,23 @@ class FileStore:
             os.close(number)
             return there
         return file
+
+    def _opened(self, key: str, flags: int) -> int:
+        """Where there are no descriptors left, files that nobody uses are closed first."""
+        while True:
+            try:
+                return os.open(key, flags, 0o666, dir_fd=self._number)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                with self._lock:
+                    idle = [key for key, file in self._files.items() if file.users == 1]
+                    closing = [self._files.pop(key) for key in idle[: len(idle) // 2 + 1]]
+                    self._leaving.update(closing)
+                if not closing:
+                    raise
+            for file in closing:
+                self._let_go(file)
 
     def _let_go(self, file: _File) -> None:
         with self._lock:

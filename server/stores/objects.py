@@ -41,7 +41,7 @@ class ObjectStore:
         self._bucket = bucket
         self._read_only = read_only
         self._steal = steal
-        self._can_list = can_list
+        self.can_list = can_list
         self._lease: Lease | None = None
         self._volume: Volume | None = None
         self._reads = _Places(OBJECT_READS_AT_ONCE)
@@ -60,7 +60,7 @@ class ObjectStore:
         self._reads = _Places(min(OBJECT_READS_AT_ONCE, places))
         self._writes = _Places(min(OBJECT_WRITES_AT_ONCE, places))
         self._merges = _Places(max(self._writes.count // 2, 1))
-        if self._can_list:
+        if self.can_list:
             threading.Thread(target=self._list, args=(volume,), daemon=True).start()
 
     @property
@@ -138,7 +138,7 @@ class ObjectStore:
     def extents(self, key: str, where: Range) -> Extents | None:
         """A chunk is all data, or not there: what of it is zeroes would have to be read."""
         number = self._number(key)
-        if number is None or not self._can_list:
+        if number is None or not self.can_list:
             with self._reads.one():
                 found = self._bucket.get(key, Range(0, 1))
             return None if found is None else [(where, 0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Iterator
@@ -65,16 +66,14 @@ def test_a_chunk_is_a_file_with_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [CHUNK, 2 * CHUNK, 2 * CHUNK + 1, 3 * CHUNK - 1])
-def test_a_read_over_what_is_not_there_is_as_long_as_asked(tmp_path: Path, end: int) -> None:
-    """Also where the hole ends with a chunk: nbd-rs answered too little there."""
+def test_nbd_rs_4_a_read_over_a_hole_that_ends_with_a_chunk_is_as_long_as_asked(tmp_path: Path, end: int) -> None:
     sharded = backend(tmp_path)
     write(sharded, 10, b"x")
     assert read(sharded, 0, end) == bytes(10) + b"x" + bytes(end - 11)
 
 
 @pytest.mark.parametrize("end", [CHUNK - 1, CHUNK, CHUNK + 1])
-def test_a_chunk_is_kept_to_its_last_byte(tmp_path: Path, end: int) -> None:
-    """nbd-rs could store one less."""
+def test_nbd_rs_5_a_chunk_is_stored_to_its_last_byte(tmp_path: Path, end: int) -> None:
     sharded = backend(tmp_path)
     write(sharded, 0, b"y" * end)
     sharded.flush()
@@ -95,11 +94,62 @@ def test_a_chunk_of_nothing_but_zeroes_is_deleted(tmp_path: Path) -> None:
     assert chunks(tmp_path) == ["disk.2.chunk"]
 
 
-def test_trimming_a_part_of_what_is_not_there_is_no_error(tmp_path: Path) -> None:
-    """nbd-rs failed there."""
+def test_nbd_rs_6_a_trim_of_a_part_of_what_is_not_there_is_no_error(tmp_path: Path) -> None:
     sharded = backend(tmp_path)
     sharded.trim(Range(100, CHUNK + 5))
     assert chunks(tmp_path) == []
+
+
+def test_zeroes_that_are_written_are_not_stored(tmp_path: Path) -> None:
+    sharded = backend(tmp_path)
+    write(sharded, 10, bytes(2 * CHUNK))
+    assert chunks(tmp_path) == []
+    write(sharded, 0, b"a" * 2 * CHUNK)
+    write(sharded, CHUNK, bytes(CHUNK))
+    write(sharded, 0, bytes(CHUNK - 4096))
+    assert chunks(tmp_path) == ["disk.0.chunk"]
+    write(sharded, CHUNK - 4096, bytes(4096))
+    assert chunks(tmp_path) == []
+
+
+@pytest.mark.parametrize("at", [0, 1, 4092, 4093, 5000, 8190, 8191])
+def test_data_that_is_nearly_all_zeroes_is_data(tmp_path: Path, at: int) -> None:
+    sharded = backend(tmp_path)
+    data = bytes(at) + b"x" + bytes(8191 - at)
+    write(sharded, 0, data)
+    assert read(sharded, 0, 8192) == data
+
+
+def test_zeroes_that_are_to_take_room_take_it(tmp_path: Path) -> None:
+    sharded = backend(tmp_path)
+    where = Range(4096, 2 * CHUNK)
+    with pytest.raises(OSError, match="zeroes that take room are written") as failed:
+        sharded.zero(where, may_punch=False, fast=True)
+    assert failed.value.errno == errno.ENOTSUP
+    assert chunks(tmp_path) == []
+    sharded.zero(where, may_punch=False, fast=False)
+    assert [(tmp_path / name).stat().st_blocks * 512 for name in chunks(tmp_path)] == [CHUNK - 4096, CHUNK]
+    assert sharded.extents(where) == [(where, 0)]
+    assert read(sharded, 0, 2 * CHUNK) == bytes(2 * CHUNK)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_fast_zeroes_are_not_written_where_no_holes_are_punched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(file_store, "zero_file", refuse)
+    sharded = backend(tmp_path)
+    write(sharded, 0, b"a" * 8192)
+    if not fast:
+        sharded.zero(Range(0, 4096), may_punch=True, fast=False)
+        assert read(sharded, 0, 8192) == bytes(4096) + b"a" * 4096
+        return
+    with pytest.raises(OSError, match="zeroes are written here") as failed:
+        sharded.zero(Range(0, 4096), may_punch=True, fast=True)
+    assert failed.value.errno == errno.ENOTSUP
 
 
 def test_what_is_there_is_told_as_extents(tmp_path: Path) -> None:
@@ -163,6 +213,15 @@ def test_a_name_that_is_none_of_a_file_is_refused(tmp_path: Path, name: str) -> 
 # -- faults and bounds
 
 
+def test_a_write_fails_where_one_of_its_parts_does(tmp_path: Path) -> None:
+    sharded = backend(tmp_path)
+    (tmp_path / "disk.1.chunk").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write(sharded, CHUNK - 2, b"abcd")
+    with pytest.raises(IsADirectoryError):
+        sharded.zero(Range(0, 3 * CHUNK), may_punch=True, fast=False)
+
+
 def test_a_write_back_that_failed_is_never_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharded = backend(tmp_path)
     write(sharded, 0, b"a")
@@ -220,7 +279,7 @@ def test_a_chunk_that_comes_and_goes_while_it_is_read_is_a_file_whenever_it_is_t
     for reader in readers:
         reader.start()
     try:
-        for _ in range(500):
+        for _ in range(150):
             write(sharded, 0, b"x")
             sharded.flush()
             assert chunks(tmp_path) == ["disk.0.chunk"]

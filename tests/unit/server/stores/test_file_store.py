@@ -1,0 +1,197 @@
+"""A directory as a store: what is durable, what is lost, and what both look like while something else goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdshard.common.ranges import Range
+from nbdshard.server.stores import file as file_store
+from nbdshard.server.stores.file import FileStore
+from support import processes
+from support.waiting import wait_for
+
+BYTES = Range(0, 4)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FileStore]:
+    with contextlib.closing(FileStore(tmp_path)) as found:
+        yield found
+
+
+def write(store: FileStore, key: str) -> None:
+    store.write(key, BYTES, memoryview(b"data"))
+
+
+class LoudLock:
+    """A lock that says when somebody has to wait for it."""
+
+    def __init__(self) -> None:
+        self.is_wanted = threading.Event()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if self._lock.locked():
+            self.is_wanted.set()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_a_file_that_is_being_closed_is_waited_for_by_a_sync(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells of a lost write-back once: to the one who closes the file, and the sync must hear of it."""
+    is_closing, may_fail = threading.Event(), threading.Event()
+
+    def fail(_number: int) -> None:
+        monkeypatch.undo()
+        is_closing.set()
+        assert may_fail.wait(60)
+        raise OSError(5, "Input/output error")
+
+    write(store, "one")
+    lock = store._files["one"].syncing = LoudLock()  # type: ignore[assignment]
+    monkeypatch.setattr(file_store, "STORE_FILES_OPEN", 1)
+    monkeypatch.setattr(file_store.os, "fdatasync", fail)
+    closing = threading.Thread(target=write, args=(store, "two"))
+    closing.start()
+    assert is_closing.wait(60)
+    told: list[OSError] = []
+
+    def sync() -> None:
+        try:
+            store.sync()
+        except OSError as error:
+            told.append(error)
+
+    syncing = threading.Thread(target=sync)
+    syncing.start()
+    wait_for("the sync to wait, or to end", lambda: lock.is_wanted.is_set() or not syncing.is_alive())
+    may_fail.set()
+    syncing.join()
+    closing.join()
+    assert [str(error) for error in told] == ["[Errno 5] a write-back of one failed: Input/output error"]
+    assert store.losses == 1
+
+
+def test_what_is_written_during_a_sync_is_synced_by_the_next(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    pwrite, fdatasync = os.pwrite, os.fdatasync
+
+    def sync_first(number: int, data: memoryview, at: int) -> int:
+        store.sync()
+        synced.clear()
+        return pwrite(number, data, at)
+
+    def count(number: int) -> None:
+        synced.append(number)
+        fdatasync(number)
+
+    write(store, "one")
+    monkeypatch.setattr(file_store.os, "fdatasync", count)
+    with monkeypatch.context() as patch:
+        patch.setattr(file_store.os, "pwrite", sync_first)
+        write(store, "one")
+    store.sync()
+    assert len(synced) == 1
+
+
+@pytest.mark.parametrize("change", ["made", "deleted"])
+def test_a_directory_that_could_not_be_synced_is_lost_for_good(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    if change == "deleted":
+        write(store, "one")
+        store.sync()
+        store.delete("one")
+    else:
+        write(store, "one")
+
+    def fail(_number: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_store.os, "fsync", fail)
+        with pytest.raises(OSError, match="a write-back of the directory failed"):
+            store.sync()
+    with pytest.raises(OSError, match="a write-back of the directory failed"):
+        store.sync()
+    assert store.losses == 1
+
+
+def test_a_file_that_was_deleted_is_not_synced(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_number: int) -> None:
+        raise AssertionError
+
+    write(store, "one")
+    monkeypatch.setattr(file_store.os, "fdatasync", fail)
+    assert store.delete("one")
+    assert not store.delete("one")
+    store.sync()
+
+
+@pytest.mark.parametrize("call", ["fsync", "link", "rename"])
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_an_object_is_put_whole_or_not_at_all(
+    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, before: bytes | None
+) -> None:
+    if before is not None:
+        store.put("note", before, is_new=True)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(file_store.os, call, fail)
+    if (call == "link") is not (before is None) and call != "fsync":
+        store.put("note", b"new", is_new=before is None)
+        before = b"new"
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            store.put("note", b"new", is_new=before is None)
+    assert store.read("note", Range(0, 10)) == before
+    assert os.listdir(tmp_path) == ([] if before is None else ["note"])
+
+
+def test_an_object_that_is_there_is_not_made_again(store: FileStore, tmp_path: Path) -> None:
+    store.put("note", b"first", is_new=True)
+    with pytest.raises(FileExistsError):
+        store.put("note", b"second", is_new=True)
+    assert store.read("note", Range(0, 10)) == b"first"
+    assert os.listdir(tmp_path) == ["note"]
+
+
+def test_a_directory_that_is_gone_is_an_error_of_a_write(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with contextlib.closing(FileStore(tmp_path / "folder")) as store:
+        (tmp_path / "folder").rmdir()
+        assert store.read("one", BYTES) is None
+        with pytest.raises(FileNotFoundError):
+            write(store, "one")
+
+
+def test_without_descriptors_files_that_nobody_uses_are_closed(store: FileStore) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    write(store, "0")
+    highest = max(processes.descriptors("self"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 4, before[1]))
+    try:
+        for number in range(1, 20):
+            write(store, str(number))
+        assert all(store.read(str(number), BYTES) == b"data" for number in range(20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_two_listings_at_once_are_both_whole(store: FileStore) -> None:
+    for number in range(100):
+        write(store, str(number))
+    first, second = store.keys(), store.stored()
+    names = [(next(first), next(second)[0]) for _ in range(100)]
+    assert len({name for name, _ in names}) == len({name for _, name in names}) == 100
