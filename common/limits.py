@@ -330,7 +330,6 @@ OBJECT_READS_AT_ONCE: Final = 16  # of one store; writes have places of their ow
 OBJECT_WRITES_AT_ONCE: Final = 16
 OBJECT_TRANSFER_BYTES_MAX: Final = 64 * MIB  # of chunks that are read, or written, at a time: fewer if they are larger
 OBJECT_WAIT_SECONDS: Final = 60.0  # for such a place: a net below every call's own time-out
-OBJECT_BYTES_MAX: Final = MIB  # of an object that is no chunk
 LISTING_PAUSE_SECONDS: Final = 5.0  # after a listing that failed
 LISTING_WAIT_SECONDS: Final = 5.0  # of a block status for the listing; then what is not known is called data
 VOLUME_LEASE_SECONDS: Final = 60.0  # without a word from a server, its volume may be taken over

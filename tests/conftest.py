@@ -106,18 +106,19 @@ def _await_gone(what: str, leaked: Callable[[], dict[int, str]]) -> None:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3]:
     """A store in memory, for all tests of a run: each has a prefix of its own in it."""
-    from support.s3 import moto  # which imports what other tests do not need
+    from support.s3 import moto, warmed  # which imports what other tests do not need
 
     with moto() as found:
-        yield found
+        yield warmed(found)
 
 
 @pytest.fixture(scope="session")
 def swift_s3() -> Iterator[S3]:
     """A store that keeps things on a disk and is no toy, for all tests of a run."""
+    from support.s3 import warmed
     from support.swift import is_installed, swift
 
     if not is_installed():
         pytest.skip("Swift is not set up: `make swift` does that, and `make test`")
     with swift() as found:
-        yield found
+        yield warmed(found)

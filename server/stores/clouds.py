@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # obstore has these as stubs only
     from obstore.store import AzureConfig, GCSConfig, S3Config, S3Credential
 
 _URL: Final = re.compile(r"(https?)://([^/]+)(?:/(.*))?")
+_AWS_KEY: Final = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _AWS_PLACE: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _AWS_REGION: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
 
@@ -138,7 +139,8 @@ def _whole(bucket: Bucket, key: str, size: int | None) -> WholeObject:
 def open_bucket(scheme: str, opening: Opening, place: Place | None = None) -> Bucket:
     """The bucket that `opening` names, or of `place`. Nothing is asked of it yet. Raises UserError."""
     place = place or parse_place(opening.place)
-    seconds = opening.parameters.seconds("timeout") or OBJECT_CALL_SECONDS
+    given = opening.parameters.seconds("timeout")
+    seconds = OBJECT_CALL_SECONDS if given is None else given
     where = f"{scheme}:{opening.place}"
     if not 1 <= seconds <= OBJECT_CALL_SECONDS_MAX:
         raise UserError(f"timeout={seconds:g}s: 1s to {OBJECT_CALL_SECONDS_MAX:g}s is expected", where)
@@ -154,7 +156,10 @@ def open_bucket(scheme: str, opening: Opening, place: Place | None = None) -> Bu
 def _s3(place: Place, credentials: Credentials, seconds: float) -> Client:
     variables = credentials.variables or of_environment().variables
     endpoint = place.endpoint or _first(variables, _AWS_PLACE)
-    config: S3Config = {"region": _first(variables, _AWS_REGION) or "us-east-1"}
+    config: S3Config = {
+        "region": _first(variables, _AWS_REGION) or "us-east-1",
+        "disable_bulk_delete": True,  # one object at a time is deleted, and not every store has the other call
+    }
     if endpoint:
         config["endpoint"] = endpoint
     user, password = credentials.user, credentials.password
@@ -162,10 +167,10 @@ def _s3(place: Place, credentials: Credentials, seconds: float) -> Client:
     if not user:
         user, password = variables.get("AWS_ACCESS_KEY_ID", ""), variables.get("AWS_SECRET_ACCESS_KEY", "")
         token = variables.get("AWS_SESSION_TOKEN")
-    if user and not password:
-        raise UserError("there is a key's id and not its secret", advice="AWS_SECRET_ACCESS_KEY is to be set, too")
+    if bool(user) != bool(password):
+        raise UserError("there is one of a key's id and its secret", advice=f"{_AWS_KEY} are to be set, both")
     if endpoint and not user and variables.get("AWS_SKIP_SIGNATURE") != "true":
-        raise UserError("no credentials are given", advice="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are to be set")
+        raise UserError("no credentials are given", advice=f"{_AWS_KEY} are to be set")
     # A provider, because obstore would add what it finds in the environment: the token of another account.
     given: S3Credential = {
         "access_key_id": user,

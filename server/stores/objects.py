@@ -17,11 +17,11 @@ from nbdshard.common import logs
 from nbdshard.common.limits import (
     LISTING_PAUSE_SECONDS,
     LISTING_WAIT_SECONDS,
-    OBJECT_BYTES_MAX,
     OBJECT_READS_AT_ONCE,
     OBJECT_TRANSFER_BYTES_MAX,
     OBJECT_WAIT_SECONDS,
     OBJECT_WRITES_AT_ONCE,
+    VOLUME_CHUNK_BYTES_MAX,
 )
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
@@ -201,7 +201,7 @@ class ObjectStore:
         """How many bytes the object may have."""
         number = self._number(key)
         if self._volume is None or number is None:
-            return OBJECT_BYTES_MAX
+            return VOLUME_CHUNK_BYTES_MAX
         return max(min(self._volume.chunk_bytes, self._volume.size - number * self._volume.chunk_bytes), 0)
 
     # -- what is there ------------------------------------------------------------------------------------------------

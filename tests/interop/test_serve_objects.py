@@ -67,12 +67,13 @@ def end(served: Served) -> None:
     served.run.wait().succeeded()
 
 
-def test_a_copy_from_nbd_to_s3_and_back_is_the_same_and_as_sparse(anywhere: S3, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", ["", "cache:"])
+def test_a_copy_from_nbd_to_s3_and_back_is_the_same_and_as_sparse(anywhere: S3, layers: str, tmp_path: Path) -> None:
     source = images.sparse_image(tmp_path / "source", SIZE)
     prefix = new_prefix()
     with (
         nbdkit("file", f"file={source}") as origin,
-        serving(anywhere.conn(prefix, VOLUME), driver="sharded") as served,
+        serving(layers + anywhere.conn(prefix, VOLUME), driver="sharded") as served,
     ):
         copy(origin.uri, served.uri()).succeeded()
         nbdshard("verify", origin.uri, served.uri()).succeeded()
@@ -80,7 +81,7 @@ def test_a_copy_from_nbd_to_s3_and_back_is_the_same_and_as_sparse(anywhere: S3, 
     there = [key for key in keys(anywhere.bucket(prefix)) if key.endswith(".chunk")]
     full = [n for n in range(SIZE // MIB) if any(source.read_bytes()[n * MIB : (n + 1) * MIB])]
     assert there == sorted(f"{NAME}.{n}.chunk" for n in full)
-    with serving(anywhere.conn(prefix, "?read-only=yes"), driver="sharded") as served:
+    with serving(layers + anywhere.conn(prefix, "?read-only=yes"), driver="sharded") as served:
         assert {offset // MIB for offset, length, kind in mapped(served) if kind == 0 and length} <= set(full)
         copy(served.uri(), tmp_path / "back").succeeded()
     assert (tmp_path / "back").read_bytes() == source.read_bytes()
@@ -146,6 +147,19 @@ def test_what_was_acknowledged_is_there_after_a_kill(anywhere: S3) -> None:
             connection.run()
             assert into == b"\0" + bytes([number + 1]) * 1000 + b"\0"
         connection.close()
+
+
+def test_a_cache_writes_whole_chunks_back(store: Proxied) -> None:
+    """So none is read for it, and reads of others do not wait."""
+    with serving(f"cache:{store.s3.conn(new_prefix(), VOLUME)}", driver="sharded") as served:
+        with Connection(served.socket, DISK, handles=64) as connection:
+            for start in range(0, 4 * MIB, 64 << 10):
+                connection.client.write(0, Range.of(start, 64 << 10), [b"x" * (64 << 10)])
+                assert not any(done.error for done in connection.run())
+            connection.client.flush(0)
+            assert not any(done.error for done in connection.run())
+        assert store.count("GET", ".chunk") == 0
+        assert store.count("PUT", ".chunk") == 4
 
 
 def test_a_second_server_may_read_but_not_write(s3: S3) -> None:

@@ -58,6 +58,15 @@ def _nbd_server(folder: Path) -> Iterator[Mapping[str, str]]:
         yield {"uri": server.uri}
 
 
+@contextlib.contextmanager
+def _object_store(_: Path) -> Iterator[Mapping[str, str]]:
+    """An object store in memory."""
+    from support.s3 import moto, new_prefix  # which few chains need
+
+    with moto() as s3:
+        yield {"s3": s3.conn(new_prefix())}
+
+
 @dataclass(frozen=True)
 class Chain:
     """A driver and a CONN, with places for {folder}, which is empty at first, {size}, and what `needs` provides.
@@ -88,6 +97,12 @@ STORES: Mapping[str, Chain] = {
     "sharded file": Chain("sharded", "file:{folder}/?size={size}&chunk=64K"),
 }
 
+# Who was killed has not given its lock back, and is known to be gone.
+OBJECTS: Mapping[str, Chain] = {
+    "sharded s3": Chain("sharded", "{s3}?size={size}&chunk=64K&steal=yes", _object_store, is_quick=False),
+    "raw s3": Chain("raw", "{s3}/image?size={size}&steal=yes", _object_store, is_quick=False),
+}
+
 # Layers over each of them: what stands before a CONN, and the parameters behind it.
 LAYERS: Mapping[str, tuple[str, str]] = {
     "delay": ("delay:", "delay=1ms"),
@@ -116,5 +131,7 @@ CHAINS: Mapping[str, Chain] = {
         "log={folder}/log&stats={folder}/stats&rate=1G&error-rate=5%&error-seed=5&retries=100&retry-delay=1ms"
         "&limit=256K&block=4K&overlay={folder}/overlay&delay-flush=1ms",
     ),
+    **OBJECTS,
+    "cache sharded s3": OBJECTS["sharded s3"].over("cache:", "limit=1M&block=64K"),
     **{f"{layer} {name}": store.over(*LAYERS[layer]) for layer in LAYERS for name, store in STORES.items()},
 }

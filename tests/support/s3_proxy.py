@@ -23,6 +23,7 @@ class Asked:
     method: str
     key: str
     body: bytes
+    headers: frozenset[str] = frozenset()  # their names, in small letters
 
     @property
     def is_of_chunk(self) -> bool:
@@ -89,7 +90,8 @@ def proxied(upstream: S3) -> Iterator[Proxied]:
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = urlsplit(self.path)
-            asked = Asked(self.command, parts.path.removeprefix(f"/{BUCKET}").lstrip("/"), body)
+            names = frozenset(name.lower() for name in self.headers)
+            asked = Asked(self.command, parts.path.removeprefix(f"/{BUCKET}").lstrip("/"), body, names)
             with found.counting(asked):
                 answer = found.rule(asked)
                 if answer is None or answer.after or answer.cut is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import boto3
 
 from support import processes
-from support.s3 import BUCKET, S3, warmed
+from support.s3 import BUCKET, S3
 from support.servers import free_port, private_folder, running
 
 VENV = Path(__file__).parents[2] / ".cache" / "swift"
@@ -110,7 +110,7 @@ def swift() -> Iterator[S3]:
             stack.enter_context(_server(folder, kind, port))
         s3 = S3(f"http://127.0.0.1:{ports['proxy']}", USER, PASSWORD)
         _make_bucket(s3)
-        yield warmed(s3)
+        yield s3
 
 
 def _server(folder: Path, kind: str, port: int) -> contextlib.AbstractContextManager[object]:

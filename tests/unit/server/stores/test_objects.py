@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 
 from nbdshard.common import limits
 from nbdshard.common.errors import UserError
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
+from nbdshard.server import volume_changes
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.chain import STORES, sharded
+from nbdshard.server.credentials import Credentials
 from nbdshard.server.device import Hole
 from nbdshard.server.stores import objects
+from nbdshard.server.stores.base import Store
 from nbdshard.server.stores.bucket import Bucket
-from nbdshard.server.stores.clouds import parse_place
+from nbdshard.server.stores.clouds import open_bucket, parse_place
 from nbdshard.server.volumes import Volume
 from support.s3 import PASSWORD, S3, content, keys, new_prefix
 from support.s3_proxy import Answer, Asked, Proxied, proxied
 from support.waiting import wait_for
 
+MIB = 1 << 20
 CHUNK = 65_536
 SIZE = 40 * CHUNK + 1000
 Open = Callable[..., Backend]
@@ -336,7 +342,7 @@ def test_a_part_is_not_written_where_the_rest_cannot_be_read(opened: Open, store
 def test_a_deletion_that_fails_is_told(opened: Open, store: Proxied) -> None:
     image = opened()
     write(image, 0, b"a" * CHUNK)
-    store.rule = lambda asked: Answer(500) if asked.method in ("POST", "DELETE") else None
+    store.rule = lambda asked: Answer(500) if asked.method == "DELETE" else None
     with pytest.raises(OSError, match=r"deleting disk\.0\.chunk"):
         image.trim(Range(0, CHUNK))
     store.rule = lambda _: None
@@ -371,7 +377,63 @@ def test_a_chunk_that_is_longer_than_a_chunk_is_not_shortened(opened: Open, buck
         write(image, 5, b"a")
 
 
+# -- what is done to a volume that nobody serves
+
+
+def test_a_volume_is_listed_resized_and_deleted(store: Proxied, prefix: str, bucket: Bucket) -> None:
+    size = 12 * MIB  # in chunks of 4 MiB
+    image = sharded(STORES["s3"]).open(store.s3.opening(prefix, size=str(size)))
+    write(image, 0, b"a" * size)
+    image.close()
+
+    def changing() -> Store:
+        return STORES["s3"].open(store.s3.opening(prefix))
+
+    with contextlib.closing(changing()) as there:
+        (found,) = volume_changes.listed(there)
+        assert (found.name, found.stored_bytes) == ("disk", size)
+    with contextlib.closing(changing()) as there:
+        volume_changes.resize(there, "disk", 6 * MIB, may_shrink=True)
+    assert chunks(bucket) == ["disk.0.chunk", "disk.1.chunk"]
+    assert len(content(bucket, "disk.1.chunk")) == 2 * MIB
+    with contextlib.closing(changing()) as there:
+        volume_changes.delete(there, "disk")
+    assert not chunks(bucket) and "disk.volume" not in keys(bucket)
+
+
 # -- opening
+
+
+def test_who_is_let_in(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a login in the CONN, else by the environment; and by one of them only."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    opening = msgspec.structs.replace(s3.opening("x"), credentials=Credentials())
+    with pytest.raises(UserError, match="no credentials are given; AWS_ACCESS_KEY_ID and"):
+        open_bucket("s3", opening)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PASSWORD)
+    with pytest.raises(UserError, match="there is one of a key's id and its secret"):
+        open_bucket("s3", opening)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
+    bucket = open_bucket("s3", opening)
+    assert bucket.get("nothing", Range(0, 1)) is None
+    bucket.close()
+
+
+def test_the_token_of_another_account_is_not_sent_along(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of another account")
+    with proxied(s3) as store:
+        bucket = store.s3.bucket("x")
+        assert bucket.get("nothing", Range(0, 1)) is None
+        bucket.close()
+        (asked,) = store.asked
+    assert "x-amz-security-token" not in asked.headers
+
+
+@pytest.mark.parametrize("seconds", ["0s", "31s", "1h"])
+def test_a_time_out_that_leaves_no_time_for_a_lock_is_refused(s3: S3, seconds: str) -> None:
+    with pytest.raises(UserError, match="1s to 30s is expected"):
+        open_bucket("s3", s3.opening("x", timeout=seconds))
 
 
 @pytest.mark.parametrize(
