@@ -31,8 +31,12 @@ class Wake:
                 os.eventfd_read(self.number)
 
     def close(self) -> None:
-        """Nobody notifies any more."""
-        os.close(self.number)
+        """Nobody hears it any more. Who notifies all the same, because what it is about was seen before it said so,
+        must not wake, or write to, whatever has the number next.
+        """
+        with self._lock:
+            self._is_set = True
+            os.close(self.number)
 
 
 def is_readable(number: int) -> bool:
