@@ -1,8 +1,8 @@
 """The threads that carry out what may wait: one crew for an export, whoever its clients are.
 
 So a store that hangs holds up the clients of its own export alone. Flushes have threads of their own: when all of them
-wait for a disk, reads go on. Threads are started when they are first needed, and are daemons: a call that never returns
-does not keep the server from ending.
+wait for a disk, reads go on. So have changes, which may wait for room in a cache. Threads are started when they are
+first needed, and are daemons: a call that never returns does not keep the server from ending.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ class Crew:
 
     def __init__(self, calls_max: int = CREW_CALLS_MAX, flushes_max: int = CREW_FLUSHES_MAX) -> None:
         self._calls = _Gang(calls_max)
+        self._changes = _Gang(calls_max)
         self._flushes = _Gang(flushes_max)
 
-    def carry_out(self, call: Call, *, is_flush: bool) -> None:
+    def carry_out(self, call: Call, *, is_flush: bool, is_change: bool = False) -> None:
         """Have `call` made as soon as a thread is free; here and now where there is none and none can be started."""
-        if not (self._flushes if is_flush else self._calls).submit(call):
+        gang = self._flushes if is_flush else self._changes if is_change else self._calls
+        if not gang.submit(call):
             call()
 
 

@@ -119,6 +119,11 @@ def handle(backend: Backend, request: Request, handlers: HandlerTable = HANDLERS
         return failure(request, error)
 
 
+def changes(request: Request) -> bool:
+    """Whether it changes what is there."""
+    return request.command in _WRITING
+
+
 def flushes(request: Request) -> bool:
     """Whether carrying it out takes a flush."""
     return request.command == Command.FLUSH or (request.fua and request.command in _WRITING)

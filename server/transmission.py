@@ -22,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from nbdshard.common import logs
@@ -41,7 +42,7 @@ from nbdshard.server.backends.base import Direct, Place, Prompt
 from nbdshard.server.conduit import Conduit, PipeRun
 from nbdshard.server.device import Device
 from nbdshard.server.exports import Exports
-from nbdshard.server.handling import HANDLERS, Answer, HandlerTable, failure, flushed, flushes, handle
+from nbdshard.server.handling import HANDLERS, Answer, HandlerTable, changes, failure, flushed, flushes, handle
 from nbdshard.server.serving import Request
 from nbdshard.server.wake import Wake, is_readable
 
@@ -175,16 +176,17 @@ class Transmission:
             return False
         if request.command == _READ and not request.held and not self._hold(request):
             return False
-        self._hand_over(lambda: handle(self._backend, request, self._handlers), is_flush=flushes(request))
+        call = partial(handle, self._backend, request, self._handlers)
+        self._hand_over(call, is_flush=flushes(request), is_change=changes(request))
         return True
 
-    def _hand_over(self, call: Callable[[], Answer], *, is_flush: bool) -> None:
+    def _hand_over(self, call: Callable[[], Answer], *, is_flush: bool, is_change: bool = False) -> None:
         def carry_out() -> None:
             self._answers.append(call())
             self._wake.notify()
 
         self._away += 1
-        self._crew.carry_out(carry_out, is_flush=is_flush)
+        self._crew.carry_out(carry_out, is_flush=is_flush, is_change=is_change)
 
     def _hold(self, request: Request) -> bool:
         """Take memory for what `request` carries; False where it has to wait for that."""

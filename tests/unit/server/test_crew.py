@@ -61,6 +61,15 @@ def test_flushes_that_wait_do_not_stand_in_the_way_of_others() -> None:
     may_end.set()
 
 
+def test_changes_that_wait_do_not_stand_in_the_way_of_reads() -> None:
+    crew, may_end, done = Crew(1, 1), threading.Event(), threading.Event()
+    for _ in range(4):
+        crew.carry_out(lambda: may_end.wait(30) and None, is_flush=False, is_change=True)
+    crew.carry_out(done.set, is_flush=False)
+    assert done.wait(30)
+    may_end.set()
+
+
 def test_without_any_thread_it_is_done_here(capfd: pytest.CaptureFixture[str]) -> None:
     found: list[int] = []
     with no_threads():
