@@ -27,6 +27,7 @@ from nbdshard.server.layers.cache_blocks import (
     Fetch,
     Part,
     Reading,
+    Run,
     WriteBack,
     Writing,
     laid_over,
@@ -104,6 +105,19 @@ class Cache(Passing):
             if around is not None:
                 found += self._read_around(around)
             return found
+        finally:
+            self._release(reading)
+
+    def read_now(self, where: Range) -> Sequence[memoryview | bytes | Hole] | None:
+        """What is in memory is read without waiting; not what is on disk."""
+        if self._slots.lasting:
+            return None
+        with self._lock:
+            reading = self._core.begin_hit(where)
+        if reading is None:
+            return None
+        try:
+            return [self._slots.get(block.slot, start, end) for _, start, end, block in reading.parts if block]
         finally:
             self._release(reading)
 
@@ -224,6 +238,18 @@ class Cache(Passing):
                     self._core.end_read(held)
                     held = None
                     self._wait(Obstacle.ROOM, since)
+
+    def write_now(self, where: Range, data: memoryview) -> bool:
+        """Where there is room in memory for all of it, nothing is waited for."""
+        if not self._writes_back or self._slots.lasting:
+            return False
+        with self._lock:
+            writing, obstacle = self._core.begin_write(where)
+            if obstacle is not None:
+                self._core.failed_write(writing)
+                return False
+        self._copy(writing, data)
+        return True
 
     def _wait(self, obstacle: Obstacle | None, since: float) -> None:
         """Until something has changed. Raises OSError where it is room that is waited for, in vain since `since`."""
@@ -395,8 +421,11 @@ class Cache(Passing):
 
     def _write_unit(self, unit: WriteBack) -> OSError | None:
         try:
-            for run in unit.runs:
-                self.below.write(run.where, joined(self._slots, run.pieces))
+            if len(unit.runs) > 1 and self.below.block_size >= self._core.geometry.unit:
+                self._write_whole(unit.runs)
+            else:
+                for run in unit.runs:
+                    self.below.write(run.where, joined(self._slots, run.pieces))
             return None
         except OSError as error:
             if self._core.units.error is None:
@@ -405,6 +434,21 @@ class Cache(Passing):
         except Exception as error:  # a bug; the thread that it ends would be missed for ever
             logs.error(f"internal error: a write-back: {type(error).__name__}: {error}")
             return OSError(errno.EIO, "an internal error of the server")
+
+    def _write_whole(self, runs_below: list[Run]) -> None:
+        """In one piece, with what is below between them: each would have that written anew, as a chunk or an object.
+
+        Nobody else changes it there, because one unit is on its way once.
+        """
+        where = Range(runs_below[0].where.start, runs_below[-1].where.end)
+        data = bytearray()
+        for part in self.below.read(where):
+            data += bytes(part.length) if isinstance(part, Hole) else part
+        for run in runs_below:
+            data[run.where.start - where.start : run.where.end - where.start] = joined(self._slots, run.pieces)
+        if len(data) != where.length:
+            raise OSError(errno.EIO, "the layer below has read another length")
+        self.below.write(where, memoryview(data))
 
     def _wake(self) -> None:
         """Have a thread look, where it would not by itself in time."""

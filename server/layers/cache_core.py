@@ -82,6 +82,19 @@ class CacheCore:
                 parts[index] = (number, start, end, made)
         return Reading(where, parts)
 
+    def begin_hit(self, where: Range) -> Reading | None:
+        """As `begin_read`, where the cache holds all of it; None, and nothing is begun, where it does not."""
+        parts: list[tuple[int, int, int, Block | None]] = []
+        for number, start, end in self.geometry.parts(where):
+            block = self._blocks.get(number)
+            if block is None or self.geometry.outer(start, end) & ~block.valid:
+                return None
+            parts.append((number, start, end, block))
+        for *_, block in parts:
+            assert block is not None
+            self._pin(block)
+        return Reading(where, parts)
+
     def wanted(self, reading: Reading) -> tuple[list[Fetch], bool]:
         """What its caller has to fetch now; and whether there is something else to be waited for."""
         missed: list[Block] = []

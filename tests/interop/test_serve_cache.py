@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common.limits import CREW_CALLS_MAX
 from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.ranges import Range
 from support import images, processes
@@ -92,6 +93,28 @@ def test_what_nbdcopy_writes_is_there_when_the_server_has_ended(driver: str, mod
         assert served.run.wait().code == 0
     with serving(conn, driver=driver) as served:
         tool("qemu-img", "compare", "-f", "raw", "-F", "raw", source, served.uri())
+
+
+def test_writers_that_wait_for_room_do_not_hold_up_who_reads(tmp_path: Path) -> None:
+    """Far more of them than threads, until a write below is let through, which it is when the reader is done."""
+    image = images.filled_image(tmp_path / "image", 64 * MIB, 0x11)
+    with serving(f"cache:delay:file:{image}?limit=1M&delay-write=600s") as served:
+        writers = [Connection(served.socket, DISK, handles=32) for _ in range(4)]
+        for number, writer in enumerate(writers):
+            for handle in range(32):
+                writer.client.write(handle, Range.of((number * 32 + handle) * 65_536, 512), [b"x" * 512])
+            writer.push([])
+        tasks = Path(f"/proc/{served.run.pid}/task")
+        wait_for("threads to wait for room", lambda: len(list(tasks.iterdir())) > CREW_CALLS_MAX)
+        reader = Connection(served.socket, DISK)
+        for start in range(32, 64, 4):
+            assert reader.read(Range.of(start * MIB, MIB)) == b"\x11" * MIB
+        reader.close()
+        for writer in writers:
+            writer.socket.close()
+        served.run.process.send_signal(signal.SIGTERM)  # which ends the delay
+        assert served.run.wait().code == 0
+    assert image.read_bytes().count(b"x") >= 11 * 512  # what was acknowledged
 
 
 def kept_failing(served: Served, switch: Path) -> None:

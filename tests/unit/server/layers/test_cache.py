@@ -178,6 +178,20 @@ def test_neighbours_are_written_back_together_and_no_farther_than_a_unit() -> No
         assert written == [Range(0, 4 * BLOCK), Range(4 * BLOCK, 5 * BLOCK)]
 
 
+def test_pieces_of_a_chunk_are_written_back_as_one_where_chunks_are_written_whole() -> None:
+    below = Gated(SIZE, block_size=4 * BLOCK)
+    below.below.write(Range(0, SIZE), memoryview(b"-" * SIZE))
+    with cached(below) as cache:
+        for at in (0, BLOCK + 512, 3 * BLOCK):
+            write(cache, at, b"x" * 512)
+        cache.flush()
+        assert below.asked(Operation.WRITE) == [Range(0, 3 * BLOCK + 512)]
+        expected = bytearray(b"-" * 4 * BLOCK)
+        for at in (0, BLOCK + 512, 3 * BLOCK):
+            expected[at : at + 512] = b"x" * 512
+        assert below.content(0, 4 * BLOCK) == expected
+
+
 def test_what_is_written_during_its_write_back_is_written_again() -> None:
     below = Gated(SIZE)
     below.shut(Operation.WRITE)
@@ -246,6 +260,32 @@ def test_a_write_of_part_of_a_sector_with_everything_dirty_ends_when_there_is_ro
         late.result()
         cache.flush()
         assert below.content(40 * BLOCK, 10) == b"012xy56789"
+
+
+# -- for a connection's own thread
+
+
+def test_what_is_held_is_read_without_waiting_and_nothing_else() -> None:
+    below = Gated(SIZE)
+    with cached(below) as cache:
+        read(cache, 0, BLOCK)
+        asked = len(below.calls)
+        assert content_of(cache.read_now(Range(10, BLOCK)) or ()) == bytes(BLOCK - 10)
+        assert cache.read_now(Range(10, BLOCK + 1)) is None
+        assert len(below.calls) == asked
+
+
+def test_what_there_is_room_for_is_written_without_waiting_and_else_nothing_of_it() -> None:
+    below = Gated(SIZE)
+    below.shut(Operation.WRITE)
+    with cached(below) as cache:
+        data = memoryview(b"x" * DIRTY_MAX * BLOCK)
+        assert not cache.write_now(Range.of(0, len(data) + BLOCK), memoryview(b"x" * (len(data) + BLOCK)))
+        assert cache.dirty_bytes == 0
+        assert not cache.write_now(Range(100, 200), data[:100])  # the rest of the sector is not known
+        assert cache.write_now(Range.of(0, len(data)), data)
+        assert read(cache, 0, len(data)) == data
+        below.open(Operation.WRITE)
 
 
 # -- a layer below that fails
