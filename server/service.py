@@ -166,7 +166,7 @@ class Service:
 
     def _start(self, sock: socket.socket, client: str) -> None:
         connection = Connection(sock, self._exports, client, self._protocol)
-        thread = threading.Thread(target=self._attend, args=(connection,), daemon=True)
+        thread = threading.Thread(target=self._attend, args=(connection,), name=client, daemon=True)
         logs.info(f"{client} comes")
         with self._lock:
             self._threads[connection] = thread
@@ -217,7 +217,7 @@ class Service:
             os.eventfd_write(self._changed, 1)
 
         for name, backend in backends.items():
-            threading.Thread(target=flush, args=(name, backend), daemon=True).start()
+            threading.Thread(target=flush, args=(name, backend), name=f"flush of {name}", daemon=True).start()
         while not self._wait_until(lambda: len(ended) == len(backends), FLUSH_TOLD_SECONDS):
             left = ", ".join(repr(name) for name in backends if name not in ended)
             logs.warning(

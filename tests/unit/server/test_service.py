@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from nbdshard.common.limits import CONNECTION_DESCRIPTORS, EXPORT_DESCRIPTORS, SERVER_DESCRIPTORS
 from nbdshard.common.nbd.client import Done
 from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.ranges import Range
 from nbdshard.server import service as under_test
 from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.exports import Exported, Exports
+from nbdshard.server.layers.base import Passing
 from nbdshard.server.listening import listen_unix
 from nbdshard.server.orders import AT_ONCE, END, PipeOrders
 from nbdshard.server.places import Places, places_for
@@ -28,13 +30,14 @@ from support.servers import private_folder
 from support.waiting import WAIT_SECONDS, wait_for
 
 SIZE = 1 << 20
+THREADS = ("client", "flush")
 
 
-class Held(MemoryBackend):
+class Held(Passing):
     """Writes and flushes begin, and go on when a test says so. `story`: what was called, in order."""
 
     def __init__(self) -> None:
-        super().__init__(SIZE)
+        super().__init__(MemoryBackend(SIZE))
         self.story: list[str] = []
         self.may_write, self.may_flush = threading.Event(), threading.Event()
         self.error: Exception | None = None
@@ -77,7 +80,6 @@ class Running:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._threads_before = set(threading.enumerate())
         self.backend, self.orders, self.ending = Held(), Told(), threading.Event()
         self.statuses: list[int] = []
         self._places = Places(8)
@@ -95,7 +97,9 @@ class Running:
         self.backend.may_flush.set()
         self.orders.ask(AT_ONCE)
         self.thread.join(WAIT_SECONDS)
-        wait_for("every thread to end", lambda: set(threading.enumerate()) <= self._threads_before)
+        wait_for(
+            "its threads to end", lambda: not any(thread.name.startswith(THREADS) for thread in threading.enumerate())
+        )
         self._service.close()
         self._places.close()
         os.close(self.orders.descriptor)
@@ -259,8 +263,8 @@ def test_places_are_taken_and_given_back() -> None:
     places.close()
 
 
-@pytest.mark.parametrize(
-    ("descriptors", "exports", "expected"), [(1024, 1, 172), (1024, 9, 128), (2, 1, 1), (1 << 20, 1, 262060)]
-)
-def test_so_many_descriptors_are_for_so_many_clients(descriptors: int, exports: int, expected: int) -> None:
-    assert places_for(descriptors, exports) == expected
+def test_descriptors_are_for_clients_but_half_of_them_at_most_for_everything_else() -> None:
+    assert places_for(1 << 20, 1) == ((1 << 20) - SERVER_DESCRIPTORS - EXPORT_DESCRIPTORS) // CONNECTION_DESCRIPTORS
+    assert places_for(1 << 20, 2) < places_for(1 << 20, 1)
+    assert places_for(1024, 100) == 512 // CONNECTION_DESCRIPTORS
+    assert places_for(2, 1) == 1
