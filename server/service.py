@@ -180,13 +180,15 @@ class Service:
 
     def _attend(self, connection: Connection) -> None:
         """A client's thread."""
-        connection.serve()
-        logs.info(f"{connection.client} goes")
-        with self._lock:
-            del self._threads[connection]
-            connection.close()
-        self._give_place()
-        os.eventfd_write(self._changed, 1)
+        try:
+            connection.serve()
+        finally:
+            logs.info(f"{connection.client} goes")
+            with self._lock:
+                del self._threads[connection]
+                connection.close()
+            self._give_place()
+            os.eventfd_write(self._changed, 1)
 
     def _give_place(self) -> None:
         self._places.give()

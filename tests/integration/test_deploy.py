@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,20 @@ def test_a_copy_runs_under_the_seccomp_profile(tmp_path: Path, without: tuple[st
     assert run.returncode == 0, run.stderr
     assert ring in run.stderr
     assert_identical(image, tmp_path / "copy.img")
+
+
+def test_servers_of_a_copy_run_under_the_seccomp_profile(tmp_path: Path) -> None:
+    image, raw = random_image(tmp_path / "source.img", 9 << 20), tmp_path / "raw.img"
+    raw.touch()
+    os.truncate(raw, 9 << 20)
+    (tmp_path / "volume").mkdir()
+    chunked = ["[", EXECUTABLE, "serve", "-e", "x", "sharded", f"file:{tmp_path}/volume/?size=9M", "]"]
+    several = ["[", EXECUTABLE, "serve", "-e", "x", "raw", f"file:{raw}", "--processes", "2", "]"]
+    for ends in ([image, *chunked], [*chunked, *several]):
+        command = [sys.executable, "-m", "support.seccomp", PROFILE, "--", EXECUTABLE, "copy", *ends]
+        run = subprocess.run(command, cwd=TOP / "tests", capture_output=True, text=True, timeout=60, check=False)
+        assert run.returncode == 0, run.stderr
+    assert_identical(image, raw)
 
 
 def test_a_refused_io_uring_is_explained_in_one_log_line(tmp_path: Path) -> None:
