@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
@@ -19,6 +19,22 @@ from nbdshard.server.device import Hole
 class Deferred(OSError):
     """A flush that has not brought everything to where it belongs. Nothing is lost if the server ends now, though: the
     next one goes on with it."""
+
+
+# What a backend can that is the same behind every connection; and what one can that does all there is.
+READS: Final = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_DF
+    | TransmissionFlag.SEND_CACHE
+    | TransmissionFlag.CAN_MULTI_CONN
+)
+WRITES: Final = (
+    TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_FAST_ZERO
+)
 
 
 class Backend(Protocol):

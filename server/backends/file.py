@@ -11,7 +11,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Final
 
 from nbdshard.common.errors import UserError
 from nbdshard.common.file_calls import NEVER, is_at_hand, is_in_memory, zero_device, zero_file
@@ -19,23 +18,9 @@ from nbdshard.common.file_map import FileMap
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
-from nbdshard.server.backends.base import Place
+from nbdshard.server.backends.base import READS, WRITES, Place
 from nbdshard.server.claims import claim
 from nbdshard.server.device import Hole
-
-_WRITES: Final = (
-    TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.SEND_FAST_ZERO
-)
-_READS: Final = (
-    TransmissionFlag.HAS_FLAGS
-    | TransmissionFlag.SEND_DF
-    | TransmissionFlag.SEND_CACHE
-    | TransmissionFlag.CAN_MULTI_CONN  # one page cache is behind every connection
-)
 
 
 class FileBackend:
@@ -57,7 +42,7 @@ class FileBackend:
             self.close()
             raise UserError("is neither a regular file nor a block device", str(path))
         self.size = os.lseek(self._number, 0, os.SEEK_END)
-        self.flags = _READS | (TransmissionFlag.READ_ONLY if read_only else _WRITES)
+        self.flags = READS | (TransmissionFlag.READ_ONLY if read_only else WRITES)
         self.block_size = max(found.st_blksize, 512)
         self._map = FileMap(self._number)
         self._is_in_memory = is_in_memory(self._number)

@@ -9,20 +9,10 @@ from typing import Final
 from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO, TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
+from nbdshard.server.backends.base import READS, WRITES
 from nbdshard.server.device import Hole
 
 _PAGE_BYTES: Final = 1 << 16
-_FLAGS: Final = (
-    TransmissionFlag.HAS_FLAGS
-    | TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.SEND_FAST_ZERO
-    | TransmissionFlag.SEND_DF
-    | TransmissionFlag.SEND_CACHE
-    | TransmissionFlag.CAN_MULTI_CONN
-)
 
 
 class MemoryBackend:
@@ -30,7 +20,7 @@ class MemoryBackend:
 
     def __init__(self, size: int, *, read_only: bool = False) -> None:
         self.size = size
-        self.flags = _FLAGS | (TransmissionFlag.READ_ONLY if read_only else TransmissionFlag(0))
+        self.flags = READS | WRITES | (TransmissionFlag.READ_ONLY if read_only else TransmissionFlag(0))
         self.block_size = 4096
         self._pages: dict[int, bytearray] = {}
         self._lock = threading.Lock()

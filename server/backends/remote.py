@@ -42,7 +42,8 @@ from nbdshard.common.nbd.export import Export
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.nbd.uri import NbdUri, parse_uri
 from nbdshard.common.ranges import Range
-from nbdshard.server.backends.base import Backend
+from nbdshard.server.backends.acknowledged import Acknowledged
+from nbdshard.server.backends.base import WRITES, Backend
 from nbdshard.server.backends.link import Link, Queue
 from nbdshard.server.device import Hole
 from nbdshard.server.opening import Opener, Opening
@@ -53,13 +54,6 @@ _PASSED: Final = (
     | TransmissionFlag.SEND_FAST_ZERO
     | TransmissionFlag.SEND_CACHE
 )
-_WRITES: Final = (
-    TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.SEND_FAST_ZERO
-)
 _ERRNOS: Final[Mapping[str, int]] = MappingProxyType({each.name: int(each) for each in Errno})
 
 
@@ -69,17 +63,11 @@ class RemoteBackend:
     def __init__(self, uri: NbdUri, *, read_only: bool = False, links_max: int = LINKS) -> None:
         self._uri = uri
         self._peer = str(uri)
+        self._acknowledged = Acknowledged()
         self._links: list[Link] = []
-        self._state = threading.Lock()  # of all that follows, and the links
+        self._state = threading.Lock()  # of the links
         self._connecting = threading.Lock()
-        self._life = 0  # of the server; another one where it is not known to be the same
-        self._writes = 0  # begun so far, zeroes and trims included; each has its number
-        self._active: set[int] = set()  # numbers of those under way
-        self._acknowledged = 0  # the highest number of those that are, in this life
-        self._flushed = 0  # the number up to which all that were acknowledged are durable
-        self._unflushed_bytes = 0
-        self._is_in_doubt = False  # a flush may have been told that something is lost
-        self._lost: OSError | None = None
+        self._is_told = False  # the log knows of a loss
         self._refused: tuple[float, NbdshardError] | None = None  # when and why there was no connection
         try:
             first = self._open(Timeouts())
@@ -99,7 +87,7 @@ class RemoteBackend:
 
     @property
     def losses(self) -> int:
-        return 0 if self._lost is None else 1
+        return 1 if self._acknowledged.lost else 0
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -149,9 +137,9 @@ class RemoteBackend:
 
     def flush(self) -> None:
         """What was acknowledged before is durable; or may be lost, and then this and every later flush fails."""
-        with self._state:
-            covered = min(self._active, default=self._writes + 1) - 1  # all up to it have been answered
-            seconds = FLUSH_SECONDS + self._unflushed_bytes / FLUSH_BYTES_PER_SECOND
+        acknowledged = self._acknowledged
+        covered = acknowledged.covered()
+        seconds = FLUSH_SECONDS + acknowledged.bytes_unflushed / FLUSH_BYTES_PER_SECOND
         deadline = Deadline(self._peer, "flushing", seconds)
         for _ in range(self._tries):
             link = self._link(deadline)
@@ -165,16 +153,13 @@ class RemoteBackend:
                 self._drop(link)
             if failure is None:
                 break
-            self._doubt(failure)
+            acknowledged.flush_failed(str(failure), has_lives=bool(self._export.hints.instance))
             if isinstance(failure, TimedOut) or not isinstance(failure, ConnectionLost):
                 raise _as_os_error(failure)
             # It was lost with its connection. Asked on another one, it is told if anything else was.
         else:
             raise OSError(errno.ENOTCONN, f"{self._peer}: its connections are lost again and again")
-        with self._state:
-            self._flushed = max(self._flushed, covered)
-            if self._flushed >= self._acknowledged:
-                self._unflushed_bytes = 0
+        acknowledged.flushed(covered)
         self._tell_loss()
 
     def close(self) -> None:
@@ -220,23 +205,24 @@ class RemoteBackend:
 
     def _change(self, ask: Callable[[], None], length: int) -> None:
         """`ask` for it, all of it in one life of the server: what is acknowledged in an earlier one may be gone."""
-        with self._state:
-            self._writes += 1
-            number = self._writes
-            self._active.add(number)
-            self._unflushed_bytes += length
+        number = self._acknowledged.begin(length)
         try:
             for _ in range(2):
-                life = self._life
+                life = self._acknowledged.life
                 ask()
-                with self._state:
-                    if self._life == life:
-                        self._acknowledged = max(self._acknowledged, number)
-                        return
+                if self._acknowledged.answered(number, life):
+                    return
         finally:
-            with self._state:
-                self._active.remove(number)
+            self._acknowledged.end(number)
         raise OSError(errno.ENOTCONN, f"{self._peer}: it was started again and again")
+
+    def _tell_loss(self) -> None:
+        if why := self._acknowledged.lost:
+            sentence = f"{self._peer} may have lost what it acknowledged: {why}"
+            if not self._is_told:
+                logs.warning(sentence)
+            self._is_told = True
+            raise OSError(errno.EIO, sentence)
 
     # -- connections --------------------------------------------------------------------------------------------------
 
@@ -257,14 +243,14 @@ class RemoteBackend:
 
     def _best(self) -> Link | None:
         with self._state:
-            leaving = [link for link in self._links if self._is_in_doubt or not link.is_usable]
+            leaving = [link for link in self._links if self._acknowledged.is_in_doubt or not link.is_usable]
             self._links = [link for link in self._links if link not in leaving]
             found = min(self._links, key=lambda link: link.pending, default=None)
         _part_from(leaving)
         return found
 
     def _reconnected(self, deadline: Deadline) -> Link:
-        """Who is here is the only one. Nothing that was acknowledged has been asked of the server's new life yet."""
+        """Who is here is the only one, and no connection is left. As long as one is, the server's life goes on."""
         if self._refused is not None and time.monotonic() - self._refused[0] < LINK_RETRY_SECONDS:
             raise self._refused[1]
         left = deadline.left()
@@ -278,13 +264,8 @@ class RemoteBackend:
         if (old.size, old.flags, old.block_sizes) != (new.size, new.flags, new.block_sizes):
             first.close()
             raise ConnectionLost(self._peer, "connecting again", "it is not the same export any more")
-        with self._state:
-            if not _is_same_life(old, new):
-                self._life += 1
-                if self._is_in_doubt or self._acknowledged > self._flushed:
-                    self._lose("it was started again, or does not say that it was not")
-            self._is_in_doubt = False
-            self._export = new
+        self._acknowledged.connected(is_same_life=_is_same_life(old, new))
+        self._export = new
         more = self._more(first)
         with self._state:
             self._links = [first, *more]
@@ -314,31 +295,6 @@ class RemoteBackend:
         link.fail(ConnectionLost(self._peer, "idle", "it is not used any more"))
         with self._state:
             self._links = [each for each in self._links if each is not link]
-
-    # -- losses -------------------------------------------------------------------------------------------------------
-
-    def _doubt(self, failure: NbdshardError) -> None:
-        """A flush has failed, or its answer is lost: it may have been the only word of a write-back that failed.
-
-        A server that names its lives names another one then. So what comes next connects anew, and sees.
-        """
-        with self._state:
-            if self._writes == self._flushed:
-                return  # nothing is at stake
-            if not self._export.hints.instance:
-                self._lose(f"a flush failed ({failure})")
-                return
-            self._is_in_doubt = True  # so no connection is used any more that there is now
-
-    def _lose(self, why: str) -> None:
-        """Holding the lock."""
-        if self._lost is None:
-            self._lost = OSError(errno.EIO, f"{self._peer} may have lost what it acknowledged: {why}")
-            logs.warning(str(self._lost.strerror))
-
-    def _tell_loss(self) -> None:
-        if self._lost is not None:
-            raise OSError(self._lost.errno, self._lost.strerror)
 
 
 def _part_from(links: Sequence[Link]) -> None:
@@ -385,7 +341,7 @@ def _flags(flags: TransmissionFlag, *, read_only: bool) -> TransmissionFlag:
     if flags & TransmissionFlag.SEND_FLUSH:
         found |= TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
     if read_only or flags & TransmissionFlag.READ_ONLY:
-        found = found & ~_WRITES | TransmissionFlag.READ_ONLY
+        found = found & ~WRITES | TransmissionFlag.READ_ONLY
     return found
 
 

@@ -14,25 +14,13 @@ from nbdshard.common.limits import CHUNKS_WALKED_MAX, EXTENTS_TOLD_MAX
 from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO, TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
+from nbdshard.server.backends.base import READS, WRITES
 from nbdshard.server.backends.chunk_map import ChunkMap
 from nbdshard.server.device import Hole
 from nbdshard.server.locks import Locks
 from nbdshard.server.stores.base import Store
 from nbdshard.server.volumes import Volume
 
-_WRITES: Final = (
-    TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.SEND_FAST_ZERO
-)
-_READS: Final = (
-    TransmissionFlag.HAS_FLAGS
-    | TransmissionFlag.SEND_DF
-    | TransmissionFlag.SEND_CACHE
-    | TransmissionFlag.CAN_MULTI_CONN  # one store is behind every connection
-)
 _EMPTY: Final = STATE_HOLE | STATE_ZERO
 _SAMPLED_BYTES: Final = 4093  # a prime: what is at the same place of every block may well be zero
 
@@ -42,7 +30,7 @@ class ShardedBackend:
 
     def __init__(self, store: Store, volume: Volume, *, read_only: bool = False) -> None:
         self.size = volume.size
-        self.flags = _READS | (TransmissionFlag.READ_ONLY if read_only else _WRITES)
+        self.flags = READS | (TransmissionFlag.READ_ONLY if read_only else WRITES)
         self.block_size = 4096
         self._store = store
         self._key_of = volume.key_of

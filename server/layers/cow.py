@@ -17,7 +17,7 @@ from nbdshard.common.limits import OVERLAY_SAMPLE_BYTES, OVERLAY_SAMPLES
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
-from nbdshard.server.backends.base import Backend
+from nbdshard.server.backends.base import WRITES, Backend
 from nbdshard.server.device import Hole
 from nbdshard.server.layers.base import Passing
 from nbdshard.server.layers.overlay import Overlay, kept, temporary
@@ -25,13 +25,6 @@ from nbdshard.server.locks import Locks
 from nbdshard.server.opening import Layer, Opening
 
 _NAME: Final = "overlay"
-_WRITES: Final = (
-    TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.SEND_FAST_ZERO
-)
 
 
 class Cow(Passing):
@@ -41,10 +34,10 @@ class Cow(Passing):
         super().__init__(below)
         self._overlay = overlay
         self._locks = Locks()
-        kept_flags = below.flags & ~(_WRITES | TransmissionFlag.READ_ONLY)
+        kept_flags = below.flags & ~(WRITES | TransmissionFlag.READ_ONLY)
         # One overlay is behind every connection, over a base that does not change.
         self._flags = (
-            kept_flags | TransmissionFlag.CAN_MULTI_CONN | (TransmissionFlag.READ_ONLY if read_only else _WRITES)
+            kept_flags | TransmissionFlag.CAN_MULTI_CONN | (TransmissionFlag.READ_ONLY if read_only else WRITES)
         )
 
     @property
