@@ -270,6 +270,8 @@ SERVER_BYTES_RESERVE: Final = 2 * MIB  # beside that, for small requests while a
 SERVED_STALL_SECONDS: Final = (
     30.0  # a client that takes nothing for so long, holding memory others wait for, is cut off
 )
+SERVED_STALL_LOOKS: Final = 6  # in that time, of who waits at those who hold it
+SERVED_BYTES_PER_SECOND_MIN: Final = MIB  # and so is one that is slower, of what it holds: a link of 10 Mbit/s is not
 CREW_CALLS_MAX: Final = 32  # reads of one export's backend at a time, for all its clients, and as many changes ...
 CREW_FLUSHES_MAX: Final = 4  # ... and flushes beside them: a slow one must not stand in the way of reads
 INLINE_BYTES_MAX: Final = MIB  # read by a connection's own thread before it sends what it has

@@ -6,7 +6,8 @@ A share is one connection's. Three rules:
   that never reads has half of it at most, a second one half of the rest;
 - a request that is too large for that waits for its turn, in order, until so much is free, and nobody else takes any
   meanwhile; but there is a reserve beside, shared out by the first rule, that keeps small requests going;
-- who holds memory, and has taken or sent nothing for SERVED_STALL_SECONDS while others wait for a turn, is cut off.
+- who holds memory, and has taken or sent nothing for SERVED_STALL_SECONDS while others wait for a turn, is cut off. So
+  is one that moves a byte now and then, if it takes longer than SERVED_BYTES_PER_SECOND_MIN allows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from collections import deque
 from collections.abc import Callable
 
 from nbdshard.common.errors import BugError
-from nbdshard.common.limits import SERVED_STALL_SECONDS, SERVER_BYTES_MAX, SERVER_BYTES_RESERVE
+from nbdshard.common.limits import (
+    SERVED_BYTES_PER_SECOND_MIN,
+    SERVED_STALL_SECONDS,
+    SERVER_BYTES_MAX,
+    SERVER_BYTES_RESERVE,
+)
 
 
 class Budget:
@@ -83,7 +89,7 @@ class Budget:
         with self._lock:
             if not self._turns:
                 return
-            stalled = [share for share in self._shares if share.held and now - share.moved_at > SERVED_STALL_SECONDS]
+            stalled = [share for share in self._shares if share.is_stalled(now)]
         for share in stalled:
             share.cut()
 
@@ -113,12 +119,15 @@ class Budget:
 
 
 class Share:
-    """What one connection holds. `moved_at`: when it last took or sent something, by time.monotonic()."""
+    """What one connection holds. By time.monotonic() `moved_at` is when its client last took or sent something, and
+    `got_on_at` when it last gave something back, or began to hold something.
+    """
 
     def __init__(self, budget: Budget, wake: Callable[[], None], cut: Callable[[], None]) -> None:
         self.held = 0
         self.reserved = 0  # of that, out of the reserve
         self.moved_at = 0.0
+        self.got_on_at = 0.0
         self.wake = wake
         self.cut = cut
         self._budget = budget
@@ -131,6 +140,13 @@ class Share:
         """Hold `count` bytes less."""
         if count:
             self._budget.give(self, count)
+
+    def is_stalled(self, now: float) -> bool:
+        """Whether it holds memory to no purpose."""
+        if not self.held:
+            return False
+        is_slow = now - self.got_on_at > SERVED_STALL_SECONDS + self.held / SERVED_BYTES_PER_SECOND_MIN
+        return is_slow or now - self.moved_at > SERVED_STALL_SECONDS
 
     def leave(self) -> None:
         """Hold nothing any more."""

@@ -32,6 +32,7 @@ from nbdshard.common.limits import (
     INLINE_SECONDS_MAX,
     SENT_PIECES_MAX,
     SERVED_AT_ONCE,
+    SERVED_STALL_LOOKS,
     SERVED_STALL_SECONDS,
     SPLICE_BYTES_MIN,
 )
@@ -82,6 +83,7 @@ class Transmission:
         self._away = 0
         self._made = 0  # bytes read at once, and not sent yet
         self._is_short = False  # of memory
+        self._looked_at = 0.0  # whether somebody holds it to no purpose
         self._pause = 0  # writes that go away because one took long
         # What may be done here, by handlers that nobody replaced.
         can_read = handlers.get(_READ) is HANDLERS[_READ]
@@ -190,9 +192,15 @@ class Transmission:
 
     def _hold(self, request: Request) -> bool:
         """Take memory for what `request` carries; False where it has to wait for that."""
+        is_first, was_short = not self._share.held, self._is_short
         self._is_short = not self._share.take(request.length)
-        request.held = 0 if self._is_short else request.length
-        return not self._is_short
+        if self._is_short:
+            self._looked_at = self._looked_at if was_short else time.monotonic()
+            return False
+        if is_first:
+            self._share.got_on_at = time.monotonic()
+        request.held = request.length
+        return True
 
     def _read_here(self, request: Request) -> bool | None:
         """As `_begin`; None where it is not for this thread."""
@@ -347,8 +355,11 @@ class Transmission:
             sent += count
         if not sent:
             return False
-        self._share.give(self._device.sent(sent))
+        free = self._device.sent(sent)
+        self._share.give(free)
         self._share.moved_at = time.monotonic()
+        if free:
+            self._share.got_on_at = self._share.moved_at
         if not out:
             self._made = 0
         return True
@@ -388,9 +399,10 @@ class Transmission:
         if events != self._registered:
             self._poll.register(self._number, events)
             self._registered = events
-        found = self._poll.poll(SERVED_STALL_SECONDS * 1000 if self._is_short else None)
-        if not found:
-            self._share.cut_stalled(time.monotonic())
+        found = self._poll.poll(SERVED_STALL_SECONDS / SERVED_STALL_LOOKS * 1000 if self._is_short else None)
+        if self._is_short and (now := time.monotonic()) - self._looked_at >= SERVED_STALL_SECONDS / SERVED_STALL_LOOKS:
+            self._looked_at = now
+            self._share.cut_stalled(now)
         return bool(events) or all(number != self._number for number, _ in found)
 
 

@@ -18,6 +18,7 @@ from fuzz.mutations import spoil
 from nbdshard.common.limits import NEGOTIATION_SECONDS_MAX, OPTIONS_MAX, SERVED_BYTES_MAX
 from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.nbd.constants import Command, CommandFlag, Errno, Info, Option, OptionReply
+from nbdshard.common.nbd.payload import in_memory
 from nbdshard.common.nbd.wire import Request, pack_request
 from nbdshard.common.nbd.wire_options import (
     OPTION_REPLY,
@@ -268,17 +269,39 @@ def test_who_sends_a_byte_at_a_time_is_served_like_others(memory: Served) -> Non
         assert said.endswith(b"0123456789abcdef")
 
 
-def test_who_never_finishes_a_large_payload_takes_nothing_from_others(memory: Served) -> None:
+def test_who_never_finishes_a_large_payload_leaves_memory_to_others(memory: Served) -> None:
+    """Requests as large as all of it wait for their turn; smaller ones do not."""
     with leaving_nothing(memory):
         peers = [connected_by_tcp(memory, PLAIN) for _ in range(CLIENTS)]
         for peer in peers:
             peer.sendall(asked(Command.WRITE, 0, 32 * MIB) + bytes(MIB))
         with Connection(memory.socket, Wishes(NAME)) as connection:
-            connection.client.write(0, Range(0, 32 * MIB), [bytes(32 * MIB)])
-            assert [done.error for done in connection.run()] == [None]
-            assert connection.read(Range(0, 32 * MIB)) == bytes(32 * MIB)
+            for length in (4096, 1 << 16, 1 << 18, MIB):
+                connection.client.write(0, Range(0, length), [b"x" * length])
+                assert [done.error for done in connection.run()] == [None]
+                assert connection.read(Range(0, length)) == b"x" * length
+            connection.close()
         for peer in peers:
             peer.close()
+
+
+@pytest.mark.long
+def test_who_sends_a_large_payload_by_the_byte_is_cut_off_when_others_wait(memory: Served) -> None:
+    with connected_by_tcp(memory, PLAIN) as peer, Connection(memory.socket, Wishes(NAME)) as connection:
+        peer.sendall(asked(Command.WRITE, 0, 32 * MIB) + bytes(MIB))
+        still_serves(memory)
+        connection.socket.setblocking(False)
+        connection.client.write(0, Range(0, 32 * MIB), [bytes(32 * MIB)])
+        out = memoryview(b"".join(map(bytes, in_memory(connection.client.data_to_send()))))
+        while out:  # a byte of one for each second of the other
+            _, may_send, _ = select.select([], [connection.socket], [], 1)
+            if may_send:
+                out = out[connection.socket.send(out) :]
+            with contextlib.suppress(ConnectionError):
+                peer.send(b"x")
+        connection.socket.settimeout(SECONDS)
+        assert connection.socket.recv(1 << 16)
+        assert "it is cut off" in memory.run.err()
 
 
 def test_requests_that_wait_for_a_slow_backend_hold_up_no_other_export() -> None:

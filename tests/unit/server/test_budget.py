@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nbdshard.common.errors import BugError
-from nbdshard.common.limits import SERVED_STALL_SECONDS
+from nbdshard.common.limits import SERVED_BYTES_PER_SECOND_MIN, SERVED_STALL_SECONDS
 from nbdshard.server.budget import Budget, Share
 
 
@@ -92,7 +92,7 @@ def test_who_holds_memory_and_does_nothing_is_cut_off_where_others_wait() -> Non
     idle, busy, idle_without, waits = Party(budget), Party(budget), Party(budget), Party(budget)
     assert idle.share.take(100)
     assert busy.share.take(100)
-    busy.share.moved_at = 10.0
+    busy.share.moved_at = busy.share.got_on_at = 10.0
     waits.share.cut_stalled(SERVED_STALL_SECONDS + 5)
     assert idle.told == []  # nobody waits
     assert not waits.share.take(1000)
@@ -100,6 +100,18 @@ def test_who_holds_memory_and_does_nothing_is_cut_off_where_others_wait() -> Non
     assert idle.told == []
     waits.share.cut_stalled(SERVED_STALL_SECONDS + 5)
     assert (idle.told, busy.told, idle_without.told, waits.told) == (["cut"], [], [], [])
+
+
+def test_who_moves_a_byte_now_and_then_is_cut_off_all_the_same() -> None:
+    budget = Budget(100 * SERVED_BYTES_PER_SECOND_MIN, 0)
+    trickling, waits = Party(budget), Party(budget)
+    assert trickling.share.take(20 * SERVED_BYTES_PER_SECOND_MIN)
+    assert not waits.share.take(90 * SERVED_BYTES_PER_SECOND_MIN)
+    trickling.share.moved_at = SERVED_STALL_SECONDS + 20
+    waits.share.cut_stalled(SERVED_STALL_SECONDS + 20)
+    assert trickling.told == []  # it may have so long for so much
+    waits.share.cut_stalled(SERVED_STALL_SECONDS + 21)
+    assert trickling.told == ["cut"]
 
 
 def test_more_given_back_than_taken_is_a_fault_of_ours() -> None:
