@@ -11,11 +11,11 @@ import msgspec
 
 from nbdshard.cli.standard_streams import tell
 from nbdshard.common.errors import UserError
+from nbdshard.common.logins import without_logins
 from nbdshard.common.units import parse_size
 
 HELP_COLUMNS: Final = 78
 COUNT: Final = re.compile(r"[0-9]{1,18}")
-_LOGIN: Final = re.compile(r"(?<=://).*@", re.DOTALL)
 
 EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1
@@ -126,11 +126,6 @@ def version_line() -> str:
         return f"nbdshard {version('nbdshard')}"
     except PackageNotFoundError:
         return "nbdshard (not installed)"
-
-
-def without_logins(text: str) -> str:
-    """`text` with *** for whatever could be USER:PASSWORD of a URL in it."""
-    return _LOGIN.sub("***@", text)
 
 
 def refuse(text: str, allowed: str) -> NoReturn:

@@ -135,6 +135,10 @@ def _dispatch(argv: list[str], load: Callable[[str], Subcommand]) -> int:
         args.command_line = argv
     except SystemExit as exit_:  # --help and its like
         return exit_.code if isinstance(exit_.code, int) else EXIT_OK
+    if getattr(args, "commands", None):  # a server of ours may be given a password
+        from nbdshard.cli.title import hide_logins
+
+        hide_logins(argv)
     return subcommand.run(args)
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from nbdshard.cli.grammar import Parser, UsageError, count_between, without_logins
+from nbdshard.cli.grammar import Parser, UsageError, count_between
 from nbdshard.cli.title import hide_logins
 from nbdshard.common import logs
 from nbdshard.common.limits import SERVED_CONNECTIONS_MAX, SERVER_PROCESSES_MAX
+from nbdshard.common.logins import without_logins
 from nbdshard.common.nbd.constants import PORT_DEFAULT
 
 if TYPE_CHECKING:

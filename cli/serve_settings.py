@@ -12,10 +12,11 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from nbdshard.cli.grammar import UsageError, without_logins
+from nbdshard.cli.grammar import UsageError
 from nbdshard.common import logs
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import CONFIG_BYTES_MAX, SERVED_CONNECTIONS_MAX, SERVER_PROCESSES_MAX
+from nbdshard.common.logins import without_logins
 from nbdshard.common.nbd.constants import PORT_DEFAULT
 from nbdshard.common.secret_files import check_private, read_text
 from nbdshard.server.chain import Wanted

@@ -24,7 +24,7 @@ from nbdshard.common.signals import SignalWatch
 from nbdshard.server import claims
 from nbdshard.server.chain import not_shared, open_exports
 from nbdshard.server.exports import Exported, Exports
-from nbdshard.server.listening import addresses, inherited, listen_tcp, listen_unix
+from nbdshard.server.listening import addresses, identity_of, inherited, listen_tcp, listen_unix, remove_unix
 from nbdshard.server.notifying import notify
 from nbdshard.server.orders import Orders, SignalOrders
 from nbdshard.server.peers import Peers
@@ -136,7 +136,7 @@ def _listen(settings: Settings, stack: ExitStack) -> _Sockets:
     shared = list(handed_over)
     for path in map(Path, settings.unix):
         shared.append(listen_unix(path))
-        stack.callback(path.unlink, missing_ok=True)
+        stack.callback(remove_unix, path, identity_of(path))
     for ours in found:
         ours += shared
     return _Sockets(found, addresses(found[0]), are_told=not (places or settings.unix))

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Final
 
-from nbdshard.cli.grammar import without_logins
+from nbdshard.common.logins import without_logins
 
 _ARG_START: Final = 48  # the fields of /proc/self/stat, as proc(5) counts them
 _ARG_END: Final = 49

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, Parser, UsageError, without_logins
+from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, Parser, UsageError
 from nbdshard.cli.standard_streams import tell
 from nbdshard.cli.title import hide_logins
 from nbdshard.common import logs
 from nbdshard.common.errors import UserError
+from nbdshard.common.logins import without_logins
 from nbdshard.common.units import format_bytes, parse_size
 
 if TYPE_CHECKING:

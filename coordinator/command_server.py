@@ -17,6 +17,7 @@ from nbdshard.common import logs
 from nbdshard.common.child import close_all, spawn
 from nbdshard.common.errors import UserError
 from nbdshard.common.limits import COMMAND_EXIT_SECONDS, CONNECTIONS_MAX
+from nbdshard.common.logins import without_logins
 from nbdshard.common.messages import Side
 from nbdshard.coordinator.private_directory import PrivateDirectory
 
@@ -37,7 +38,7 @@ class CommandServer:
     def __init__(self, argv: Sequence[str], side: Side, directory: PrivateDirectory) -> None:
         """Start it with a socket in `directory`. Raises UserError when the command does not exist."""
         self.side = side
-        self.shown = f"[ {' '.join(argv)} ]"
+        self.shown = without_logins(f"[ {' '.join(argv)} ]")
         _check_exists(argv[0], self.shown)
         path = directory.socket_path(f"{side}.sock")
         self.uri = f"nbd+unix:///?socket={quote(path)}"

@@ -82,6 +82,21 @@ def listen_unix(path: Path) -> socket.socket:
     return sock
 
 
+def identity_of(path: Path) -> tuple[int, int]:
+    """What `path` is, whatever it is called. Raises OSError."""
+    facts = path.lstat()
+    return facts.st_dev, facts.st_ino
+
+
+def remove_unix(path: Path, identity: tuple[int, int]) -> None:
+    """Remove the socket at `path`, unless another one is there by now than that of this `identity`."""
+    try:
+        if identity_of(path) == identity:
+            path.unlink()
+    except OSError:  # it has gone, or its directory is not ours any more
+        pass
+
+
 def _is_left_over(path: Path) -> bool:
     """Whether `path` is a socket that nobody has open any more."""
     if not path.is_socket():

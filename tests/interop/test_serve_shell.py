@@ -165,6 +165,18 @@ def test_a_socket_of_a_server_that_was_killed_is_replaced_and_that_of_one_that_l
             Connection(folder / "socket", DISK).close()
 
 
+def test_a_socket_that_another_server_has_put_there_is_not_removed() -> None:
+    with private_folder() as folder:
+        words = [*MEMORY, "--unix", str(folder / "socket")]
+        with started("serve", *words) as first:
+            listens(first)
+            (folder / "socket").rename(folder / "old")
+            (folder / "socket").touch()
+            first.process.terminate()
+            first.wait().succeeded()
+        assert {path.name for path in folder.iterdir()} == {"old", "socket"}
+
+
 def test_every_address_has_the_port_that_was_free() -> None:
     with started("serve", *MEMORY, "--tcp", "*:0") as run:
         listens(run)
@@ -369,6 +381,8 @@ def test_every_request_that_was_sent_before_the_end_has_an_answer() -> None:
 def test_a_password_is_shown_nowhere_and_warned_of(tmp_path: Path) -> None:
     ended = nbdshard("serve", "-e", NAME, "raw", "file:http://me:hunter2@host/x")
     assert "hunter2" not in ended.failed(1, saying=["a password on the command line"]).err
+    ended = copy("[", "false", "s3:http://me:hunter2@host/x", "]", tmp_path / "out")
+    assert "hunter2" not in ended.failed(1, saying=["[ false s3:http://***@host/x ]"]).err
     (tmp_path / "http:").mkdir()
     images.filled_image(tmp_path / "http:" / "image", MIB, 0)
     words = ["-e", NAME, "raw", "file:http://me:hunter2@image"]
