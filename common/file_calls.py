@@ -24,6 +24,7 @@ _FALLOC_FL_ZERO_RANGE: Final = 0x10
 _BLKZEROOUT: Final = 0x127F  # linux/fs.h: _IO(0x12, 127)
 _BLKSSZGET: Final = 0x1268  # linux/fs.h: _IO(0x12, 104), an int
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
+_ZEROES_BYTES: Final = 1 << 20  # of memory, to write more of them
 _SYS_CACHESTAT: Final = 451  # the same number on every architecture
 
 # Answers that mean "not here, ever", as against "not this time".
@@ -50,14 +51,14 @@ def zero_device(number: int, where: Range, allocated: bool) -> None:
     sector = sector_size(number)
     start, end = where.start + -where.start % sector, where.end - where.end % sector
     if start >= end:
-        _write_zeroes(number, where)
+        write_zeroes(number, where)
         return
     if allocated or not _discards(number, Range(start, end)):
         fcntl.ioctl(number, _BLKZEROOUT, struct.pack("=QQ", start, end - start))
     if where.start < start:
-        _write_zeroes(number, Range(where.start, start))
+        write_zeroes(number, Range(where.start, start))
     if end < where.end:
-        _write_zeroes(number, Range(end, where.end))
+        write_zeroes(number, Range(end, where.end))
 
 
 def _discards(number: int, where: Range) -> bool:
@@ -71,11 +72,12 @@ def _discards(number: int, where: Range) -> bool:
     return True
 
 
-def _write_zeroes(number: int, where: Range) -> None:
-    """Write less than two sectors of zeroes."""
+def write_zeroes(number: int, where: Range) -> None:
+    """Write them, where there is no other way."""
+    zeroes = memoryview(bytes(min(where.length, _ZEROES_BYTES)))
     at = where.start
     while at < where.end:
-        at += os.pwrite(number, bytes(where.end - at), at)
+        at += os.pwrite(number, zeroes[: where.end - at], at)
 
 
 def sector_size(number: int) -> int:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.file_calls import NEVER, is_at_hand, is_in_memory, zero_device, zero_file
+from nbdshard.common.file_calls import NEVER, is_at_hand, is_in_memory, write_zeroes, zero_device, zero_file
 from nbdshard.common.file_map import FileMap
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
@@ -117,13 +117,7 @@ class FileBackend:
                 raise
             if fast:
                 raise OSError(errno.ENOTSUP, "zeroes are written here") from None
-            self._write_zeroes(where)
-
-    def _write_zeroes(self, where: Range) -> None:
-        zeroes = memoryview(bytes(min(where.length, 1 << 20)))
-        at = where.start
-        while at < where.end:
-            at += os.pwrite(self._number, zeroes[: where.end - at], at)
+            write_zeroes(self._number, where)
 
     def trim(self, where: Range) -> None:
         try:

@@ -25,7 +25,7 @@ from typing import Final
 import msgspec
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.file_calls import NEVER, zero_file
+from nbdshard.common.file_calls import NEVER, write_zeroes, zero_file
 from nbdshard.common.file_map import FileMap
 from nbdshard.common.limits import OVERLAY_BLOCK_BYTES, OVERLAY_MAP_BYTES_MAX
 from nbdshard.common.nbd.extents import Extents
@@ -120,10 +120,7 @@ class Overlay:
                 raise
             if not may_write:
                 return False
-            zeroes = memoryview(bytes(min(there.length, OVERLAY_BLOCK_BYTES)))
-            at = there.start
-            while at < there.end:
-                at += os.pwrite(self._number, zeroes[: there.end - at], at)
+            write_zeroes(self._number, there)
         return True
 
     def extents(self, where: Range) -> Extents:

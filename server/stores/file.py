@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.file_calls import NEVER, start_write_back, zero_file
+from nbdshard.common.file_calls import NEVER, start_write_back, write_zeroes, zero_file
 from nbdshard.common.file_map import FileMap
 from nbdshard.common.limits import STORE_FILES_OPEN
 from nbdshard.common.nbd.constants import EXPORT_BYTES_MAX
@@ -349,9 +349,7 @@ def _zero(number: int, where: Range, *, fast: bool) -> None:
             raise
         if fast:
             raise OSError(errno.ENOTSUP, "zeroes are written here") from None
-        at = where.start
-        while at < where.end:
-            at += os.pwrite(number, bytes(min(where.end - at, 1 << 20)), at)
+        write_zeroes(number, where)
 
 
 def _has_data(number: int) -> bool:

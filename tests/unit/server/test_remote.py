@@ -25,7 +25,7 @@ from nbdshard.server.connection import Connection
 from nbdshard.server.device import Hole
 from nbdshard.server.exports import Exported, Exports
 from nbdshard.server.layers.base import Passing
-from support.backends import content_of
+from support.backends import Opened, content_of
 from support.served import serving
 from support.servers import nbdkit, private_folder
 from support.waiting import wait_for
@@ -93,20 +93,14 @@ def other() -> Iterator[Other]:
         server.end()
 
 
-_open: list[Backend] = []
+OPENED = Opened()
+opened = OPENED.open
 
 
 @pytest.fixture(autouse=True)
 def _closed_at_the_end() -> Iterator[None]:
-    yield
-    while _open:
-        _open.pop().close()
-
-
-def opened(conn: str) -> Backend:
-    backend = open_backend(Wanted("disk", "raw", conn))
-    _open.append(backend)
-    return backend
+    with OPENED.until_the_end():
+        yield
 
 
 def over(other: Other, more: str = "", layers: str = "") -> Backend:

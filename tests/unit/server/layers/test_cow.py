@@ -25,7 +25,7 @@ from nbdshard.server.device import Hole
 from nbdshard.server.layers import cow, overlay
 from nbdshard.server.layers.cow import Cow
 from support import images
-from support.backends import content_of
+from support.backends import Opened, content_of
 from support.journals import small_disk
 
 BLOCK = 65_536
@@ -38,26 +38,18 @@ def base(tmp_path: Path) -> Path:
     return images.random_image(tmp_path / "base", SIZE)
 
 
-_open: list[Backend] = []
+OPENED = Opened()
+close = OPENED.close
 
 
 @pytest.fixture(autouse=True)
 def _closed_at_the_end() -> Iterator[None]:
-    yield
-    while _open:
-        _open.pop().close()
+    with OPENED.until_the_end():
+        yield
 
 
 def over(base: Path, more: str = "") -> Backend:
-    backend = open_backend(Wanted("disk", "raw", f"cow:file:{base}{more}"))
-    _open.append(backend)
-    return backend
-
-
-def close(backend: Backend) -> None:
-    """Before the test ends."""
-    _open.remove(backend)
-    backend.close()
+    return OPENED.open(f"cow:file:{base}{more}")
 
 
 def kept(base: Path) -> Backend:
@@ -123,6 +115,22 @@ def test_a_part_of_a_block_of_the_base_is_not_zeroed_fast(base: Path) -> None:
     assert content_of(backend, WHOLE) == base.read_bytes()
 
 
+def test_where_no_holes_can_be_punched_zeroes_are_written_but_not_fast(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no holes here")
+
+    monkeypatch.setattr(overlay, "zero_file", never)
+    backend = over(base)
+    with pytest.raises(OSError, match="zeroes are written here") as caught:
+        backend.zero(Range(0, BLOCK), may_punch=True, fast=True)
+    assert caught.value.errno == errno.ENOTSUP
+    assert content_of(backend, WHOLE) == base.read_bytes()
+    backend.zero(Range(0, BLOCK + 10), may_punch=True, fast=False)
+    assert content_of(backend, WHOLE) == bytes(BLOCK + 10) + base.read_bytes()[BLOCK + 10 :]
+
+
 def test_a_trim_of_a_part_of_a_block_copies_nothing(base: Path) -> None:
     backend = over(base)
     backend.trim(Range(10, 2 * BLOCK))
@@ -142,8 +150,7 @@ def test_two_writes_to_a_new_block_both_come_to_be() -> None:
             return super().read(where)
 
     below = Slow(SIZE)
-    backend = Cow(below, overlay.temporary(SIZE))
-    _open.append(backend)
+    backend = OPENED.keep(Cow(below, overlay.temporary(SIZE)))
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(backend.write, Range(0, 5), memoryview(b"first"))
         assert below.begun.wait(30)
