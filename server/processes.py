@@ -36,10 +36,8 @@ class Processes:
     def __init__(self, bodies: Sequence[tuple[Serve, Collection[int]]]) -> None:
         """Start one for each of `bodies`, which keeps the descriptors that stand beside it. Raises UserError."""
         self._all: list[Child] = []
-        self._statuses: list[int] = []
-        end, self._end = os.pipe2(
-            os.O_CLOEXEC
-        )  # nothing is ever written: that it is closed, also by our death, says it
+        # Nothing is ever written to it: that it is closed, also by the death of this process, asks for the end.
+        end, self._end = os.pipe2(os.O_CLOEXEC)
         self._ready, ready = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._is_ready_count = 0
         try:
@@ -59,6 +57,14 @@ class Processes:
         `ready` is called once all let clients in.
         """
         running = {child.descriptor: child for child in self._all}
+        try:
+            return self._watch(running, orders, ready)
+        finally:  # also where it could not be told that clients are let in: nothing is served unseen
+            self._ask_for_the_end()
+            close_all(self._all, 0 if orders.asked() == AT_ONCE else COMMAND_EXIT_SECONDS)
+            os.close(self._ready)
+
+    def _watch(self, running: dict[int, Child], orders: Orders, ready: Ready) -> int:
         poll = select.poll()
         for number in (orders.descriptor, self._ready, *running):
             poll.register(number, select.POLLIN)
@@ -69,7 +75,7 @@ class Processes:
                 self._ask_for_the_end()
             if asked == AT_ONCE:
                 logs.error("ends at once: what no flush has covered may be lost")
-                break
+                return _FAILED
             for number, _ in poll.poll():
                 if number == self._ready:
                     self._hear(poll, ready)
@@ -82,9 +88,7 @@ class Processes:
                         logs.error(f"process {child.pid} {child.story()}: the server ends")
                         worst = _FAILED
                         self._ask_for_the_end()
-        close_all(self._all, 0 if running else COMMAND_EXIT_SECONDS)
-        os.close(self._ready)
-        return _FAILED if running else worst
+        return worst
 
     def _hear(self, poll: select.poll, ready: Ready) -> None:
         said = os.read(self._ready, len(self._all))

@@ -224,9 +224,10 @@ def test_its_process_id_is_in_a_file_while_it_serves(tmp_path: Path) -> None:
         served.run.process.terminate()
         served.run.wait().succeeded()
     assert not path.exists()
-    nbdshard("serve", *MEMORY, "--tcp=127.0.0.1:0", "--pid-file=/nowhere/pid").failed(
-        1, saying=["/nowhere/pid: cannot"]
-    )
+    image = images.filled_image(tmp_path / "image", MIB, 0)
+    for more in ([], ["--processes=2"]):
+        words = ["-e", NAME, "raw", f"file:{image}", "--tcp=127.0.0.1:0", "--pid-file=/nowhere/pid", *more]
+        nbdshard("serve", *words).failed(1, saying=["/nowhere/pid: cannot be written"])
 
 
 # -- several processes
@@ -294,6 +295,15 @@ def test_signals_end_all_processes(pair: Served, tmp_path: Path) -> None:
         two.socket.close()
         assert pair.run.wait().code == 0
     assert (tmp_path / "image").read_bytes()[:4096] == b"y" * 4096
+
+
+def test_a_second_signal_ends_all_processes_at_once(pair: Served) -> None:
+    stopped, other = pair.run.workers()
+    os.kill(stopped, signal.SIGSTOP)  # it cannot end by itself
+    pair.run.process.terminate()
+    wait_for("the other one to end", lambda: not processes.alive(other))
+    pair.run.process.terminate()
+    pair.run.wait().failed(1, saying=["ends at once"])
 
 
 def test_a_process_that_dies_takes_the_others_with_it(pair: Served) -> None:
