@@ -315,7 +315,7 @@ class Cache(Passing):
         where: Range,
         call: Callable[[], None],
         data: memoryview | None = None,
-        stays: Callable[[], bool] = lambda: False,
+        stays: Callable[[], bool] | None = None,
     ) -> None:
         """Have `call` change what is below, and nobody anything in `where` meanwhile; then hold `data`, or nothing.
 
@@ -325,12 +325,12 @@ class Cache(Passing):
             through = self._core.begin_through(where)
             while not self._core.may_pass(through):
                 self._changed.wait()
-            is_dirty = bool(self._core.dirty_ranges(where))
+            may_stay = stays is not None and bool(self._core.dirty_ranges(where))
         done = drops = False
         parts: list[Part] = []
         try:
             call()
-            drops = not (is_dirty and stays())
+            drops = stays is None or not may_stay or not stays()
             if data is not None:
                 with self._lock:
                     parts = self._core.begin_copy(through)

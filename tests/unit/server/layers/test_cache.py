@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -412,6 +413,33 @@ def test_what_is_trimmed_is_not_written_back() -> None:
         assert read(cache, 0, BLOCK) == bytes(BLOCK)
 
 
+def test_what_is_trimmed_where_trims_do_nothing_stays_what_it_was() -> None:
+    """And does not become what it was before that."""
+
+    class Deaf(Gated):
+        def trim(self, where: Range) -> None:
+            self.calls.append((Operation.TRIM, where))
+
+    below = Deaf(SIZE)
+    below.below.write(Range(0, BLOCK), memoryview(b"o" * BLOCK))
+    with cached(below) as cache:
+        write(cache, 0, b"x" * BLOCK)
+        cache.trim(Range(0, BLOCK))
+        assert read(cache, 0, BLOCK) == b"x" * BLOCK
+        cache.flush()
+        assert below.content(0, BLOCK) == b"x" * BLOCK
+
+
+def test_a_trim_that_fails_leaves_what_was_dirty() -> None:
+    below = Gated(SIZE)
+    below.failing[Operation.TRIM] = errno.EIO
+    with cached(below) as cache:
+        write(cache, 0, b"x" * BLOCK)
+        with pytest.raises(OSError, match="this trim fails"):
+            cache.trim(Range(0, BLOCK))
+        assert read(cache, 0, BLOCK) == b"x" * BLOCK
+
+
 def test_dirty_data_is_data_where_there_is_a_hole_below() -> None:
     below = Gated(SIZE)
     with cached(below) as cache:
@@ -475,12 +503,26 @@ def test_one_cache_is_for_all_connections_and_not_for_several_processes() -> Non
     [
         ("limit=64K", "limit=65536: at least 1 MiB is needed with blocks of 64 KiB"),
         ("block=3000", "block=3000: a power of two from 4 KiB to 4 MiB is expected"),
+        ("limit=0", "limit=0: at least 1 MiB is needed"),
+        ("dir-limit=1G", "dir-limit= without dir="),
         ("mode=fast", "mode=fast: writeback or writethrough is expected"),
     ],
 )
 def test_what_makes_no_cache_is_refused(parameters: str, line: str) -> None:
     with pytest.raises(UserError, match=line):
         open_backend(Wanted("disk", "raw", f"cache:memory:1M?{parameters}"))
+
+
+def test_an_export_that_nobody_writes_to_is_cached(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"x" * 10_000)
+    backend = open_backend(
+        Wanted("disk", "raw", f"cache:file:{tmp_path}/image?read-only=yes&dir={tmp_path}/cache&dir-limit=4M")
+    )
+    assert backend.flags & TransmissionFlag.READ_ONLY
+    for _ in range(2):
+        assert content_of(backend.read(Range(0, 10_000))) == b"x" * 10_000
+    backend.flush()
+    backend.close()
 
 
 def test_threads_end_with_the_cache() -> None:

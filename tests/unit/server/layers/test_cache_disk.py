@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbdshard.common.errors import UserError
+from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Deferred
 from nbdshard.server.layers import cache_disk
@@ -32,13 +33,13 @@ RECORD = record_bytes(BLOCK // GRAIN)
 
 
 @contextmanager
-def cached(below: Gated, folder: Path, header: Header = HEADER) -> Iterator[Cache]:
+def cached(below: Gated, folder: Path, header: Header = HEADER, *, write_back: bool = True) -> Iterator[Cache]:
     """A cache on disk, in which nothing ages: it writes back for a flush, or for want of room."""
     slots, dirty = open_folder(folder, header)
     found = slots.header
     core = CacheCore(Geometry(below.size, found.block, found.grain, unit=4 * BLOCK, fetch=4 * BLOCK), found.slots)
     core.restore(dirty, 0.0)
-    cache = Cache(below, core, slots, write_back=True, fetchers=2, writers=2, through=BLOCK, clock=lambda: 0.0)
+    cache = Cache(below, core, slots, write_back=write_back, fetchers=2, writers=2, through=BLOCK, clock=lambda: 0.0)
     try:
         yield cache
     finally:
@@ -150,6 +151,29 @@ def test_at_an_end_that_cannot_write_back_it_is_kept_for_the_next_start(tmp_path
     with cached(below, tmp_path / "cache"):
         pass
     assert below.content(0, BLOCK) == b"a" * BLOCK
+
+
+def test_what_was_left_is_written_back_by_a_cache_that_writes_through(tmp_path: Path) -> None:
+    left, below = dirty_one(tmp_path), Gated(SIZE)
+    with cached(below, left, write_back=False) as cache:
+        write(cache, BLOCK + 10, b"c" * GRAIN)
+        expected = b"a" * 10 + b"c" * GRAIN + b"a" * (BLOCK - GRAIN - 10)
+        assert read(cache, BLOCK, BLOCK) == expected
+        cache.flush()
+        assert below.content(BLOCK, BLOCK) == expected
+
+
+def test_what_was_left_is_read_and_kept_where_nobody_may_write(tmp_path: Path) -> None:
+    class ReadOnly(Gated):
+        @property
+        def flags(self) -> TransmissionFlag:
+            return super().flags | TransmissionFlag.READ_ONLY
+
+    left = dirty_one(tmp_path)
+    for _ in range(2):
+        with cached(ReadOnly(SIZE), left) as cache:
+            assert read(cache, BLOCK, BLOCK) == b"a" * BLOCK
+            cache.flush()
 
 
 # -- a crash of the machine
