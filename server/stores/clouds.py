@@ -6,6 +6,7 @@
     s3:bucket/prefix                      AWS, or what AWS_ENDPOINT_URL says
     gs:bucket/prefix
     az:container/prefix                   of the account that is part of the credentials
+    az:http://host:10000/account/container/prefix
 
 What logs in comes from a file, the environment or the CONN (`server/credentials.py`). Where there is nothing of ours,
 obstore looks further: for the role of a machine, say.
@@ -208,6 +209,10 @@ def _az(place: Place, credentials: Credentials, seconds: float) -> Client:
     if credentials.user:
         config = {"account_name": credentials.user, "account_key": credentials.password}
     if place.endpoint:
+        account = config.get("account_name") or config.get("azure_storage_account_name") or ""
+        if place.bucket == account:  # a store of one's own has accounts as folders
+            container, _, prefix = place.prefix.partition("/")
+            place = Place(f"{place.endpoint}/{account}", container, prefix)
         config["endpoint"] = place.endpoint
     return AzureStore(
         place.bucket,

@@ -15,6 +15,7 @@ from typing import Final
 _STATUS: Final = re.compile(r"status code: (\d{3})")
 _CODE: Final = re.compile(r"<Code>(\w{1,64})</Code>")
 _NO_OBJECT: Final = frozenset({"NoSuchKey", "BlobNotFound"})  # S3's and Google's name for it, Azure's
+_NOT_DELETED: Final = re.compile(r"DeleteFailed \{.*code: \"404\"", re.DOTALL)  # Azure's, where several are deleted
 _NUMBERS: Final[Mapping[int, int]] = MappingProxyType(
     {
         401: errno.EACCES,
@@ -29,7 +30,9 @@ _TIMED_OUT: Final = re.compile(r"timed out|TimedOut|kind: Timeout")
 
 def is_missing(error: BaseException) -> bool:
     """Whether there is no such object. Another 404, such as of a bucket that is gone, must not look like zeroes."""
-    return isinstance(error, FileNotFoundError) and _code(error) in _NO_OBJECT
+    if not isinstance(error, FileNotFoundError):
+        return False
+    return _code(error) in _NO_OBJECT or _NOT_DELETED.search(str(error)) is not None
 
 
 def is_beyond_the_end(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ from support.servers import free_port, private_folder, running
 
 BUCKET = "volumes"
 USER, PASSWORD = "tester", "s3cr3t-word"
+SIGNED = "AWS4-HMAC-SHA256 Credential=x/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
 WHOLE = Range(0, 1 << 26)
 
 
@@ -93,7 +94,6 @@ def warmed(s3: S3) -> S3:
 def make_bucket(port: int) -> None:
     """In moto, which looks at no signature."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    signed = "AWS4-HMAC-SHA256 Credential=x/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
-    connection.request("PUT", f"/{BUCKET}", headers={"Authorization": signed, "Content-Length": "0"})
+    connection.request("PUT", f"/{BUCKET}", headers={"Authorization": SIGNED, "Content-Length": "0"})
     assert connection.getresponse().status == 200
     connection.close()
