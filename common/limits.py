@@ -333,7 +333,9 @@ OBJECT_WRITES_AT_ONCE: Final = 16
 OBJECT_TRANSFER_BYTES_MAX: Final = 64 * MIB  # of chunks that are read, or written, at a time: fewer if they are larger
 OBJECT_WAIT_SECONDS: Final = 60.0  # for such a place: a net below every call's own time-out
 LISTING_PAUSE_SECONDS: Final = 5.0  # after a listing that failed
-LISTING_WAIT_SECONDS: Final = 5.0  # of a block status for the listing; then what is not known is called data
+LISTING_WAIT_SECONDS: Final = (
+    5.0  # of block status for the listing, from its beginning; then what is not known is called data
+)
 VOLUME_LEASE_SECONDS: Final = 60.0  # without a word from a server, its volume may be taken over
 VOLUME_LEASE_RENEWAL_SECONDS: Final = 15.0
 VOLUME_LEASE_RETRY_SECONDS: Final = 3.0  # after a renewal that failed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import TypeVar
 
 from nbdshard.common.limits import CHUNKS_WALKED_MAX, OBJECT_READS_AT_ONCE, OBJECT_WRITES_AT_ONCE
@@ -62,13 +63,19 @@ class Spread(Passing):
         super().close()
 
     def _each(self, pool: ThreadPoolExecutor, call: Callable[[Range], _Result], where: Range) -> list[_Result]:
-        """What `call` gives for each part, all of which are over when this is. Raises what the first one raised."""
-        parts = list(self._parts(where))
-        if len(parts) == 1:
+        """What `call` gives for each part, none of which is under way when this is over. Raises what the first raised.
+
+        Parts behind one that failed are not begun, if there are many.
+        """
+        if where.end <= (where.start // self._chunk_bytes + 1) * self._chunk_bytes:
             return [call(where)]
-        tasks: list[Future[_Result]] = [pool.submit(call, part) for part in parts]
-        wait(tasks)
-        return [task.result() for task in tasks]
+        found: list[_Result] = []
+        parts = self._parts(where)
+        while some := list(islice(parts, CHUNKS_WALKED_MAX)):
+            tasks: list[Future[_Result]] = [pool.submit(call, part) for part in some]
+            wait(tasks)
+            found += [task.result() for task in tasks]
+        return found
 
     def _parts(self, where: Range) -> Iterator[Range]:
         at = where.start

@@ -29,6 +29,7 @@ import threading
 import time
 import uuid
 from datetime import datetime
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -48,6 +49,9 @@ from nbdshard.server.stores.bucket import Bucket, Found
 
 _NOTE: Final = Range(0, VOLUME_LEASE_NOTE_BYTES_MAX)
 _GENERATION: Final = re.compile(r"[1-9][0-9]{0,17}")
+
+
+_now = partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # goes on while the machine is suspended: others do not wait
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -95,7 +99,7 @@ class Lease:
         """Raises OSError where nothing may be written any more, or at the moment."""
         if self._lost:
             raise OSError(errno.EIO, f"{self._key} must not be written any more: {self._lost}")
-        if time.monotonic() >= self._valid_until:
+        if _now() >= self._valid_until:
             raise OSError(errno.EIO, f"{self._key} must not be written now: its lock could not be renewed in time")
 
     def release(self) -> None:
@@ -120,7 +124,7 @@ class Lease:
 
     def _take(self, now: datetime, *, steal: bool) -> bool:
         """Take the next lease; False where another server was quicker."""
-        begun = time.monotonic()
+        begun = _now()
         before = self._newest()
         held = self._read(before) if before else None
         if held is not None and not steal:
@@ -183,7 +187,7 @@ class Lease:
         is_told = False
         wait = VOLUME_LEASE_RENEWAL_SECONDS
         while not self._is_over.wait(wait) and not self._lost:
-            begun = time.monotonic()
+            begun = _now()
             try:
                 self._look()
             except OSError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -51,6 +52,7 @@ class ObjectStore:
         self._there = ChunkMap()  # chunks that are there, or were when they were looked for
         self._gone = ChunkMap()  # chunks that are not: it is we who deleted them
         self._is_listed = threading.Event()
+        self._listed_by = 0.0  # until then block status waits for that
         self._is_closing = threading.Event()
 
     def track(self, volume: Volume) -> None:
@@ -61,6 +63,7 @@ class ObjectStore:
         self._writes = _Places(min(OBJECT_WRITES_AT_ONCE, places))
         self._merges = _Places(max(self._writes.count // 2, 1))
         if self.can_list:
+            self._listed_by = time.monotonic() + LISTING_WAIT_SECONDS
             threading.Thread(target=self._list, args=(volume,), daemon=True).start()
 
     @property
@@ -143,7 +146,7 @@ class ObjectStore:
                 found = self._bucket.get(key, Range(0, 1))
             return None if found is None else [(where, 0)]
         if not self._knows(number):
-            self._is_listed.wait(LISTING_WAIT_SECONDS)
+            self._is_listed.wait(max(self._listed_by - time.monotonic(), 0.0))
         with self._lock:
             if number in self._gone or (self._is_listed.is_set() and number not in self._there):
                 return None
