@@ -116,7 +116,7 @@ def _load(path: str) -> tuple[_File, list[_Export]]:
     text, facts = read_text(path, CONFIG_BYTES_MAX, "a file of settings")
     try:
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"is not TOML: {error}", path) from None
     file = _converted(content, _File, path)
     tables = []

@@ -149,7 +149,7 @@ def _be_ready(settings: Settings, stack: ExitStack, sockets: _Sockets) -> None:
         try:
             path.write_text(f"{os.getpid()}\n")
         except OSError as error:
-            raise UserError(f"cannot be written: {error.strerror}", settings.pid_file) from None
+            raise UserError(f"cannot be written: {error.strerror}", settings.pid_file or "--pid-file") from None
         stack.callback(path.unlink, missing_ok=True)
     for address in sockets.addresses:
         (logs.info if sockets.are_told else logs.say)(f"listens on {address}")

@@ -244,6 +244,9 @@ def _looked_up(wanted: Wanted, drivers: Drivers, layers: Layers) -> _Chain:
     if len(conn.layers) > LAYERS_MAX:
         raise UserError(f"{len(conn.layers)} layers; at most {LAYERS_MAX} are stacked", wanted.conn)
     where = f"{conn.store}:{conn.place}"
+    for name, value in wanted.parameters.items():
+        if "\0" in value:
+            raise UserError(f"there is a NUL in {name}", where)
     for name in conn.parameters.keys() & wanted.parameters.keys():
         here, beside = conn.parameters[name], wanted.parameters[name]
         if here != beside:

@@ -36,7 +36,10 @@ def parse_conn(text: str, layers: Container[str], stores: Container[str]) -> Con
             raise UserError(f"{name!r} where a store, a colon and a place are expected", text, "file:/PATH, say")
         if name in stores:
             place, mark, query = after.partition("?")
-            return Conn(tuple(chain), name, unquote(place), _parameters(query, text) if mark else {})
+            conn = Conn(tuple(chain), name, unquote(place), _parameters(query, text) if mark else {})
+            if any("\0" in value for value in (conn.place, *conn.parameters.values())):
+                raise UserError("there is a NUL in it", text)  # no path and no name holds one
+            return conn
         if name not in layers:
             raise UserError(f"{name!r} is neither a layer nor a store", text)
         chain.append(name)

@@ -69,6 +69,8 @@ def opened(driver: str, conn: str, name: str = "disk") -> Backend:
         ("raw", "memory:1M?colour=red", "no parameter is called 'colour'"),
         ("raw", "memory:1M?read-only=maybe", "read-only=maybe: yes or no is expected"),
         ("raw", "file:/nowhere/at/all", "/nowhere/at/all: cannot be opened: No such file or directory"),
+        ("raw", "file:/image%00", "there is a NUL in it"),
+        ("raw", "memory:1M?description=%00", "there is a NUL in it"),
         ("raw", "file:/dev/null", "is neither a regular file nor a block device"),
         ("sharded", "memory:1M", "'memory' is neither a layer nor a store"),
         ("sharded", "file:/nowhere/at/all", "is no directory"),
@@ -92,6 +94,8 @@ def test_a_name_is_utf_8() -> None:
 def test_parameters_may_stand_beside_the_conn() -> None:
     backend = open_backend(Wanted("disk", "raw", "memory:1M", {"read-only": "yes"}))
     assert backend.flags & TransmissionFlag.READ_ONLY
+    with pytest.raises(UserError, match="there is a NUL in description"):
+        open_backend(Wanted("disk", "raw", "memory:1M", {"description": "\0"}))
     with pytest.raises(UserError, match="export 'disk': memory:1M: read-only=no, and beside it read-only=yes"):
         open_backend(Wanted("disk", "raw", "memory:1M?read-only=no", {"read-only": "yes"}))
 
