@@ -301,6 +301,7 @@ LINK_REQUESTS_MAX: Final = 64  # of all threads on one of them
 LINK_REQUEST_SECONDS: Final = 25.0  # for an answer, a new connection included: less than our own clients wait
 LINK_RETRY_SECONDS: Final = 0.2  # after a connection was refused, before the next is tried for
 EXTRA_LINK_SECONDS: Final = 2.0  # for each step of a connection that can be done without
+ALIGNED_REGION_BYTES: Final = 256 * KIB  # in which changes wait for one another, where only whole blocks are taken
 REMOTE_PIECE_BYTES: Final = 4 * MIB  # in one READ or WRITE to another server
 REMOTE_RANGE_BYTES: Final = GIB  # in one request without payload
 OVERLAY_BLOCK_BYTES: Final = 64 * KIB  # copied from the base when a part of it is written for the first time

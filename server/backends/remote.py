@@ -43,6 +43,7 @@ from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.nbd.uri import NbdUri, parse_uri
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.acknowledged import Acknowledged
+from nbdshard.server.backends.aligned import Aligned
 from nbdshard.server.backends.base import WRITES, Backend
 from nbdshard.server.backends.link import Link, Queue
 from nbdshard.server.device import Hole
@@ -58,7 +59,10 @@ _ERRNOS: Final[Mapping[str, int]] = MappingProxyType({each.name: int(each) for e
 
 
 class RemoteBackend:
-    """The export at `uri`. Opens at once; raises UserError where there is none, or it cannot be used."""
+    """The export at `uri`. Opens at once; raises UserError where there is none, or it cannot be used.
+
+    All ranges are to be multiples of `minimum`, in bytes: see Aligned.
+    """
 
     def __init__(self, uri: NbdUri, *, read_only: bool = False, links_max: int = LINKS) -> None:
         self._uri = uri
@@ -76,10 +80,11 @@ class RemoteBackend:
         self._export = first.export
         self._tries = links_max + 2  # of one request: all connections may be lost at once, and be noticed one by one
         self._links_max = links_max if first.export.flags & TransmissionFlag.CAN_MULTI_CONN else 1
-        minimum = first.export.block_sizes.minimum
-        if minimum > 1:
+        self.minimum = first.export.block_sizes.minimum
+        if first.export.size % self.minimum:
             first.close()
-            raise UserError(f"takes requests in multiples of {minimum} bytes only", self._peer, "that is not supported")
+            what = f"takes requests in multiples of {self.minimum} bytes only, and has {first.export.size}"
+            raise UserError(what, self._peer, "nobody can read its end")
         self._links = [first, *self._more(first)]
         self.size = first.export.size
         self.flags = _flags(first.export.flags, read_only=read_only)
@@ -170,7 +175,8 @@ class RemoteBackend:
 
     def _pieces(self, where: Range) -> Iterator[Range]:
         """What one READ or WRITE may have: the other server's maximum, and ours."""
-        return where.split(min(self._export.block_sizes.maximum, REMOTE_PIECE_BYTES))
+        maximum = min(self._export.block_sizes.maximum, REMOTE_PIECE_BYTES)
+        return where.split(maximum - maximum % self.minimum)
 
     def _call(self, doing: str, where: Range, queue: Queue, *, payload: bool = True) -> Done:
         """Ask, again on another connection where one is lost. Raises OSError."""
@@ -377,6 +383,7 @@ def opener(scheme: str) -> Opener:
         if (path := opening.parameters.text("socket")) is not None:
             text += f"?socket={quote(path, errors='surrogateescape')}"
         links_max = opening.parameters.count("connections", 1, LINKS_MAX)
-        return RemoteBackend(parse_uri(text), read_only=opening.read_only, links_max=links_max or LINKS)
+        found = RemoteBackend(parse_uri(text), read_only=opening.read_only, links_max=links_max or LINKS)
+        return found if found.minimum == 1 else Aligned(found, found.minimum)
 
     return Opener(open_it, frozenset({"socket", "connections"}))

@@ -46,6 +46,14 @@ def _nbdkit(_: Path) -> Iterator[Mapping[str, str]]:
 
 
 @contextlib.contextmanager
+def _nbdkit_in_blocks(_: Path) -> Iterator[Mapping[str, str]]:
+    """It takes nothing but whole blocks."""
+    options = ("blocksize-minimum=4096", "blocksize-error-policy=error")
+    with nbdkit("memory", str(SIZE), *options, filters=("blocksize-policy",)) as server:
+        yield {"uri": server.uri}
+
+
+@contextlib.contextmanager
 def _qemu_nbd(folder: Path) -> Iterator[Mapping[str, str]]:
     with qemu_nbd(images.empty_image(folder / "image", SIZE), "--discard=unmap", clients=3) as server:
         yield {"uri": server.uri}
@@ -123,6 +131,7 @@ CHAINS: Mapping[str, Chain] = {
     **STORES,
     "nbd nbdshard": Chain("raw", "nbd:{uri}", _nbdshard, is_quick=False),
     "nbd nbdkit": Chain("raw", "nbd:{uri}", _nbdkit, is_quick=False),
+    "nbd nbdkit in blocks": Chain("raw", "nbd:{uri}", _nbdkit_in_blocks, is_quick=False),
     "nbd qemu-nbd": Chain("raw", "nbd:{uri}", _qemu_nbd, is_quick=False),
     "nbd nbd-server": Chain("raw", "nbd:{uri}", _nbd_server, is_quick=False),
     "cow nbd": Chain("raw", "cow:nbd:{uri}", _nbdshard, is_quick=False),

@@ -154,11 +154,11 @@ def test_an_export_that_is_not_there_is_told_with_the_servers_words(other: Other
         opened(f"nbd+unix:///another?socket={other.path}")
 
 
-def test_a_server_that_takes_only_whole_blocks_is_refused() -> None:
+def test_a_server_whose_end_no_request_reaches_is_refused() -> None:
     options = ("blocksize-minimum=4096", "blocksize-error-policy=error")
     with (
-        nbdkit("memory", "1M", *options, filters=["blocksize-policy"]) as server,
-        pytest.raises(UserError, match="takes requests in multiples of 4096 bytes only"),
+        nbdkit("memory", "1000000", *options, filters=["blocksize-policy"]) as server,
+        pytest.raises(UserError, match="takes requests in multiples of 4096 bytes only, and has 1000000"),
     ):
         opened(f"nbd:{server.uri}")
 
