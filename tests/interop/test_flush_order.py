@@ -20,7 +20,8 @@ from support.served import NAME, serving
 from support.syncs import Trace, traced
 
 REQUESTS = 60
-HERE = {name: chain for name, chain in KEEPING_SHORT.items() if "nbd:" not in chain.conn}  # others sync elsewhere
+ELSEWHERE = ("nbd:", "{s3}")  # what is kept there is synced there
+HERE = {name: each for name, each in KEEPING_SHORT.items() if not any(place in each.conn for place in ELSEWHERE)}
 
 
 def done(connection: Connection) -> None:

@@ -76,6 +76,7 @@ def fresh(backend: Backend, seed: int) -> Lots:
     return Lots(SIZE, seed, can_fast=bool(backend.flags & TransmissionFlag.SEND_FAST_ZERO))
 
 
+@pytest.mark.usefixtures("s3")  # what a process opens once for all object stores is open, and no leak of one test
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 def test_calls_of_many_threads_leave_what_a_reference_holds(chain: Chain, seed: int, tmp_path: Path) -> None:
     with opened(chain, tmp_path) as backend, ThreadPoolExecutor(THREADS) as pool:
