@@ -359,7 +359,7 @@ CACHE_BYTES_DEFAULT: Final = 256 * MIB  # in memory
 CACHE_DISK_BYTES_DEFAULT: Final = 10 * GIB
 CACHE_BYTES_MAX: Final = 1 << 44
 CACHE_BLOCK_BYTES_DEFAULT: Final = 64 * KIB  # what a miss of a few bytes costs
-CACHE_DISK_BLOCK_BYTES_DEFAULT: Final = 256 * KIB  # 10 GiB of them take 20 MiB of memory to remember
+CACHE_DISK_BLOCK_BYTES_DEFAULT: Final = 256 * KIB  # 10 GiB of them take 20 to 40 MiB of memory to remember
 CACHE_BLOCK_BYTES_MIN: Final = 4 * KIB
 CACHE_BLOCK_BYTES_MAX: Final = 4 * MIB
 CACHE_BLOCKS_MIN: Final = 16  # fewer are no cache
@@ -368,6 +368,7 @@ CACHE_GRAIN_BYTES: Final = (
 )
 CACHE_DISK_GRAIN_BYTES: Final = 4 * KIB  # and a block on disk, with a checksum for each
 CACHE_DISK_GRAINS_MAX: Final = 512  # of a block: its record fits into a page
+CACHE_EXPORT_BYTES_MAX: Final = 500  # of what a cache on disk is said to be of: a page has room for it, escaped
 CACHE_UNIT_BYTES_MIN: Final = MIB  # written back together, where what is below does not care: a call costs as much
 CACHE_UNIT_BYTES_MAX: Final = 64 * MIB  # the largest chunk
 CACHE_FETCH_BYTES_MAX: Final = 4 * MIB  # asked of what is below at a time

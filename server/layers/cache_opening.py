@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from nbdshard.common.limits import (
     CACHE_DISK_BYTES_DEFAULT,
     CACHE_DISK_GRAIN_BYTES,
     CACHE_DISK_GRAINS_MAX,
+    CACHE_EXPORT_BYTES_MAX,
     CACHE_FETCH_BYTES_MAX,
     CACHE_GRAIN_BYTES,
     CACHE_TRANSFER_BYTES_MAX,
@@ -72,7 +74,7 @@ def _wrap(below: Backend, opening: Opening) -> Backend:
 def _on_disk(below: Backend, opening: Opening, folder: Path, block: int) -> tuple[CacheCore, Slots]:
     limit = _limit(opening.parameters, "dir-limit", CACHE_DISK_BYTES_DEFAULT, block)
     grain = max(CACHE_DISK_GRAIN_BYTES, block // CACHE_DISK_GRAINS_MAX)
-    export = f"export {opening.name!r} ({opening.driver} {opening.parameters.where})"
+    export = _identity(f"export {opening.name!r} ({opening.driver} {opening.parameters.where})")
     slots, dirty = open_folder(folder, Header(export, below.size, block, grain, limit // block))
     header = slots.header
     core = CacheCore(_geometry(below, header.block, header.grain), header.slots)
@@ -80,6 +82,14 @@ def _on_disk(below: Backend, opening: Opening, folder: Path, block: int) -> tupl
     if dirty:
         logs.warning(f"{folder}: {format_bytes(core.dirty_bytes)} of an earlier run are written back")
     return core, slots
+
+
+def _identity(text: str) -> str:
+    """`text` so that it fits into the index, with a name of its own where it is too long for that."""
+    data = text.encode(errors="backslashreplace")
+    if len(data) <= CACHE_EXPORT_BYTES_MAX:
+        return data.decode()
+    return f"{data[:CACHE_EXPORT_BYTES_MAX].decode(errors='replace')}... {hashlib.sha256(data).hexdigest()}"
 
 
 def _geometry(below: Backend, block: int, grain: int) -> Geometry:

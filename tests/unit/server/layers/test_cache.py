@@ -525,6 +525,14 @@ def test_an_export_that_nobody_writes_to_is_cached(tmp_path: Path) -> None:
     backend.close()
 
 
+def test_an_export_with_the_longest_of_names_has_a_cache_on_disk_and_no_other_has_that(tmp_path: Path) -> None:
+    conn, names = f"cache:memory:1M?dir={tmp_path}/cache&dir-limit=4M", ["\1" * 4095 + end for end in "ab"]
+    for _ in range(2):
+        open_backend(Wanted(names[0], "raw", conn)).close()
+    with pytest.raises(UserError, match="each export needs a directory of its own"):
+        open_backend(Wanted(names[1], "raw", conn))
+
+
 def test_threads_end_with_the_cache() -> None:
     before = threading.active_count()
     open_backend(Wanted("disk", "raw", "cache:memory:1M")).close()
