@@ -25,6 +25,7 @@ from nbdshard.server.backends import remote
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.file import FileBackend
 from nbdshard.server.backends.memory import MemoryBackend
+from nbdshard.server.backends.sharded_files import ShardedFiles
 from nbdshard.server.conn import Conn, parse_conn
 from nbdshard.server.credentials import NOBODY, Credentials, take_login
 from nbdshard.server.exports import Exported
@@ -72,6 +73,11 @@ def _raw_memory(opening: Opening) -> Backend:
 
 def _file_store(opening: Opening) -> Store:
     return FileStore(Path(opening.place), read_only=opening.read_only)
+
+
+def _drive_files(store: Store, volume: Volume, read_only: bool) -> Backend:
+    assert isinstance(store, FileStore)
+    return ShardedFiles(store, volume, read_only=read_only)
 
 
 def sharded(keeping: Keeping) -> Opener:
@@ -122,7 +128,7 @@ def _raw_cloud(scheme: str) -> Opener:
 
 _CLOUD: Final = frozenset({"timeout", "steal", "listing"})
 STORES: Final[Mapping[str, Keeping]] = MappingProxyType(  # of objects, for volumes
-    {"file": Keeping(_file_store), "s3": _cloud("s3"), "gs": _cloud("gs"), "az": _cloud("az")}
+    {"file": Keeping(_file_store, drive=_drive_files), "s3": _cloud("s3"), "gs": _cloud("gs"), "az": _cloud("az")}
 )
 DRIVERS: Final[Drivers] = MappingProxyType(
     {

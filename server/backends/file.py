@@ -13,12 +13,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.file_calls import NEVER, is_at_hand, is_in_memory, write_zeroes, zero_device, zero_file
+from nbdshard.common.file_calls import NEVER, write_zeroes, zero_device, zero_file
 from nbdshard.common.file_map import FileMap
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import READS, WRITES, Place
+from nbdshard.server.backends.prompt_files import PromptFiles
 from nbdshard.server.claims import claim
 from nbdshard.server.device import Hole
 
@@ -45,8 +46,7 @@ class FileBackend:
         self.flags = READS | (TransmissionFlag.READ_ONLY if read_only else WRITES)
         self.block_size = max(found.st_blksize, 512)
         self._map = FileMap(self._number)
-        self._is_in_memory = is_in_memory(self._number)
-        self._can_ask = not self._is_in_memory  # the file system can read what is at hand, and nothing else
+        self._prompt = PromptFiles(self._number)
         self._flushing = threading.Lock()
         self._lost: OSError | None = None
 
@@ -72,37 +72,21 @@ class FileBackend:
     # -- without waiting: see Prompt and Direct
 
     def read_now(self, where: Range) -> Sequence[memoryview] | None:
-        flags = 0
-        if not self._is_in_memory:
-            if not self._can_ask and not is_at_hand(self._number, where):
-                return None
-            flags = os.RWF_NOWAIT if self._can_ask else 0
-        view = memoryview(bytearray(where.length))
-        try:
-            if os.preadv(self._number, [view], where.start, flags) == where.length:
-                return (view,)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-            self._can_ask = False
-        return None  # whatever else it is, `read` will tell
+        view = self._prompt.read(self._number, where)
+        return None if view is None else (view,)  # where it is short, `read` will tell
 
     def write_now(self, where: Range, data: memoryview) -> bool:
-        if (where.start | where.length) % mmap.PAGESIZE and not self._is_ready(where):
+        if (where.start | where.length) % mmap.PAGESIZE and not self._prompt.is_ready(self._number, where):
             return False  # the rest of a page would have to be read first
         self.write(where, data)
         return True
-
-    def _is_ready(self, where: Range) -> bool:
-        return self._is_in_memory or is_at_hand(self._number, where)
 
     def is_direct(self, where: Range) -> bool:
         return True
 
     def reading(self, where: Range) -> AbstractContextManager[Place | None]:
-        return contextlib.nullcontext(Place(self._number, where.start) if self._is_ready(where) else None)
+        is_ready = self._prompt.is_ready(self._number, where)
+        return contextlib.nullcontext(Place(self._number, where.start) if is_ready else None)
 
     def writing(self, where: Range) -> AbstractContextManager[Place]:
         return contextlib.nullcontext(Place(self._number, where.start))

@@ -59,10 +59,11 @@ class ShardedBackend:
         for chunk, part in self._chunks(where):
             piece = data[at : at + part.length]
             at += part.length
-            if self._is_zero(piece):
-                self._clear(chunk, part, fast=False)
-                continue
+            is_zero = self._is_zero(piece)
             with self._locks.of(chunk):
+                if is_zero:
+                    self._clear(chunk, part, fast=False)
+                    continue
                 self._known.came(chunk)
                 self._store.write(self._key_of(chunk), part, piece)
 
@@ -70,7 +71,8 @@ class ShardedBackend:
         """A chunk of nothing but zeroes is deleted, unless its room is to be kept: then they are written."""
         if may_punch:
             for chunk, part in self._present(where):
-                self._clear(chunk, part, fast=fast)
+                with self._locks.of(chunk):
+                    self._clear(chunk, part, fast=fast)
             return
         if fast:
             raise OSError(errno.ENOTSUP, "zeroes that take room are written here")
@@ -80,12 +82,12 @@ class ShardedBackend:
                 self._store.write(self._key_of(chunk), part, self._zeroes[: part.length])
 
     def _clear(self, chunk: int, part: Range, *, fast: bool) -> None:
+        """Nobody else changes the chunk meanwhile."""
         key = self._key_of(chunk)
-        with self._locks.of(chunk):
-            is_whole = part.start == 0 and part.end == self._length(chunk)
-            if is_whole or not self._store.zero(key, part, fast=fast):
-                self._store.delete(key)
-                self._known.went(chunk)
+        is_whole = part.start == 0 and part.end == self._length(chunk)
+        if is_whole or not self._store.zero(key, part, fast=fast):
+            self._store.delete(key)
+            self._known.went(chunk)
 
     def trim(self, where: Range) -> None:
         self.zero(where, may_punch=True, fast=False)

@@ -23,11 +23,13 @@ from nbdshard.common.limits import STORE_FILES_OPEN
 from nbdshard.common.nbd.constants import EXPORT_BYTES_MAX
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
+from nbdshard.server.backends.prompt_files import PromptFiles
 from nbdshard.server.claims import Claim, claim, lock_new
 
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC
 _WRITE: Final = os.O_RDWR | os.O_CLOEXEC
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_LOOKED_AT_BYTES: Final = 1 << 18
 _WHOLE: Final = Range(0, EXPORT_BYTES_MAX)
 
 
@@ -42,6 +44,7 @@ class FileStore:
         except OSError as error:
             raise UserError(f"cannot be opened: {error.strerror}", str(folder)) from None
         self._folder = folder
+        self._prompt = PromptFiles(self._number)
         self._mode = _READ if read_only else _WRITE
         self._files: OrderedDict[str, _File] = OrderedDict()  # the one used last is last
         self._leaving: set[_File] = set()  # not in that table any more, and not closed yet
@@ -72,8 +75,7 @@ class FileStore:
             self._let_go(file)
 
     def write(self, key: str, where: Range, data: memoryview) -> None:
-        file = self._take(key, changes=True) or self._take(key, changes=True, make=True)
-        assert file is not None
+        file = self._take_to_write(key)
         try:
             at = os.pwrite(file.number, data, where.start)
             while at < where.length:
@@ -81,6 +83,66 @@ class FileStore:
         finally:
             file.is_dirty = True  # now, not before: a sync in between would take it for its own
             self._let_go(file)
+
+    # -- without waiting: see PromptFiles, and ShardedFiles for what it is used for
+
+    def is_open(self, key: str, where: Range | None = None) -> bool:
+        """Whether its file is open, and, if asked for, `where` of it at hand."""
+        file = self._take_open(key)
+        if file is None:
+            return False
+        try:
+            return where is None or self._prompt.is_ready(file.number, where)
+        finally:
+            self._let_go(file)
+
+    def read_now(self, key: str, where: Range) -> memoryview | None:
+        """All of `where`; None where the file is not open, ends before, or would have to be waited for."""
+        file = self._take_open(key)
+        if file is None:
+            return None
+        try:
+            return self._prompt.read(file.number, where)
+        finally:
+            self._let_go(file)
+
+    @contextlib.contextmanager
+    def reading(self, key: str, where: Range) -> Iterator[int | None]:
+        """A descriptor, for as long as the block lasts, of which `where` is read without waiting; or None."""
+        file = self._take_open(key)
+        if file is None:
+            yield None
+            return
+        try:
+            is_all_there = os.fstat(file.number).st_size >= where.end
+            yield file.number if is_all_there and self._prompt.is_ready(file.number, where) else None
+        finally:
+            self._let_go(file)
+
+    @contextlib.contextmanager
+    def writing(self, key: str) -> Iterator[int]:
+        """A descriptor to write to in the block, by the only one who changes the object."""
+        file = self._take_to_write(key)
+        try:
+            yield file.number
+        finally:
+            file.is_dirty = True
+            self._let_go(file)
+
+    def is_zero(self, key: str, where: Range) -> bool:
+        """Whether all of `where`, which was just written, is zeroes: nearly always a byte or two say that it is not."""
+        file = self._take_open(key)
+        if file is None:
+            return False
+        try:
+            if any(os.pread(file.number, 1, at) != b"\0" for at in (where.end - 1, where.start)):
+                return False
+            pieces = (os.pread(file.number, piece.length, piece.start) for piece in where.split(_LOOKED_AT_BYTES))
+            return all(piece == bytes(len(piece)) for piece in pieces)
+        finally:
+            self._let_go(file)
+
+    # -- what changes more than bytes
 
     def put(self, key: str, data: bytes, *, is_new: bool) -> None:
         """Under another name first, so that it is there whole or not at all."""
@@ -249,6 +311,19 @@ class FileStore:
             os.close(number)
 
     # -- open files
+
+    def _take_open(self, key: str) -> _File | None:
+        """As `_take`, where the file is open already."""
+        with self._lock:
+            file = self._files.get(key)
+            if file is not None:
+                file.users += 1
+            return file
+
+    def _take_to_write(self, key: str) -> _File:
+        file = self._take(key, changes=True) or self._take(key, changes=True, make=True)
+        assert file is not None
+        return file
 
     def _take(self, key: str, *, changes: bool = False, make: bool = False) -> _File | None:
         """The file of `key`, not to be closed before it is let go; None where there is none and none is to be made.
