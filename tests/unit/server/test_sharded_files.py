@@ -1,0 +1,146 @@
+"""Chunks that are files: what is moved to and from them without a look, and what is done at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdshard.common.ranges import Range
+from nbdshard.server.backends import prompt_files
+from nbdshard.server.backends.base import Direct, Place, Prompt
+from nbdshard.server.backends.sharded_files import ShardedFiles
+from nbdshard.server.stores.file import FileStore
+from nbdshard.server.volumes import open_volume
+from support.backends import content_of
+
+CHUNK = 65_536
+SIZE = 4 * CHUNK
+PAGE = 4096
+FIRST = Range(0, 2 * PAGE)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Iterator[ShardedFiles]:
+    store = FileStore(tmp_path)
+    volume = open_volume(store, "disk", size=SIZE, chunk_bytes=CHUNK, read_only=False)
+    with contextlib.closing(ShardedFiles(store, volume)) as found:
+        yield found
+
+
+def fill(sharded: ShardedFiles, where: Range) -> None:
+    sharded.write(where, memoryview(b"x" * where.length))
+
+
+def chunks(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix == ".chunk")
+
+
+def test_it_is_prompt_and_direct(sharded: ShardedFiles) -> None:
+    assert isinstance(sharded, Prompt)
+    assert isinstance(sharded, Direct)
+
+
+def test_only_what_is_in_one_file_that_is_open_is_direct(sharded: ShardedFiles) -> None:
+    assert not sharded.is_direct(FIRST)
+    fill(sharded, FIRST)
+    assert sharded.is_direct(FIRST)
+    assert sharded.is_direct(Range(0, CHUNK))
+    assert not sharded.is_direct(Range(0, CHUNK + 1))
+    assert not sharded.is_direct(Range(CHUNK, CHUNK + 1))
+
+
+def test_a_place_to_read_from_is_of_all_that_is_asked_or_none(sharded: ShardedFiles) -> None:
+    fill(sharded, Range(CHUNK, CHUNK + PAGE))
+    with sharded.reading(Range(CHUNK + 10, CHUNK + PAGE)) as place:
+        assert place is not None
+        assert os.pread(place.number, PAGE - 10, place.offset) == b"x" * (PAGE - 10)
+        sharded.trim(Range(CHUNK, 2 * CHUNK))  # the file is kept for the reader, and then gone
+        assert os.fstat(place.number).st_nlink == 0
+    for where in (Range(CHUNK, CHUNK + PAGE), Range(0, 1)):
+        with sharded.reading(where) as place:
+            assert place is None
+    fill(sharded, FIRST)
+    with sharded.reading(Range(0, FIRST.end + 1)) as place:
+        assert place is None
+
+
+def put(place: Place, data: bytes, at: int = 0) -> None:
+    assert os.pwrite(place.number, data, place.offset + at) == len(data)
+
+
+def test_what_is_written_to_a_place_is_there_and_synced_by_a_flush(
+    sharded: ShardedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(sharded, FIRST)
+    sharded.flush()
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    with sharded.writing(Range(PAGE, 3 * PAGE)) as place:
+        put(place, b"y" * PAGE)
+    with sharded.writing(Range(PAGE, 3 * PAGE)) as place:
+        put(place, b"z" * PAGE, at=PAGE)
+        sharded.flush()
+    sharded.flush()
+    assert synced == [place.number, place.number]
+    assert content_of(sharded, Range(0, 3 * PAGE)) == b"x" * PAGE + b"y" * PAGE + b"z" * PAGE
+
+
+def test_a_write_to_a_place_that_fails_is_synced_too(sharded: ShardedFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    places: list[Place] = []
+
+    def write_and_fail() -> None:
+        with sharded.writing(FIRST) as place:
+            places.append(place)
+            put(place, b"y")
+            raise OSError(28, "full")
+
+    with pytest.raises(OSError, match="full"):
+        write_and_fail()
+    sharded.flush()
+    assert synced == [places[0].number]
+
+
+def test_zeroes_that_were_written_to_a_place_are_not_kept(sharded: ShardedFiles, tmp_path: Path) -> None:
+    fill(sharded, Range(0, CHUNK))
+    with sharded.writing(Range(0, CHUNK // 2)) as place:
+        put(place, bytes(CHUNK // 2))
+    assert (tmp_path / "disk.0.chunk").stat().st_blocks * 512 == CHUNK // 2
+    with sharded.writing(Range(CHUNK // 2, CHUNK)) as place:
+        put(place, bytes(CHUNK // 2))
+    assert chunks(tmp_path) == []
+
+
+@pytest.mark.parametrize("at", [0, 1, CHUNK // 2, CHUNK - 1])
+def test_one_byte_of_data_among_zeroes_is_kept(sharded: ShardedFiles, at: int) -> None:
+    data = bytes(at) + b"x" + bytes(CHUNK - 1 - at)
+    with sharded.writing(Range(0, CHUNK)) as place:
+        put(place, data)
+    assert content_of(sharded, Range(0, CHUNK)) == data
+
+
+def test_what_would_have_to_be_waited_for_is_not_done_now(
+    sharded: ShardedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = memoryview(b"y" * 100)
+    assert sharded.read_now(FIRST) is None  # not open, and perhaps not there
+    assert not sharded.write_now(FIRST, memoryview(b"y" * FIRST.length))
+    fill(sharded, FIRST)
+    assert sharded.read_now(Range(0, FIRST.end + 1)) is None  # the file ends before
+    assert sharded.read_now(Range(CHUNK - 1, CHUNK + 1)) is None
+    assert not sharded.write_now(Range(CHUNK - 50, CHUNK + 50), data)
+    found = sharded.read_now(FIRST)
+    assert found is not None
+    assert b"".join(found) == b"x" * FIRST.length
+    assert sharded.write_now(Range(10, 110), data)
+    monkeypatch.setattr(prompt_files, "is_at_hand", lambda *_: False)
+    sharded._files._prompt._is_in_memory = sharded._files._prompt._can_ask = False
+    assert sharded.read_now(FIRST) is None
+    assert not sharded.write_now(Range(10, 110), data)
+    assert sharded.write_now(Range(0, PAGE), memoryview(b"z" * PAGE))  # a whole page is not read first
+    assert content_of(sharded, Range(0, PAGE + 10)) == b"z" * PAGE + b"x" * 10
