@@ -40,7 +40,7 @@ def test_nothing_is_left_to_be_synced_when_a_flush_is_answered(chain: Chain, see
     calls = tmp_path.with_name(tmp_path.name + ".calls")
     calls.touch()
     with (
-        contextlib.closing(Trace(calls, tmp_path)) as trace,
+        contextlib.closing(Trace(calls, tmp_path, besides=("log", "stats"))) as trace,
         chain.ready(tmp_path) as conn,
         serving(conn, driver=chain.driver, executable=traced(calls)) as served,
         Connection(served.socket, Wishes(NAME)) as writing,

@@ -8,6 +8,7 @@ until fsync. What is dirty when the machine stops may be lost.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from support.command import EXECUTABLE
@@ -30,13 +31,14 @@ def traced(calls: Path) -> tuple[str, ...]:
 
 
 class Trace:
-    """The trace in `calls`, of what happens in `folder`."""
+    """The trace in `calls`, of what happens in `folder`, but for those names in it that are `besides`."""
 
-    def __init__(self, calls: Path, folder: Path) -> None:
+    def __init__(self, calls: Path, folder: Path, besides: Collection[str] = ()) -> None:
         self.dirty: set[str] = set()
         self.synced = 0  # how often something stopped being dirty
         self._calls = calls.open()
         self._folder = str(folder)
+        self._besides = [str(folder / name) for name in besides]
         self._begun: dict[str, str] = {}  # calls that have not ended, by process
         self._rest = ""
 
@@ -77,7 +79,8 @@ class Trace:
         elif call != "openat" or "O_CREAT" in asked:
             places = [Path(match["folder"] or "/") / match["name"] for match in _AT.finditer(asked)]
             for place in places:
-                self._add(str(place.parent))
+                if str(place) not in self._besides:
+                    self._add(str(place.parent))
             if call.startswith("rename") and str(places[0]) in self.dirty:
                 self.dirty.discard(str(places[0]))
                 self._add(str(places[1]))
@@ -85,5 +88,5 @@ class Trace:
                 self.dirty.discard(str(places[0]))
 
     def _add(self, path: str) -> None:
-        if path.startswith(self._folder) and not path.endswith(" (deleted)"):
+        if path.startswith(self._folder) and path not in self._besides and not path.endswith(" (deleted)"):
             self.dirty.add(path)
