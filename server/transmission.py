@@ -219,7 +219,7 @@ class Transmission:
                 return None
             if self._out or self._made >= INLINE_BYTES_MAX:
                 return False
-            if not self._hold(request):
+            if not request.held and not self._hold(request):
                 return False
             parts = prompt.read_now(where)
             if parts is None:

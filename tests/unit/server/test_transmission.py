@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdshard.common.limits import INLINE_SECONDS_MAX, MIB, SERVER_BYTES_MAX
+from nbdshard.common.limits import INLINE_SECONDS_MAX, MIB, SERVED_AT_ONCE, SERVER_BYTES_MAX
 from nbdshard.common.nbd.client import Client, Done
 from nbdshard.common.nbd.connecter import Negotiated, Wishes
 from nbdshard.common.nbd.payload import in_memory
@@ -379,6 +379,22 @@ def test_who_holds_memory_and_reads_nothing_is_cut_off_where_others_wait(monkeyp
     idle.go()
     busy.go()
     assert exports.budget.free == Budget().free
+    backend.close()
+
+
+def test_reads_that_wait_for_their_place_at_the_crew_hold_their_memory_once(image: Path) -> None:
+    backend = Slow(image)
+    exports = exporting(backend)
+    visitor = Visitor(exports)
+    for handle in range(32):  # of which SERVED_AT_ONCE are away; the next one is looked at again with every answer
+        visitor.client.read(handle, Range(0, 65_536), memoryview(bytearray(65_536)))
+    visitor.push()
+    assert all(backend.begun.acquire(timeout=30) for _ in range(SERVED_AT_ONCE))
+    backend.may_end.set()
+    assert not any(done.error for done in visitor.answers(32))
+    assert visitor.read(Range(0, 100)) == image.read_bytes()[:100]
+    wait_for("all of it to be given back", lambda: exports.budget.free == Budget().free)
+    visitor.go()
     backend.close()
 
 
