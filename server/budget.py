@@ -75,6 +75,14 @@ class Budget:
         for each in woken:
             each.wake()
 
+    def give_up(self, share: Share) -> None:
+        """See Share.give_up."""
+        with self._lock:
+            woken = self._freed(share, 0)
+            self._forget(share)
+        for each in woken:
+            each.wake()
+
     def leave(self, share: Share) -> None:
         """See Share.leave."""
         with self._lock:
@@ -147,6 +155,10 @@ class Share:
             return False
         is_slow = now - self.got_on_at > SERVED_STALL_SECONDS + self.held / SERVED_BYTES_PER_SECOND_MIN
         return is_slow or now - self.moved_at > SERVED_STALL_SECONDS
+
+    def give_up(self) -> None:
+        """What it has waited for is not needed any more. It is woken, too, where it waits for something else."""
+        self._budget.give_up(self)
 
     def leave(self) -> None:
         """Hold nothing any more."""

@@ -202,6 +202,12 @@ class Transmission:
         request.held = request.length
         return True
 
+    def _need_none(self) -> None:
+        """What goes by a pipe may have waited for memory before: others must not wait for it to take that."""
+        if self._is_short:
+            self._is_short = False
+            self._share.give_up()
+
     def _read_here(self, request: Request) -> bool | None:
         """As `_begin`; None where it is not for this thread."""
         length = request.length
@@ -213,6 +219,7 @@ class Transmission:
                     return False
                 with direct.reading(where) as place:
                     if place is not None and self._outward.fill(place, length):
+                        self._need_none()
                         device.content(request, [PipeRun(self._outward)])
                         return True
             if prompt is None or length > INLINE_BYTES_MAX:
@@ -293,6 +300,7 @@ class Transmission:
         if not direct.is_direct(Range.of(request.offset, request.length)) or not self._inward.is_open_for(1):
             return False
         self._piped, self._stored = request, 0
+        self._need_none()
         return True
 
     def _receive_into_pipe(self, request: Request) -> bool:

@@ -23,7 +23,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Backend, Place
 from nbdshard.server.backends.file import FileBackend
 from nbdshard.server.backends.memory import MemoryBackend
-from nbdshard.server.budget import Budget
+from nbdshard.server.budget import Budget, Share
 from nbdshard.server.connection import Connection
 from nbdshard.server.device import Hole
 from nbdshard.server.exports import Exported, Exports
@@ -395,6 +395,42 @@ def test_reads_that_wait_for_their_place_at_the_crew_hold_their_memory_once(imag
     assert visitor.read(Range(0, 100)) == image.read_bytes()[:100]
     wait_for("all of it to be given back", lambda: exports.budget.free == Budget().free)
     visitor.go()
+    backend.close()
+
+
+def may_take(share: Share, count: int) -> bool:
+    if taken := share.take(count):
+        share.give(count)
+    return taken
+
+
+def test_nobody_waits_for_who_does_not_need_the_memory_any_more(image: Path) -> None:
+    class Cold(FileBackend):
+        """What is read comes to hand while it waits for memory."""
+
+        is_at_hand = False
+
+        def reading(self, where: Range) -> AbstractContextManager[Place | None]:
+            return super().reading(where) if self.is_at_hand else nullcontext(None)
+
+    backend = Cold(image)
+    exports = exporting(backend)
+    exports.budget = Budget(MIB, reserve=0)
+    first, second, third = (exports.budget.join(bool, bool) for _ in range(3))
+    assert first.take(MIB // 2) and second.take(MIB // 4)
+    visitor = Visitor(exports)
+    into = bytearray(MIB // 2)
+    visitor.client.read(0, Range(0, len(into)), memoryview(into))
+    visitor.push()
+    wait_for("it to have its turn when there is memory", lambda: not may_take(third, 1))
+    backend.is_at_hand = True
+    second.give(MIB // 4)
+    assert visitor.answers(1) == [Done(0)]
+    assert into == image.read_bytes()[: len(into)]
+    assert may_take(third, MIB // 4)  # it went by a pipe, and has no turn any more
+    visitor.go()
+    for other in (first, second, third):
+        other.leave()
     backend.close()
 
 
