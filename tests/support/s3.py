@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from nbdshard.common.ranges import Range
+from nbdshard.server.backends.base import Backend
 from nbdshard.server.credentials import Credentials
+from nbdshard.server.device import Hole
 from nbdshard.server.opening import Opening
 from nbdshard.server.parameters import Parameters
 from nbdshard.server.stores.bucket import Bucket
@@ -68,6 +70,17 @@ def content(bucket: Bucket, key: str) -> bytes:
     found = bucket.get(key, WHOLE)
     assert found is not None, key
     return bytes(found.data)
+
+
+def write(image: Backend, start: int, data: bytes) -> None:
+    """As a client would."""
+    image.write(Range.of(start, len(data)), memoryview(data))
+
+
+def read(image: Backend, start: int, length: int) -> bytes:
+    """What a client would be told."""
+    parts = image.read(Range.of(start, length))
+    return b"".join(bytes(part.length) if isinstance(part, Hole) else bytes(part) for part in parts)
 
 
 @contextlib.contextmanager

@@ -12,17 +12,11 @@ from nbdshard.common.errors import UserError
 from nbdshard.server.stores import leases
 from nbdshard.server.stores.bucket import Bucket
 from nbdshard.server.stores.leases import Lease, Note
-from support.s3 import S3, content, keys, new_prefix
-from support.s3_proxy import Answer, Asked, Proxied, proxied
+from support.s3 import content, keys, new_prefix
+from support.s3_proxy import Answer, Asked, Proxied
 from support.waiting import wait_for
 
 KEY = "disk.volume"
-
-
-@pytest.fixture
-def store(s3: S3) -> Iterator[Proxied]:
-    with proxied(s3) as found:
-        yield found
 
 
 @pytest.fixture
@@ -166,8 +160,9 @@ def test_one_that_comes_back_while_it_is_taken_over_keeps_its_volume(bucket: Buc
     first.release()
 
 
-def test_of_many_that_begin_at_once_one_gets_it(bucket: Bucket) -> None:
-    together = threading.Barrier(6)
+def all_at_once(bucket: Bucket, count: int) -> tuple[list[Lease], list[UserError]]:
+    """Those that got it, and what the others were told."""
+    together = threading.Barrier(count)
     got: list[Lease] = []
     refused: list[UserError] = []
 
@@ -178,11 +173,16 @@ def test_of_many_that_begin_at_once_one_gets_it(bucket: Bucket) -> None:
         except UserError as error:
             refused.append(error)
 
-    threads = [threading.Thread(target=begin) for _ in range(6)]
+    threads = [threading.Thread(target=begin) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return got, refused
+
+
+def test_of_many_that_begin_at_once_one_gets_it(bucket: Bucket) -> None:
+    got, refused = all_at_once(bucket, 6)
     assert (len(got), len(refused)) == (1, 5)
     got[0].release()
 
@@ -236,20 +236,7 @@ def test_of_two_that_begin_at_once_on_such_a_store_at_most_one_gets_it(bucket: B
         return None
 
     store.rule = meet
-    got: list[Lease] = []
-    refused: list[UserError] = []
-
-    def begin() -> None:
-        try:
-            got.append(Lease(bucket, KEY))
-        except UserError as error:
-            refused.append(error)
-
-    threads = [threading.Thread(target=begin) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    got, refused = all_at_once(bucket, 2)
     store.rule = lambda _: None
     assert (len(got), len(refused)) == (1, 1)
     got[0].release()

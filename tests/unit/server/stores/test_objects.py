@@ -19,13 +19,12 @@ from nbdshard.server import volume_changes
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.chain import STORES, sharded
 from nbdshard.server.credentials import Credentials
-from nbdshard.server.device import Hole
 from nbdshard.server.stores import objects
 from nbdshard.server.stores.base import Store
 from nbdshard.server.stores.bucket import Bucket
 from nbdshard.server.stores.clouds import open_bucket, parse_place
 from nbdshard.server.volumes import Volume
-from support.s3 import PASSWORD, S3, content, keys, new_prefix
+from support.s3 import PASSWORD, S3, content, keys, read, write
 from support.s3_proxy import Answer, Asked, Proxied, proxied
 from support.waiting import wait_for
 
@@ -33,24 +32,6 @@ MIB = 1 << 20
 CHUNK = 65_536
 SIZE = 40 * CHUNK + 1000
 Open = Callable[..., Backend]
-
-
-@pytest.fixture
-def store(s3: S3) -> Iterator[Proxied]:
-    """A place of this test's own, and what is asked of it."""
-    with proxied(s3) as found:
-        yield found
-
-
-@pytest.fixture
-def prefix() -> str:
-    return new_prefix()
-
-
-@pytest.fixture
-def bucket(s3: S3, prefix: str) -> Bucket:
-    """The same objects, looked at directly."""
-    return s3.bucket(prefix)
 
 
 @pytest.fixture
@@ -68,15 +49,6 @@ def opened(store: Proxied, prefix: str) -> Iterator[Open]:
     store.rule = lambda _: None
     for image in made:
         image.close()
-
-
-def write(image: Backend, start: int, data: bytes) -> None:
-    image.write(Range.of(start, len(data)), memoryview(data))
-
-
-def read(image: Backend, start: int, length: int) -> bytes:
-    parts = image.read(Range.of(start, length))
-    return b"".join(bytes(part.length) if isinstance(part, Hole) else bytes(part) for part in parts)
 
 
 def chunks(bucket: Bucket) -> list[str]:

@@ -14,36 +14,16 @@ from nbdshard.common.ranges import Range
 from nbdshard.server.backends import object as object_backend
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.object import WholeObject
-from nbdshard.server.device import Hole
 from nbdshard.server.stores.bucket import Bucket
 from nbdshard.server.stores.clouds import open_raw
-from support.s3 import S3, content, new_prefix
-from support.s3_proxy import Answer, Asked, Proxied, proxied
+from support.s3 import content, read, write
+from support.s3_proxy import Answer, Asked, Proxied
 from support.waiting import wait_for
 
 MIB = 1 << 20
 SIZE = 20 * MIB + 512
 KEY = "disk.img"
 Open = Callable[..., Backend]
-
-
-@pytest.fixture
-def store(s3: S3) -> Iterator[Proxied]:
-    with proxied(s3) as found:
-        yield found
-
-
-@pytest.fixture
-def prefix() -> str:
-    return new_prefix()
-
-
-@pytest.fixture
-def bucket(s3: S3, prefix: str) -> Iterator[Bucket]:
-    """Where the object is, looked at directly."""
-    found = s3.bucket(prefix)
-    yield found
-    found.close()
 
 
 @pytest.fixture
@@ -58,15 +38,6 @@ def opened(store: Proxied, prefix: str) -> Iterator[Open]:
     store.rule = lambda _: None
     for image in made:
         image.close()
-
-
-def write(image: Backend, start: int, data: bytes) -> None:
-    image.write(Range.of(start, len(data)), memoryview(data))
-
-
-def read(image: Backend, start: int, length: int) -> bytes:
-    parts = image.read(Range.of(start, length))
-    return b"".join(bytes(part.length) if isinstance(part, Hole) else bytes(part) for part in parts)
 
 
 def is_upload(asked: Asked) -> bool:
