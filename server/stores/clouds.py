@@ -161,7 +161,9 @@ def _s3(place: Place, credentials: Credentials, seconds: float) -> Client:
         "region": _first(variables, _AWS_REGION) or "us-east-1",
         "disable_bulk_delete": True,  # one object at a time is deleted, and not every store has the other call
     }
-    if endpoint:
+    if place.endpoint:  # under both names, and by path: obstore would rather believe the environment, of another store
+        config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint, "virtual_hosted_style_request": False}
+    elif endpoint:
         config["endpoint"] = endpoint
     user, password = credentials.user, credentials.password
     token = None
@@ -172,6 +174,8 @@ def _s3(place: Place, credentials: Credentials, seconds: float) -> Client:
         raise UserError("there is one of a key's id and its secret", advice=f"{_AWS_KEY} are to be set, both")
     if endpoint and not user and variables.get("AWS_SKIP_SIGNATURE") != "true":
         raise UserError("no credentials are given", advice=f"{_AWS_KEY} are to be set")
+    if user:
+        config["skip_signature"] = False
     # A provider, because obstore would add what it finds in the environment: the token of another account.
     given: S3Credential = {
         "access_key_id": user,

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from nbdshard.common.logs import printable
+
 _STATUS: Final = re.compile(r"status code: (\d{3})")
 _CODE: Final = re.compile(r"<Code>(\w{1,64})</Code>")
 _NO_OBJECT: Final = frozenset({"NoSuchKey", "BlobNotFound"})  # S3's and Google's name for it, Azure's
@@ -25,6 +27,7 @@ _NUMBERS: Final[Mapping[int, int]] = MappingProxyType(
     }
 )
 _FULL: Final = frozenset({"QuotaExceeded", "ServiceQuotaExceeded", "InsufficientStorage", "XMinioStorageFull"})
+_BAD_NAME: Final = re.compile(r"Encountered illegal character|InvalidPath|unable to convert path", re.IGNORECASE)
 _TIMED_OUT: Final = re.compile(r"timed out|TimedOut|kind: Timeout")
 
 
@@ -47,8 +50,10 @@ def is_taken(error: BaseException) -> bool:
 
 def told(error: BaseException, doing: str) -> OSError:
     """`error` as what a client is told; `doing`: "reading disk.1.chunk"."""
-    status, code = _status(error), _code(error)
+    status, code, doing = _status(error), _code(error), printable(doing)
     if status is None:
+        if _BAD_NAME.search(str(error)):
+            return OSError(errno.EINVAL, f"{doing}: an object cannot have this name")
         if _TIMED_OUT.search(str(error)):
             return OSError(errno.EIO, f"{doing}: the object store took too long")
         if _CREDENTIALS.search(str(error)):

@@ -392,14 +392,33 @@ def test_who_is_let_in(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.close()
 
 
-def test_the_token_of_another_account_is_not_sent_along(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_says_of_another_store_is_not_for_this_one(
+    s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of another account")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "true")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     with proxied(s3) as store:
         bucket = store.s3.bucket("x")
         assert bucket.get("nothing", Range(0, 1)) is None
         bucket.close()
         (asked,) = store.asked
-    assert "x-amz-security-token" not in asked.headers
+    assert "authorization" in asked.headers and "x-amz-security-token" not in asked.headers
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "a%2Fb", "..", "a?b#c", "a\\b", "a+b&c=d", "{<*~:", "é" * 100])
+def test_any_name_of_an_export_can_be_part_of_a_key(bucket: Bucket, name: str) -> None:
+    key = f"{name}.0.chunk"
+    bucket.put(key, b"x")
+    assert (content(bucket, key), keys(bucket)) == (b"x", [key])
+    bucket.delete(key)
+    assert keys(bucket) == []
+
+
+def test_a_name_that_no_object_can_have_is_told_on_one_line(bucket: Bucket) -> None:
+    with pytest.raises(OSError, match=r"writing a\\nb\.0\.chunk: an object cannot have this name"):
+        bucket.put("a\nb.0.chunk", b"x")
 
 
 @pytest.mark.parametrize("seconds", ["0s", "31s", "1h"])
