@@ -385,6 +385,26 @@ def test_every_request_that_was_sent_before_the_end_has_an_answer() -> None:
         served.run.wait().succeeded()
 
 
+def test_a_copy_goes_on_when_its_server_was_ended_and_started_again(tmp_path: Path) -> None:
+    source, volume = images.random_image(tmp_path / "source", 8 * MIB), tmp_path / "volume"
+    volume.mkdir()
+    with private_folder() as folder:
+        uri = f"nbd+unix:///{NAME}?socket={folder / 'socket'}"
+        words = ["-e", NAME, "sharded", f"file:{volume}/?size=8M&chunk=64k", "--unix", str(folder / "socket")]
+        with started("serve", *words) as first:
+            listens(first)
+            with started("copy", "--rate", "4M", source, uri) as run:
+                run.until("something to be written", lambda: any(volume.glob("*.chunk")))
+                first.process.terminate()
+                first.wait().succeeded()
+                assert run.process.poll() is None
+                with started("serve", *words) as second:
+                    run.wait().succeeded()
+                    second.process.terminate()
+                    second.wait().succeeded()
+    nbdshard("verify", source, "[", EXECUTABLE, "serve", *words[:4], "]").succeeded()
+
+
 # -- what is told, and what is not
 
 
