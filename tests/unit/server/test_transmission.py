@@ -24,6 +24,7 @@ from nbdshard.server.backends.base import Backend, Place
 from nbdshard.server.backends.file import FileBackend
 from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.budget import Budget, Share
+from nbdshard.server.chain import Wanted, open_backend
 from nbdshard.server.connection import Connection
 from nbdshard.server.device import Hole
 from nbdshard.server.exports import Exported, Exports
@@ -446,3 +447,38 @@ def test_who_vanishes_while_it_is_served_leaves_nothing(image: Path) -> None:
     visitor.go()
     assert exports.budget.free == Budget().free
     backend.close()
+
+
+# -- chunks that are files
+
+
+@pytest.fixture
+def chunks(tmp_path: Path) -> Backend:
+    (tmp_path / "chunks").mkdir()
+    return open_backend(Wanted("disk", "sharded", f"file:{tmp_path}/chunks/?size={SIZE}&chunk=1M"))
+
+
+def test_chunks_are_spliced_and_hold_what_a_reference_holds(chunks: Backend) -> None:
+    chance = random.Random(5)
+    reference = bytearray(SIZE)
+    with visiting(chunks) as visitor:
+        for _ in range(100):
+            length = chance.choice([4096, 262_144, 300_001, MIB, MIB + 1])
+            start = chance.choice([0, MIB, chance.randrange(SIZE - length)])
+            where = Range(start, start + length)
+            if chance.random() < 0.6:
+                data = chance.choice([chance.randbytes(length), bytes(length), bytes(5000) + b"x" * (length - 5000)])
+                data = data[:length].ljust(length, b"y")
+                assert visitor.write(where, data) == ""
+                reference[where.start : where.end] = data
+            assert visitor.read(where) == reference[where.start : where.end]
+
+
+def test_zeroes_that_went_through_a_pipe_leave_no_chunk(chunks: Backend, tmp_path: Path) -> None:
+    with visiting(chunks) as visitor:
+        assert visitor.write(Range(0, 300_000), b"x" * 300_000) == ""
+        assert (tmp_path / "chunks" / "disk.0.chunk").exists()
+        assert visitor.write(Range(0, 300_000), bytes(300_000)) == ""
+        assert not (tmp_path / "chunks" / "disk.0.chunk").exists()
+        assert visitor.write(Range(MIB, 2 * MIB), bytes(MIB)) == ""
+        assert not (tmp_path / "chunks" / "disk.1.chunk").exists()
