@@ -27,14 +27,14 @@ from nbdshard.server.layers.cache_blocks import (
     Fetch,
     Part,
     Reading,
-    Run,
     WriteBack,
     Writing,
     laid_over,
     runs,
 )
 from nbdshard.server.layers.cache_core import CacheCore, Obstacle
-from nbdshard.server.layers.cache_slots import Slots, joined
+from nbdshard.server.layers.cache_slots import Slots
+from nbdshard.server.layers.cache_transfers import flat, write_runs
 
 _ZEROES: Final = memoryview(bytes(1 << 20))
 _OURS: Final = TransmissionFlag.CAN_MULTI_CONN | TransmissionFlag.SEND_CACHE  # whatever is below
@@ -69,6 +69,7 @@ class Cache(Passing):
         self._failing_seconds = failing_seconds
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # something has ended, in which somebody may have waited
+        self._room = threading.Condition(self._lock)  # there may be room for a writer
         self._work = threading.Condition(self._lock)  # there may be something to write back
         self._wake_at: float | None = None  # when a writer looks again by itself
         self._written: list[Block] = []  # written back since the last flush below, if a journal wants to know
@@ -125,7 +126,7 @@ class Cache(Passing):
         with self._lock:
             self._core.end_read(reading)
             self._note()
-            self._changed.notify_all()
+            self._tell()
 
     def _read_around(self, where: Range) -> Sequence[memoryview | bytes | Hole]:
         """What has no room in the cache, because everything in it is dirty or in use."""
@@ -164,7 +165,7 @@ class Cache(Passing):
         """Read it below, and put it where it is missed. Whoever waits for it is told either way."""
         try:
             with self._fetching:
-                found = _flat(self.below.read(fetch.where))
+                found = flat(self.below.read(fetch.where))
                 if (found.length if isinstance(found, Hole) else len(found)) != fetch.where.length:
                     raise OSError(errno.EIO, "the layer below has read another length")
                 with self._lock:
@@ -173,13 +174,13 @@ class Cache(Passing):
             with self._lock:
                 self._core.landed(fetch, parts)
                 self._note()
-                self._changed.notify_all()
+                self._tell()
             return None
         except Exception as error:
             with self._lock:
                 self._core.fetch_failed(fetch)
                 self._note()
-                self._changed.notify_all()
+                self._tell()
             return error
 
     def _land(self, fetch: Fetch, found: memoryview | Hole, parts: list[tuple[Block, int]]) -> None:
@@ -244,6 +245,8 @@ class Cache(Passing):
         if not self._writes_back or self._slots.lasting:
             return False
         with self._lock:
+            if self._core.waiting:
+                return False  # others wait for room, and were first
             writing, obstacle = self._core.begin_write(where)
             if obstacle is not None:
                 self._core.failed_write(writing)
@@ -261,7 +264,7 @@ class Cache(Passing):
             raise OSError(error.errno, f"the cache is full, and cannot be written back: {error.strerror}")
         self._core.waiting += 1
         self._wake()
-        self._changed.wait(self._failing_seconds)
+        self._room.wait(self._failing_seconds)
         self._core.waiting -= 1
 
     def _copy(self, writing: Writing, data: memoryview) -> None:
@@ -275,13 +278,13 @@ class Cache(Passing):
         except BaseException:
             with self._lock:
                 self._core.failed_write(writing)
-                self._changed.notify_all()
+                self._tell()
             raise
         with self._lock:
             self._core.end_write(writing, self._clock())
             self._note()
             self._wake()
-            self._changed.notify_all()
+            self._changed.notify_all()  # there is no more room than before
 
     def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
         unit = self._through_bytes
@@ -345,7 +348,7 @@ class Cache(Passing):
                     self._core.drop(through, dirty=drops)
                 self._core.end_through(through)
                 self._note()
-                self._changed.notify_all()
+                self._tell()
                 self._work.notify_all()
 
     def _copy_held(self, where: Range, parts: list[Part], data: memoryview) -> None:
@@ -415,17 +418,14 @@ class Cache(Passing):
                         self._written += [block for block, _ in unit.flown]
                 else:
                     self._core.write_back_failed(unit, error, self._clock())
+                    self._room.notify_all()  # who has waited for long is to fail
                 self._note()
-                self._changed.notify_all()
+                self._tell()
                 self._work.notify()
 
     def _write_unit(self, unit: WriteBack) -> OSError | None:
         try:
-            if len(unit.runs) > 1 and self.below.block_size >= self._core.geometry.unit:
-                self._write_whole(unit.runs)
-            else:
-                for run in unit.runs:
-                    self.below.write(run.where, joined(self._slots, run.pieces))
+            write_runs(self.below, self._slots, unit.runs, self._core.geometry.unit)
             return None
         except OSError as error:
             if self._core.units.error is None:
@@ -435,27 +435,18 @@ class Cache(Passing):
             logs.error(f"internal error: a write-back: {type(error).__name__}: {error}")
             return OSError(errno.EIO, "an internal error of the server")
 
-    def _write_whole(self, runs_below: list[Run]) -> None:
-        """In one piece, with what is below between them: each would have that written anew, as a chunk or an object.
-
-        Nobody else changes it there, because one unit is on its way once.
-        """
-        where = Range(runs_below[0].where.start, runs_below[-1].where.end)
-        data = bytearray()
-        for part in self.below.read(where):
-            data += bytes(part.length) if isinstance(part, Hole) else part
-        for run in runs_below:
-            data[run.where.start - where.start : run.where.end - where.start] = joined(self._slots, run.pieces)
-        if len(data) != where.length:
-            raise OSError(errno.EIO, "the layer below has read another length")
-        self.below.write(where, memoryview(data))
-
     def _wake(self) -> None:
         """Have a thread look, where it would not by itself in time."""
         look = self._core.next_look()
         if look is not None and (self._wake_at is None or look < self._wake_at):
             self._wake_at = look
             self._work.notify()
+
+    def _tell(self) -> None:
+        """Whoever waits looks again. Writers do so only where there is room: they may be many."""
+        self._changed.notify_all()
+        if self._core.has_room:
+            self._room.notify_all()
 
     def _note(self) -> None:
         """Have a journal know what has changed, before anybody builds on it."""
@@ -487,12 +478,3 @@ class Cache(Passing):
         finally:
             self._slots.close()
             self.below.close()
-
-
-def _flat(parts: Sequence[memoryview | bytes | Hole]) -> memoryview | Hole:
-    """What was read as one piece."""
-    if len(parts) == 1:
-        return parts[0] if isinstance(parts[0], Hole) else memoryview(parts[0])
-    if all(isinstance(part, Hole) for part in parts):
-        return Hole(sum(part.length for part in parts if isinstance(part, Hole)))
-    return memoryview(b"".join(bytes(part.length) if isinstance(part, Hole) else part for part in parts))

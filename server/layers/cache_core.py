@@ -228,6 +228,11 @@ class CacheCore:
         return self.units.next_look(is_full=self._is_full)
 
     @property
+    def has_room(self) -> bool:
+        """One more block may be dirty."""
+        return self.claimed < self.dirty_max
+
+    @property
     def _is_full(self) -> bool:
         """There is so much to write back that it is not waited for more."""
         return self.waiting > 0 or self.claimed * CACHE_DIRTY_SHARE_START > self.dirty_max

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from nbdshard.server.layers.cache_blocks import Block
@@ -72,9 +72,3 @@ class MemorySlots:
     def close(self) -> None:
         self._view.release()
         self._memory.close()
-
-
-def joined(slots: Slots, pieces: Iterable[tuple[int, int, int]]) -> memoryview:
-    """These pieces of slots as one."""
-    found = [slots.get(*piece) for piece in pieces]
-    return memoryview(found[0] if len(found) == 1 else b"".join(found))
