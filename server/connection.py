@@ -69,14 +69,14 @@ class Connection:
             self._send()
             if listener.done and not self._out:
                 break
-            is_wanted = not (listener.done or self._out)  # else answers to option after option would pile up
-            if not self._wait(deadline, is_wanted=is_wanted):
-                logs.info(f"{self.client}: it has not chosen an export within {NEGOTIATION_SECONDS_MAX:g} s")
-                return None
             if self._is_leaving.is_set():
                 listener.shut_down()
                 if not self._out and not is_readable(self._socket.fileno()):
                     return None
+            is_wanted = not (listener.done or self._out)  # else answers to option after option would pile up
+            if not self._wait(deadline, is_wanted=is_wanted):
+                logs.info(f"{self.client}: it has not chosen an export within {NEGOTIATION_SECONDS_MAX:g} s")
+                return None
             if not is_wanted:
                 continue
             count = self._receive(listener.receive_target())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from nbdshard.common.ranges import Range
 from support import images, processes
 from support.command import Run, started
 from support.images import MIB
-from support.nbd_blocking import Connection, connect, negotiate
+from support.nbd_blocking import Connection, connect, negotiate, received
 from support.served import NBDSH, tool
 from support.servers import private_folder
 
@@ -104,7 +103,7 @@ def test_asyncio_carries_requests_out_side_by_side_and_does_other_things_meanwhi
         negotiate(peer, Wishes("disk", structured=False))
         peer.sendall(b"".join(pack_request(Request(0, Command.READ, n, 0, 512), extended=False) for n in range(32)))
         for _ in range(32):
-            assert peer.recv(16 + 512, socket.MSG_WAITALL)[:8] == b"\x67\x44\x66\x98\0\0\0\0"
+            assert received(peer, 16 + 512)[:8] == b"\x67\x44\x66\x98\0\0\0\0"
         with connect(Path(f"{path}.status")) as other:
             assert other.recv(200) == b"0 requests are under way; there have been 32 at once\n"
 

@@ -20,7 +20,7 @@ from nbdshard.common.ranges import Range
 from support import images
 from support.command import EXECUTABLE, nbdshard
 from support.images import MIB
-from support.nbd_blocking import Connection, connect, negotiate, reset
+from support.nbd_blocking import Connection, connect, negotiate, received, reset
 from support.served import NAME, NBDSH, serving, still_serves, tool
 
 CHUNK = 64 << 10
@@ -145,13 +145,13 @@ def test_nbd_rs_8_a_client_in_the_middle_of_something_holds_up_no_other() -> Non
     with serving("memory:1M") as served:
         begun = pack_request(Request(0, Command.WRITE, 1, 0, 8192), extended=False) + b"x" * 4096
         with connect(served.socket) as greeted, connect(served.socket) as writing, connect(served.socket) as idle:
-            assert greeted.recv(18, socket.MSG_WAITALL)
+            assert received(greeted, 18)
             negotiate(writing, Wishes(NAME, extended=False))
             writing.sendall(begun)
             negotiate(idle, DISK)
             still_serves(served)
             writing.sendall(b"y" * 4096)
-            magic, error, cookie = struct.unpack(">IIQ", writing.recv(16, socket.MSG_WAITALL))
+            magic, error, cookie = struct.unpack(">IIQ", received(writing, 16))
             assert (magic, error, cookie) == (0x67446698, 0, 1)
 
 

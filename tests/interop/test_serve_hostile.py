@@ -15,7 +15,14 @@ import pytest
 from fuzz.fuzz_server import CASES
 from fuzz.mutations import spoil
 
-from nbdshard.common.limits import NEGOTIATION_SECONDS_MAX, OPTIONS_MAX, SERVED_BYTES_MAX
+from nbdshard.common.limits import (
+    CREW_CALLS_MAX,
+    CREW_FLUSHES_MAX,
+    NEGOTIATION_SECONDS_MAX,
+    OPTIONS_MAX,
+    SERVER_BYTES_MAX,
+    SERVER_BYTES_RESERVE,
+)
 from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.nbd.constants import Command, CommandFlag, Errno, Info, Option, OptionReply
 from nbdshard.common.nbd.payload import in_memory
@@ -30,17 +37,18 @@ from nbdshard.common.nbd.wire_options import (
 from nbdshard.common.ranges import Range
 from support import processes
 from support.images import MIB
-from support.nbd_blocking import SECONDS, Connection, connect, negotiate, reset
+from support.nbd_blocking import SECONDS, Connection, connect, negotiate, received, reset
 from support.served import NAME, Served, serving, still_serves
 from support.waiting import wait_for
 
 PLAIN = Wishes(NAME, extended=False)
 OLD = Wishes(NAME, structured=False)
 FIXED = b"\0\0\0\3"
-CLIENTS = 30  # of each kind that may leave something behind
+KEPT_THREADS = 2 * CREW_CALLS_MAX + CREW_FLUSHES_MAX  # of an export, once they were needed
+CLIENTS = KEPT_THREADS + 12  # of each kind that may leave something behind
 LEAVING = 4  # descriptors and threads of clients that are about to go
 FUZZED = 300
-MEMORY_BYTES_MAX = 4 * SERVED_BYTES_MAX + 96 * MIB
+MEMORY_BYTES_MAX = SERVER_BYTES_MAX + SERVER_BYTES_RESERVE + 64 * MIB  # and an interpreter
 
 
 def asked(command: int, offset: int = 0, length: int = 0, flags: int = 0, cookie: int = 1) -> bytes:
@@ -95,7 +103,7 @@ def leaving_nothing(served: Served) -> Iterator[None]:
 
     def is_gone() -> bool:
         descriptors, threads = held(served)
-        return descriptors <= before[0] + LEAVING and threads <= before[1] + LEAVING
+        return descriptors <= before[0] + LEAVING and threads <= max(before[1], KEPT_THREADS) + LEAVING
 
     try:
         wait_for("descriptors and threads to be given back", is_gone)
@@ -257,22 +265,28 @@ def test_who_reads_a_byte_at_a_time_holds_up_nobody(memory: Served) -> None:
 
 
 def test_who_sends_a_byte_at_a_time_is_served_like_others(memory: Served) -> None:
-    stream = GO + asked(Command.WRITE, 0, 16) + b"0123456789abcdef" + asked(Command.READ, 0, 16) + asked(Command.DISC)
+    with connected_by_tcp(memory, OLD) as peer:
+
+        def trickle(stream: bytes) -> None:
+            for number in range(len(stream)):
+                peer.sendall(stream[number : number + 1])
+                if number % 10 == 0:
+                    still_serves(memory)
+
+        trickle(asked(Command.WRITE, 0, 16) + b"0123456789abcdef")
+        assert received(peer, 16)[:8].hex() == "6744669800000000"
+        trickle(asked(Command.READ, 0, 16) + asked(Command.DISC))
+        assert received(peer, 32)[16:] == b"0123456789abcdef"
+        assert peer.recv(1) == b""
     with connected_by_tcp(memory) as peer:
-        for number in range(len(stream)):
-            peer.sendall(stream[number : number + 1])
-            if number % 10 == 0:
-                still_serves(memory)
-        said = b""
-        while data := peer.recv(1 << 16):
-            said += data
-        assert said.endswith(b"0123456789abcdef")
+        trickle(GO)
+        assert len(received(peer, 100)) == 100
 
 
 def test_who_never_finishes_a_large_payload_leaves_memory_to_others(memory: Served) -> None:
     """Requests as large as all of it wait for their turn; smaller ones do not."""
     with leaving_nothing(memory):
-        peers = [connected_by_tcp(memory, PLAIN) for _ in range(CLIENTS)]
+        peers = [connected_by_tcp(memory, PLAIN) for _ in range(30)]
         for peer in peers:
             peer.sendall(asked(Command.WRITE, 0, 32 * MIB) + bytes(MIB))
         with Connection(memory.socket, Wishes(NAME)) as connection:
@@ -366,8 +380,8 @@ def test_a_flood_of_requests_is_answered(memory: Served) -> None:
 def replies(peer: socket.socket) -> Iterator[tuple[int, int, bytes]]:
     """(option, reply type, payload) of what comes."""
     while True:
-        header = unpack_option_reply(peer.recv(OPTION_REPLY.size, socket.MSG_WAITALL))
-        yield header.option, header.type, peer.recv(header.length, socket.MSG_WAITALL) if header.length else b""
+        header = unpack_option_reply(received(peer, OPTION_REPLY.size))
+        yield header.option, header.type, received(peer, header.length) if header.length else b""
 
 
 OPTIONS = {
@@ -395,7 +409,7 @@ OPTIONS = {
 def test_an_odd_option_is_refused_and_the_next_one_is_heard(memory: Served, what: str) -> None:
     stream, expected = OPTIONS[what]
     with connected_by_tcp(memory) as peer:
-        peer.recv(18, socket.MSG_WAITALL)
+        received(peer, 18)
         peer.sendall(FIXED + stream)
         found = replies(peer)
         kind = next(kind for _, kind, _ in found if kind != OptionReply.INFO)
@@ -408,7 +422,7 @@ def test_an_odd_option_is_refused_and_the_next_one_is_heard(memory: Served, what
 @pytest.mark.parametrize("queries", [["base:allocation"] * 3000, ["x:" + "y" * 4000] * 15, []])
 def test_many_queries_are_answered_once(memory: Served, queries: list[str]) -> None:
     with connected_by_tcp(memory) as peer:
-        peer.recv(18, socket.MSG_WAITALL)
+        received(peer, 18)
         peer.sendall(FIXED + pack_option(Option.STRUCTURED_REPLY))
         peer.sendall(pack_option(Option.SET_META_CONTEXT, pack_context_query(NAME, queries)))
         found = replies(peer)
@@ -466,11 +480,11 @@ def test_a_length_of_64_bits_is_refused_and_the_next_request_is_heard(memory: Se
     with connect(memory.socket) as peer:
         negotiate(peer, Wishes(NAME))
         peer.sendall(stream + asked_widely(Command.FLUSH))
-        magic, flags, kind, cookie, _, length = struct.unpack(">IHHQQQ", peer.recv(32, socket.MSG_WAITALL))
+        magic, flags, kind, cookie, _, length = struct.unpack(">IHHQQQ", received(peer, 32))
         assert (magic, flags, kind, cookie) == (0x6E8A278C, 1, 0x8001, 1)
-        (error,) = struct.unpack_from(">I", peer.recv(length, socket.MSG_WAITALL))
+        (error,) = struct.unpack_from(">I", received(peer, length))
         assert error == expected
-        assert struct.unpack(">IHHQQQ", peer.recv(32, socket.MSG_WAITALL))[1:3] == (1, 0)
+        assert struct.unpack(">IHHQQQ", received(peer, 32))[1:3] == (1, 0)
 
 
 def test_a_write_that_did_not_come_whole_changes_nothing(served: Served) -> None:

@@ -26,6 +26,14 @@ def connect(where: Path | tuple[str, int]) -> socket.socket:
     return peer
 
 
+def received(peer: socket.socket, count: int) -> bytes:
+    """`count` bytes, or fewer at the end of the stream. (MSG_WAITALL does not wait where there is a time-out.)"""
+    data = b""
+    while len(data) < count and (more := peer.recv(count - len(data))):
+        data += more
+    return data
+
+
 def reset(peer: socket.socket) -> None:
     """Close a connection over TCP so that the other side is told it was reset; over a unix socket it is a close."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

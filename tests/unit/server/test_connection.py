@@ -26,7 +26,7 @@ from nbdshard.server.device import Hole
 from nbdshard.server.exports import Exported, Exports
 from nbdshard.server.handling import HANDLERS, NBD, Answer, Protocol
 from nbdshard.server.serving import Request as ServedRequest
-from support.nbd_blocking import negotiate
+from support.nbd_blocking import negotiate, received
 
 PLAIN = Wishes("disk", structured=False, extended=False)
 READ = pack_request(Request(0, 0, 7, 0, 512), extended=False)
@@ -68,7 +68,7 @@ def connected(backend: MemoryBackend, protocol: Protocol = NBD) -> Iterator[tupl
 
 def answer(peer: socket.socket) -> tuple[int, int]:
     """(errno, cookie) of the next simple reply."""
-    head = peer.recv(SIMPLE_REPLY.size, socket.MSG_WAITALL)
+    head = received(peer, SIMPLE_REPLY.size)
     assert len(head) == SIMPLE_REPLY.size, "the connection has ended"
     _, error, cookie = SIMPLE_REPLY.unpack(head)
     return error, cookie
@@ -82,7 +82,7 @@ def test_who_leaves_still_says_the_last_answer() -> None:
         connection.leave()
         backend.may_end.set()
         assert answer(peer) == (0, 7)
-        assert len(peer.recv(512, socket.MSG_WAITALL)) == 512
+        assert len(received(peer, 512)) == 512
         assert peer.recv(1) == b""
 
 
@@ -95,10 +95,10 @@ def test_who_leaves_refuses_the_option_that_has_come() -> None:
         connection.leave()
         thread = threading.Thread(target=connection.serve)
         thread.start()
-        assert theirs.recv(18, socket.MSG_WAITALL)
-        header = unpack_option_reply(theirs.recv(OPTION_REPLY.size, socket.MSG_WAITALL))
+        assert received(theirs, 18)
+        header = unpack_option_reply(received(theirs, OPTION_REPLY.size))
         assert (header.option, header.type) == (Option.LIST, OptionReply.ERR_SHUTDOWN)
-        assert theirs.recv(header.length + 1, socket.MSG_WAITALL) == b"the server is shutting down"
+        assert received(theirs, header.length + 1) == b"the server is shutting down"
     thread.join(30)
     assert not thread.is_alive()
     connection.close()
