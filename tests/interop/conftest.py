@@ -28,3 +28,10 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
     }[request.param]
     with serving(conn, "--tcp", "127.0.0.1:0", driver=driver) as found:
         yield found
+
+
+@pytest.fixture
+def memory() -> Iterator[Served]:
+    """An export in memory, by TCP, too."""
+    with serving("memory:64M", "--tcp", "127.0.0.1:0", "--verbose") as found:
+        yield found
