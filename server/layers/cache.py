@@ -385,6 +385,7 @@ class Cache(Passing):
                 again = {id(block) for block in self._written}
                 self._core.flushed(block for block in covered if id(block) not in again)
                 self._note()
+        self._slots.settle()
 
     def _told(self, error: OSError) -> OSError:
         told = f"{format_bytes(self.dirty_bytes)} cannot be written back: {error.strerror or error}"

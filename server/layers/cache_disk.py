@@ -2,14 +2,17 @@
 
 A directory has one owner, and is of one export. What is written to a slot comes before its record in the index, and a
 record is taken out before another block gets its slot: so a server that is killed leaves an index that is right. After
-a crash of the machine some of both may be missing, which the checksums tell.
+a crash of the machine some of both may be missing, which the checksums tell. But an old record, with what belongs to
+it, may also be there still: before a flush is answered the index is made durable, so that what it covers is not undone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,8 +59,12 @@ class DiskSlots:
         self._records: dict[int, Record] = {}  # by slot, as they are in the index
         self._fresh: dict[int, dict[int, int]] = {}  # checksums of what was put since, by slot and grain
         self._sequence = 0
+        self._indexing = threading.Lock()  # of what follows
         self._stale: set[int] = set()  # slots whose record in the index is to be another one, or none
+        self._noted = self._settled = 0  # records that were put, and how many of them are durable
         self._is_broken = False
+        self._settling = threading.Lock()
+        self._lost: OSError | None = None
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -100,25 +107,56 @@ class DiskSlots:
             if block is None or not block.kept:
                 if old is not None:
                     del self._records[slot]
-                    self._put_record(slot, None)
+                    self._put_record(slot)
                 continue
             is_new = old is None or old.number != block.number
             checksums = bytearray(4 * self._grains if is_new or old is None else old.checksums)
             for grain, checksum in fresh.items():
                 _CHECKSUM.pack_into(checksums, 4 * grain, checksum)
             self._sequence += 1
-            record = self._records[slot] = Record(self._sequence, block.number, block.kept, bytes(checksums))
-            self._put_record(slot, record)
+            self._records[slot] = Record(self._sequence, block.number, block.kept, bytes(checksums))
+            self._put_record(slot)
 
-    def _put_record(self, slot: int, record: Record | None) -> None:
-        try:
-            where = HEADER_BYTES + slot * self._record_bytes
-            os.pwrite(self._index, pack_record(record, self._grains), where)
-        except OSError as error:
-            if not self._is_broken:
-                self._is_broken = True
-                what = "what is not written back yet would not survive the end of this server"
-                logs.error(f"{self.lasting}/{_INDEX}: cannot be written: {error.strerror}; {what}")
+    def _put_record(self, slot: int) -> None:
+        """Into the index. What cannot be put is stale, and tried again by `settle`."""
+        with self._indexing:
+            self._stale.add(slot)
+            try:
+                where = HEADER_BYTES + slot * self._record_bytes
+                os.pwrite(self._index, pack_record(self._records.get(slot), self._grains), where)
+            except OSError as error:
+                if not self._is_broken:
+                    self._is_broken = True
+                    what = "what is not written back yet would not survive the end of this server"
+                    logs.error(f"{self.lasting}/{_INDEX}: cannot be written: {error.strerror}; {what}")
+                    self._distrust()
+            else:
+                self._stale.discard(slot)
+                self._noted += 1
+
+    def _distrust(self) -> None:
+        """Have the next run check whether a slot still holds what its record says, as after a crash of the machine."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self._index, pack_header(msgspec.structs.replace(self._header, boot="")), 0)
+
+    def settle(self) -> None:
+        with self._indexing:
+            stale = list(self._stale)
+        for slot in stale:
+            self._put_record(slot)
+        with self._settling:
+            with self._indexing:
+                is_whole, noted = not self._stale, self._noted
+            if self._lost is None and noted != self._settled:
+                try:
+                    os.fdatasync(self._index)
+                except OSError as error:  # the kernel tells once: nobody knows any more what the disk has
+                    self._lost = error
+                else:
+                    self._settled = noted
+            if self._lost is not None or not is_whole:
+                what = "cannot be written, and after a crash may undo what was flushed"
+                raise OSError(errno.EIO, f"{self.lasting}/{_INDEX}: {what}")
 
     def restore(self) -> dict[int, tuple[int, int]]:
         """What was not below when it was left: by slot, (number of a block, mask of grains). Raises UserError."""
@@ -187,14 +225,14 @@ class DiskSlots:
 
     def begin(self) -> None:
         """From now on it is in use, and known to be; what was not restored is forgotten. Raises OSError."""
-        for slot in self._stale:
-            self._put_record(slot, self._records.get(slot))
+        for slot in list(self._stale):
+            self._put_record(slot)
         self._write_header(closed=False)
 
     def keep(self) -> None:
         """Make durable what it holds, for the next run. Raises OSError."""
         os.fdatasync(self._data)
-        os.fdatasync(self._index)
+        self.settle()
         self._write_header(closed=True)
 
     def _write_header(self, *, closed: bool) -> None:

@@ -27,6 +27,9 @@ class Slots(Protocol):
     def sign(self, slot: int, start: int, end: int, data: memoryview) -> None:
         """`data` was put there, and a journal will have to have it. Raises OSError."""
 
+    def settle(self) -> None:
+        """A flush is about to be answered: a journal must not bring back what was there before. Raises OSError."""
+
     def keep(self) -> None:
         """Make durable what it holds, where it lasts. Raises OSError."""
 
@@ -64,6 +67,9 @@ class MemorySlots:
         return None
 
     def sign(self, slot: int, start: int, end: int, data: memoryview) -> None:
+        return None
+
+    def settle(self) -> None:
         return None
 
     def keep(self) -> None:

@@ -204,6 +204,31 @@ def test_a_record_that_is_torn_by_a_crash_of_the_machine_is_told(
     assert "is not whole, and given up" in capfd.readouterr().err
 
 
+def test_what_was_flushed_is_not_undone_by_what_the_disk_had_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below, fdatasync = Gated(SIZE), os.fdatasync
+    with cached(below, tmp_path / "cache") as cache:
+        write(cache, 0, b"a" * BLOCK)
+        write(cache, BLOCK, b"a" * BLOCK)
+        left = copied(tmp_path / "cache", tmp_path / "left")  # the kernel writes all back, as it does now and then
+        write(cache, 0, b"b" * BLOCK)
+        cache.zero(Range(BLOCK, 2 * BLOCK), may_punch=True, fast=False)
+
+        def noted(number: int) -> None:
+            fdatasync(number)
+            name = Path(os.readlink(f"/proc/self/fd/{number}"))
+            (left / name.name).write_bytes(name.read_bytes())
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fdatasync", noted)
+            cache.flush()
+    another_boot(monkeypatch)
+    with cached(below, left) as cache:
+        cache.flush()
+    assert below.content(0, 2 * BLOCK) == b"b" * BLOCK + bytes(BLOCK)
+
+
 def test_after_an_orderly_end_nothing_has_to_be_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     below = Gated(SIZE)
     below.failing[Operation.WRITE] = errno.EIO
@@ -312,24 +337,79 @@ def test_another_size_of_the_cache_is_taken_when_all_is_written_back(
 # -- disks that fail
 
 
-def test_an_index_that_cannot_be_written_is_told_once_and_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.fixture
+def failing_index(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The calls in it fail for the index of a cache, but for its header."""
+    calls: set[str] = set()
+    pwrite, fdatasync = os.pwrite, os.fdatasync
+
+    def fail(call: str, number: int) -> None:
+        if call in calls and os.readlink(f"/proc/self/fd/{number}").endswith("/index"):
+            raise OSError(errno.EIO, "Input/output error")
+
+    def failing_pwrite(number: int, data: bytes, where: int) -> int:
+        if where >= HEADER_BYTES:
+            fail("pwrite", number)
+        return pwrite(number, data, where)
+
+    def failing_fdatasync(number: int) -> None:
+        fail("fdatasync", number)
+        fdatasync(number)
+
+    monkeypatch.setattr(os, "pwrite", failing_pwrite)
+    monkeypatch.setattr(os, "fdatasync", failing_fdatasync)
+    yield calls
+    calls.clear()
+
+
+def test_an_index_that_cannot_be_written_fails_flushes_until_it_can(
+    tmp_path: Path, failing_index: set[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     below = Gated(SIZE)
     with cached(below, tmp_path / "cache") as cache:
-        number, pwrite = cache._slots._index, os.pwrite  # type: ignore[attr-defined]
-
-        def failing(to: int, data: bytes, where: int) -> int:
-            if to == number and where >= HEADER_BYTES:
-                raise OSError(errno.EIO, "Input/output error")
-            return pwrite(to, data, where)
-
-        monkeypatch.setattr(os, "pwrite", failing)
+        failing_index.add("pwrite")
         write(cache, 0, b"a" * BLOCK)
         write(cache, BLOCK, b"a" * BLOCK)
-        cache.flush()
+        with pytest.raises(
+            OSError, match="cache/index: cannot be written, and after a crash may undo what was flushed"
+        ):
+            cache.flush()
         assert below.content(0, 2 * BLOCK) == b"a" * 2 * BLOCK
+        failing_index.clear()
+        cache.flush()
     assert capfd.readouterr().err.count("would not survive the end of this server") == 1
+
+
+def test_a_slot_that_got_another_block_while_the_index_could_not_be_written_is_not_taken_for_the_old_one(
+    tmp_path: Path, failing_index: set[str]
+) -> None:
+    below = Gated(SIZE)
+    with cached(below, tmp_path / "cache") as cache:
+        write(cache, 0, b"a" * BLOCK)
+        failing_index.add("pwrite")
+        for number in range(1, 40):
+            write(cache, number * BLOCK, b"b" * BLOCK)
+        assert below.content(0, BLOCK) == b"a" * BLOCK
+        left = copied(tmp_path / "cache", tmp_path / "left")
+        failing_index.clear()
+    with cached(below, left) as cache:
+        assert read(cache, 0, BLOCK) == b"a" * BLOCK
+
+
+def test_an_index_that_could_once_not_be_synced_fails_every_flush(tmp_path: Path, failing_index: set[str]) -> None:
+    told = "cannot be written, and after a crash may undo what was flushed"
+
+    def served() -> None:
+        with cached(Gated(SIZE), tmp_path / "cache") as cache:
+            write(cache, 0, b"a" * BLOCK)
+            failing_index.add("fdatasync")
+            for _ in range(2):
+                with pytest.raises(OSError, match=told):
+                    cache.flush()
+                failing_index.clear()
+
+    with pytest.raises(OSError, match=told):  # the end tells it, too
+        served()
 
 
 def test_a_cache_whose_data_cannot_be_read_writes_nothing_wrong_below(tmp_path: Path) -> None:
