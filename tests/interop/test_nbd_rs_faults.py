@@ -28,6 +28,16 @@ DISK = Wishes(NAME)
 WAYS = {"simple": Wishes(NAME, structured=False), "structured": Wishes(NAME, extended=False), "extended": DISK}
 
 
+def test_each_of_the_ten_faults_has_a_test_that_is_named_after_it() -> None:
+    tests = Path(__file__).parents[1]
+    named = {
+        int(n) for path in tests.rglob("test_*.py") for n in re.findall(r"def test_nbd_rs_(\d+)_", path.read_text())
+    }
+    assert named == set(range(1, 11))
+    table = re.findall(r"\| `test_nbd_rs_(\d+)_\*`", (tests.parent / "ARCHITECTURE.md").read_text())
+    assert list(map(int, table)) == list(range(1, 11))
+
+
 def chunked(folder: Path, name: str = "disk") -> str:
     return f"file:{folder}/{name}/?size={4 * MIB}&chunk=64K"
 
