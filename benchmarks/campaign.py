@@ -15,7 +15,7 @@ from benchmarks.checkpoints import measure_checkpoints
 from benchmarks.commands import EXECUTABLE, TOOLS
 from benchmarks.ends import SHARED_MEMORY, scratch_folder
 from benchmarks.measure import CommandFailed, output
-from benchmarks.results import IDENTICAL, CheckpointCost, LeaseRate, Point, Results, Row, SchedulerCost
+from benchmarks.results import IDENTICAL, CheckpointCost, LeaseRate, Point, Results, Row, SchedulerCost, ServedWork
 from benchmarks.row_run import RowRun
 from benchmarks.rows import (
     CHECKPOINT_ROUNDS,
@@ -30,10 +30,12 @@ from benchmarks.rows import (
     SCALING_ROUNDS_QUICK,
     SCHEDULER_RANGES,
     SCHEDULER_WORKERS,
+    SERVED_BYTES,
     TRANSPORTS,
 )
 from benchmarks.rows import Row as Task
 from benchmarks.scaling import BY_WORKERS, Choice, by_request_size, measure_choices
+from benchmarks.serving import measure_serving
 from nbdshard.common.units import format_bytes
 
 TASKS: Final = {task.name: task for task in ROWS}
@@ -67,6 +69,7 @@ class Campaign:
     scaling: list[Point] = field(default_factory=list)
     requests: list[Point] = field(default_factory=list)
     checkpoints: list[CheckpointCost] = field(default_factory=list)
+    serving: list[ServedWork] = field(default_factory=list)
     leases: list[LeaseRate] = field(default_factory=list)
     scheduler: list[SchedulerCost] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -89,6 +92,7 @@ class Campaign:
             scaling=self.scaling,
             requests=self.requests,
             checkpoints=self.checkpoints,
+            serving=self.serving,
             leases=self.leases,
             scheduler=self.scheduler,
             notes=self.notes,
@@ -127,6 +131,10 @@ class Campaign:
                 self.checkpoints = [self._checkpoints(deadline)]
                 share = self.checkpoints[0].share
                 return "failed" if share is None else f"{share:+.1%} of the time"
+            case "serving":
+                self.serving = self._serving(folder, deadline)
+                ratios = [work.speed(each.name) for work in self.serving for each in work.series[1:]]
+                return ", ".join("failed" if ratio is None else f"{ratio:.2f}" for ratio in ratios) + " x nbdkit"
             case "leases":
                 self.leases = self._leases()
                 return f"{min(rate.per_second for rate in self.leases):,.0f} leases/s or more"
@@ -157,6 +165,10 @@ class Campaign:
     def _checkpoints(self, deadline: float) -> CheckpointCost:
         size = CHECKPOINTED_BYTES // QUICK_DIVISOR if self.plan.quick else CHECKPOINTED_BYTES
         return measure_checkpoints(self.plan.limited(size), min(self.plan.rounds, CHECKPOINT_ROUNDS), deadline)
+
+    def _serving(self, folder: Path, deadline: float) -> list[ServedWork]:
+        size = self.plan.limited(SERVED_BYTES // QUICK_DIVISOR if self.plan.quick else SERVED_BYTES)
+        return measure_serving(size, self.plan.rounds, folder, deadline)
 
     def _leases(self) -> list[LeaseRate]:
         count = LEASES // QUICK_DIVISOR if self.plan.quick else LEASES

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.results import NBDCOPY, NBDSHARD, QEMU_IMG, CheckpointCost, LeaseRate, Row, SchedulerCost, Series
+from benchmarks.results import (
+    NBDCOPY,
+    NBDSHARD,
+    QEMU_IMG,
+    CheckpointCost,
+    LeaseRate,
+    Row,
+    SchedulerCost,
+    Series,
+    ServedWork,
+)
 from benchmarks.rows import CHECKPOINT_COST_MAX, FLAT_FACTOR_MAX, LEASES_PER_SECOND_MIN, Figure
 from nbdshard.common.limits import CHECKPOINT_SECONDS
 
@@ -102,6 +112,12 @@ def judge_checkpoints(cost: CheckpointCost) -> Judgement:
     share = checkpoints_by_default(cost)
     asked = f"under {CHECKPOINT_COST_MAX:.0%} at the default interval"
     return Judgement(asked, None if share is None else share < CHECKPOINT_COST_MAX)
+
+
+def judge_server(work: ServedWork, server: str, speed_min: float) -> Judgement:
+    """Of one server, beside the peer."""
+    reached = work.speed(server)
+    return Judgement(f"at least {speed_min:g}", None if reached is None else reached >= speed_min)
 
 
 def judge_leases(rate: LeaseRate) -> Judgement:

@@ -23,6 +23,7 @@ PROGRAMS: Final[Mapping[str, str]] = {  # and the Debian packages they are in
     "qemu-img": "qemu-utils",
     "qemu-nbd": "qemu-utils",
     "nbdkit": "nbdkit",
+    "fio": "fio",
 }
 PACKAGES: Final = ("liburing", "pyzmq", "msgpack", "msgspec")
 _VERSION: Final = re.compile(r"\d+(\.\d+)+")

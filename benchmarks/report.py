@@ -8,7 +8,7 @@ from typing import Final
 from benchmarks import judging
 from benchmarks.commands import TOOLS, shown
 from benchmarks.results import AFTER_ONE, AFTER_ROUNDS, NBDCOPY, NBDSHARD, QEMU_IMG, Point, Results, Row, Sample, Series
-from benchmarks.rows import ROWS
+from benchmarks.rows import NBDKIT, ROWS, SERVED_WORKS
 from benchmarks.series import SLOW_FACTOR, SLOW_ROUNDS, VARIANT_ROUNDS
 from nbdshard.common.limits import CHECKPOINT_SECONDS, CONNECTIONS_DEFAULT, REQUEST_BYTES_DEFAULT
 from nbdshard.common.units import format_bytes
@@ -35,6 +35,7 @@ def page(results: Results, notes: str) -> str:
         _scaling(results),
         _requests(results),
         _checkpoints(results),
+        _serving(results),
         _control_plane(results),
         _how(results),
         notes.strip(),
@@ -257,6 +258,33 @@ def _checkpoints(results: Results) -> str:
     )
     head = ("size", "flushed and journaled", "wall", "CPU", "more time", "by default", "asked for", "")
     return text + table(head, lines)
+
+
+def _serving(results: Results) -> str:
+    lines: list[Sequence[str]] = []
+    works = {work.name: work for work in SERVED_WORKS}
+    for found in results.serving:
+        work = works[found.name]
+        for series in found.series:
+            is_peer = series.name == NBDKIT
+            begin = (f"**{work.name}**: {work.title}", format_bytes(found.size)) if is_peer else ("", "")
+            taken = f"{series.servers:.2f}" if series.samples else NO_NUMBERS
+            judged: tuple[str, ...] = ()
+            if not is_peer:
+                judgement = judging.judge_server(found, series.name, work.servers[series.name])
+                judged = (_times(found.speed(series.name)), judgement.asked, str(judgement))
+            lines.append((*begin, series.name, _spread(series, _wall), taken, *judged))
+    if not lines:
+        return ""
+    text = (
+        "## The server\n\n"
+        "The same clients of `nbdshard serve` and of nbdkit's file plugin, in turns: files in shared memory, unix "
+        "sockets, seconds of wall time. The ratios say how many times as fast as beside nbdkit a client was.\n\n"
+    )
+    all_series = [(found.name, each) for found in results.serving for each in found.series]
+    failures = [f"{name}: {each.name}: {each.failed}" for name, each in all_series if each.failed]
+    head = ("work", "size", "server", "wall", "CPU of the server", "x nbdkit", "asked for", "")
+    return "\n\n".join(part for part in (text + table(head, lines), bullets(failures)) if part)
 
 
 def best_of(points: Sequence[Point], default: tuple[int, int, int], name: Callable[[Point], str]) -> str:

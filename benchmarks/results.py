@@ -109,6 +109,19 @@ class CheckpointCost(Record, frozen=True):
         return self.often.wall / self.never.wall - 1
 
 
+class ServedWork(Record, frozen=True):
+    """What a client of several servers took in turns; the first series is the peer's."""
+
+    name: str
+    size: int
+    series: list[Series]
+
+    def speed(self, server: str) -> float | None:
+        """How many times as fast as beside the peer it was, by the medians; None if one has no samples."""
+        peer, own = self.series[0], next(each for each in self.series if each.name == server)
+        return peer.wall / own.wall if peer.samples and own.samples else None
+
+
 class LeaseRate(Record, frozen=True):
     """One coordinator with mock workers, between its first and its last report of a written range."""
 
@@ -164,6 +177,7 @@ class Results(Record, frozen=True):
     scaling: list[Point] = []
     requests: list[Point] = []
     checkpoints: list[CheckpointCost] = []
+    serving: list[ServedWork] = []
     leases: list[LeaseRate] = []
     scheduler: list[SchedulerCost] = []
     notes: list[str] = []

@@ -5,7 +5,7 @@ A size is that of a full run; `--quick` divides it (`Row.quick_size`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
@@ -119,7 +119,7 @@ FIRST: Final = Row(
     NULL,
     8 * GIB,
     Figure(speed_min=1.5, cpu_share_max=0.45),
-    weight=104,
+    weight=96,
     variants=(("--ring", "epoll"), ("--data-path=buffer",)),
 )
 
@@ -142,7 +142,7 @@ ROWS: Final[Sequence[Row]] = (
         Nbdkit("null", tcp=True),
         8 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.8),
-        weight=96,
+        weight=88,
     ),
     Row(
         "memory",
@@ -228,7 +228,7 @@ ROWS: Final[Sequence[Row]] = (
         MEMORY,
         8 * GIB,
         Figure(speed_min=1.0),
-        weight=128,
+        weight=106,
         data_share=0.5,
         detects_zeroes=True,
         is_compared_whole=True,
@@ -272,5 +272,39 @@ CHECKPOINT_ROUNDS: Final = 3
 CHECKPOINT_SECONDS_NEVER: Final = 86_400.0
 CHECKPOINT_COST_MAX: Final = 0.03  # of the throughput, at the default interval
 
+# The server beside nbdkit's file plugin: each kind of work, and how many times as fast its servers must be.
+NBDKIT: Final = "nbdkit file"
+SERVER_RAW: Final = "raw file:"
+SERVER_SHARDED: Final = "sharded file:"
+SERVER_PROCESSES: Final = "raw file:, 2 processes"
+SERVED_BYTES: Final = 4 * GIB
+RANDOM_JOBS: Final = 4
+RANDOM_DEPTH: Final = 64
+RANDOM_PROCESSES: Final = 2
+RANDOM_READ_BYTES: Final = 64 * MIB  # by each job
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a client does, and by server how many times as fast as nbdkit it must be."""
+
+    name: str
+    title: str
+    servers: Mapping[str, float]
+
+
+SERVED_WORKS: Final = (
+    Work("read", "nbdcopy to null:", {SERVER_RAW: 1.0, SERVER_SHARDED: 0.7}),
+    Work("write", "nbdcopy of random data, `-S 0`", {SERVER_RAW: 1.0, SERVER_SHARDED: 0.7}),
+    Work("random", "fio: 4 KiB read at random, 4 connections of depth 64", {SERVER_PROCESSES: 0.3}),
+)
+
 # Parts that are no rows, with their weights.
-PARTS: Final = {"scaling": 18.0, "requests": 18.0, "checkpoints": 8.0, "leases": 7.0, "scheduler": 32.0}
+PARTS: Final = {
+    "serving": 40.0,
+    "scaling": 18.0,
+    "requests": 18.0,
+    "checkpoints": 8.0,
+    "leases": 7.0,
+    "scheduler": 32.0,
+}

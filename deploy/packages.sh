@@ -8,7 +8,7 @@ set -eu
 case "${1:-}" in
 demo) wanted='e2fsprogs' ;;
 test) wanted='nbdkit nbd-server nbd-client libnbd-bin python3-libnbd qemu-utils fio strace e2fsprogs iproute2 systemd libseccomp2 liberasurecode1 man-db groff-base' ;;
-bench) wanted='nbdkit libnbd-bin qemu-utils' ;;
+bench) wanted='nbdkit libnbd-bin qemu-utils fio' ;;
 venv)
     # Debian's Python cannot make virtual environments without this package; others can.
     python3.11 -c 'import ensurepip' 2>/dev/null && exit 0

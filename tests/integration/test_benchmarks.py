@@ -39,7 +39,7 @@ NAMES = (
     "fragments",
 )
 TASKS = [row for row in ROWS if row.name in NAMES]
-PARTS = ("scaling", "checkpoints", "leases")
+PARTS = ("serving", "scaling", "checkpoints", "leases")
 
 BURN = "import time\nwhile time.process_time() < {seconds}: pass"
 
@@ -142,6 +142,11 @@ def test_scaling_and_the_control_plane_are_measured(ran: Ran) -> None:
     coordinators = [(rate.transport, rate.workers) for rate in found.leases]
     assert coordinators == [("ipc", 10), ("ipc", 100), ("tcp", 10), ("tcp", 100)]
     assert all(rate.cpu > 0 and rate.leases > 0 for rate in found.leases)
+
+
+def test_every_server_is_measured_beside_nbdkit(ran: Ran) -> None:
+    assert [work.name for work in ran.results.serving] == ["read", "write", "random"]
+    assert all(series.samples for work in ran.results.serving for series in work.series), ran.said
 
 
 def test_checkpoints_are_measured_beside_a_copy_without(ran: Ran) -> None:
