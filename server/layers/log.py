@@ -28,10 +28,11 @@ _STDERR: Final = 2
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`time`: seconds since 1970. `id`: the same for both lines of a request. `error`: the errno's name."""
+    """`time`: seconds since 1970. `id`: of a request of `process`, in both of its lines. `error`: the errno's name."""
 
     time: float
     export: str
+    process: int
     id: int
     event: str
     operation: str
@@ -107,7 +108,7 @@ class Log(Around):
 
         def say(event: str, seconds: float | None = None, error: str | None = None) -> None:
             now = round(time.time(), 6)
-            line = _Line(now, self._export, number, event, operation.value, offset, length, seconds, error)
+            line = _Line(now, self._export, os.getpid(), number, event, operation.value, offset, length, seconds, error)
             self._lines.write(line)
 
         say("begin")

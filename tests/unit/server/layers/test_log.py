@@ -42,7 +42,7 @@ def test_a_request_has_a_line_when_it_begins_and_one_when_it_ends(tmp_path: Path
     backend.flush()
     backend.close()
     begin, end, flush, _ = lines_of(tmp_path / "log")
-    about = {"export": "disk", "id": 0, "operation": "write", "offset": 4096, "length": 4096}
+    about = {"export": "disk", "process": os.getpid(), "id": 0, "operation": "write", "offset": 4096, "length": 4096}
     assert begin == {**about, "event": "begin", "time": begin["time"]}
     assert end == {**about, "event": "end", "time": end["time"], "seconds": end["seconds"]}
     assert (flush["id"], flush["operation"]) == (1, "flush")
