@@ -21,7 +21,8 @@ from nbdshard.server.layers.cache_blocks import Geometry
 from nbdshard.server.layers.cache_core import CacheCore
 from nbdshard.server.layers.cache_disk import open_folder
 from nbdshard.server.layers.cache_index import HEADER_BYTES, Header, record_bytes
-from support.gated import Gated, content_of
+from support.caches import read, write
+from support.gated import Gated
 from support.journals import small_disk
 
 GRAIN = 4096
@@ -44,14 +45,6 @@ def cached(below: Gated, folder: Path, header: Header = HEADER, *, write_back: b
         yield cache
     finally:
         cache.close()
-
-
-def write(cache: Cache, start: int, data: bytes) -> None:
-    cache.write(Range.of(start, len(data)), memoryview(data))
-
-
-def read(cache: Cache, start: int, length: int) -> bytes:
-    return content_of(cache.read(Range.of(start, length)))
 
 
 def copied(folder: Path, to: Path) -> Path:
