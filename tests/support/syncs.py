@@ -31,7 +31,7 @@ def traced(calls: Path) -> tuple[str, ...]:
 
 
 class Trace:
-    """The trace in `calls`, of what happens in `folder`, but for those names in it that are `besides`."""
+    """The trace in `calls`, of what happens in `folder`, but for those names in it that are `besides`, and NAME.*."""
 
     def __init__(self, calls: Path, folder: Path, besides: Collection[str] = ()) -> None:
         self.dirty: set[str] = set()
@@ -79,7 +79,7 @@ class Trace:
         elif call != "openat" or "O_CREAT" in asked:
             places = [Path(match["folder"] or "/") / match["name"] for match in _AT.finditer(asked)]
             for place in places:
-                if str(place) not in self._besides:
+                if not self._is_beside(str(place)):
                     self._add(str(place.parent))
             if call.startswith("rename") and str(places[0]) in self.dirty:
                 self.dirty.discard(str(places[0]))
@@ -88,5 +88,8 @@ class Trace:
                 self.dirty.discard(str(places[0]))
 
     def _add(self, path: str) -> None:
-        if path.startswith(self._folder) and path not in self._besides and not path.endswith(" (deleted)"):
+        if path.startswith(self._folder) and not self._is_beside(path) and not path.endswith(" (deleted)"):
             self.dirty.add(path)
+
+    def _is_beside(self, path: str) -> bool:
+        return any(path == each or path.startswith(f"{each}.") for each in self._besides)
