@@ -287,6 +287,9 @@ class Transmission:
         if count:
             self._share.moved_at = time.monotonic()
             self._keep(device.received(count))
+            incoming = device.incoming
+            if incoming is not None and not self._kept and self._goes_by_pipe(incoming):
+                self._receive_into_pipe(incoming)  # which is nearly always there already
         else:
             device.end_of_stream()
         return True
@@ -304,21 +307,26 @@ class Transmission:
         return True
 
     def _receive_into_pipe(self, request: Request) -> bool:
-        count = self._inward.receive(self._number, self._device.incoming_left)
-        if count is None:
-            if self._inward.held and is_readable(self._number):  # so it is the pipe that is full
-                self._store(request)
+        """As `_receive`: until all of the payload is in its file, or no more of it has come."""
+        device, has_come = self._device, False
+        while self._piped is request:
+            count = self._inward.receive(self._number, device.incoming_left)
+            if count:
+                has_come = True
+                if device.moved(count):
+                    self._piped = None
+                    self._store(request)
+            elif count == 0:
+                device.end_of_stream()
                 return True
-            self._events = select.POLLIN
-            return False
-        if count == 0:
-            self._device.end_of_stream()
-            return True
-        self._share.moved_at = time.monotonic()
-        if self._device.moved(count):
-            self._piped = None
-            self._store(request)
-        return True
+            elif self._inward.held and is_readable(self._number):  # so it is the pipe that is full
+                self._store(request)
+            else:
+                self._events = select.POLLIN
+                break
+        if has_come:
+            self._share.moved_at = time.monotonic()
+        return has_come
 
     def _store(self, request: Request) -> None:
         """What is in the pipe into the file, and the request is done when that was all of it."""
