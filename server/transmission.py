@@ -118,8 +118,7 @@ class Transmission:
                 device.shut_down()
             self._keep(device.resume())
             self._go_on()
-            if self._send():
-                continue
+            has_sent = self._send()
             if self._is_leaving.is_set() and not device.under_way and not self._out and not is_readable(self._number):
                 return  # only now: what was just answered has left too, and what had come is refused
             if device.finished:
@@ -127,7 +126,7 @@ class Transmission:
             if self._is_stalled and self._is_in_the_way():
                 logs.warning(f"{device.client}: takes nothing while others wait for the memory it holds: it is cut off")
                 return
-            if not self._receive() and not self._wait():
+            if not self._receive() and not has_sent and not self._wait():
                 return
 
     def close(self) -> None:
