@@ -229,6 +229,7 @@ class FileStore:
             for file in held:
                 self._let_go(file)
         self._sync_folder()
+        self._check_folder()
         if self._lost:
             key, lost = next(iter(self._lost.items()))
             raise OSError(lost.errno, f"a write-back of {key} failed: {lost.strerror}")
@@ -340,8 +341,7 @@ class FileStore:
         try:
             number = self._opened(key, self._mode | (os.O_CREAT if make else 0))
         except FileNotFoundError:
-            if make:
-                raise  # the directory has gone
+            self._check_folder()
             return None
         if make:
             self._has_changed = True
@@ -362,6 +362,11 @@ class FileStore:
             os.close(number)
             return there
         return file
+
+    def _check_folder(self) -> None:
+        """Raises OSError where the directory was removed: then nothing is known of what was in it."""
+        if not os.fstat(self._number).st_nlink:
+            raise OSError(errno.ENOENT, f"{self._folder} was removed")
 
     def _opened(self, key: str, flags: int) -> int:
         """Where there are no descriptors left, files that nobody uses are closed first."""

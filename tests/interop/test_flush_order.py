@@ -30,7 +30,7 @@ def done(connection: Connection) -> None:
 
 
 def unsynced(trace: Trace, folder: Path) -> set[str]:
-    """Without what a cache on disk holds: a flush goes through it, to where everything belongs. With its index, though."""
+    """Without what a cache on disk holds: a flush goes through it, to where everything belongs. Its index counts."""
     return trace.read() - {str(folder / "cache" / name) for name in ("data", "lock")}
 
 

@@ -167,13 +167,21 @@ def test_an_object_that_is_there_is_not_made_again(store: FileStore, tmp_path: P
     assert os.listdir(tmp_path) == ["note"]
 
 
-def test_a_directory_that_is_gone_is_an_error_of_a_write(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with contextlib.closing(FileStore(tmp_path / "folder")) as store:
-        (tmp_path / "folder").rmdir()
-        assert store.read("one", BYTES) is None
-        with pytest.raises(FileNotFoundError):
-            write(store, "one")
+def test_a_directory_that_was_removed_holds_no_zeroes_and_nothing_that_is_durable(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with contextlib.closing(FileStore(folder)) as store:
+        write(store, "open")
+        (folder / "open").unlink()
+        folder.rmdir()
+        for call in (
+            lambda: store.read("one", BYTES),
+            lambda: store.extents("one", BYTES),
+            lambda: write(store, "one"),
+            store.sync,
+        ):
+            with pytest.raises(FileNotFoundError, match=f"{folder} was removed"):
+                call()
 
 
 def test_without_descriptors_files_that_nobody_uses_are_closed(store: FileStore) -> None:
