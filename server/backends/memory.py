@@ -97,7 +97,8 @@ class MemoryBackend:
         at, last = where.start, -(-where.end // _PAGE_BYTES)
         with self._lock:
             for _ in range(_BATCH_PAGES):
-                page = self._known.next(at // _PAGE_BYTES, last) if len(found) < EXTENTS_TOLD_MAX else None
+                is_over = at >= where.end or len(found) >= EXTENTS_TOLD_MAX
+                page = None if is_over else self._known.next(at // _PAGE_BYTES, last)
                 if page is None:
                     break
                 start, end = _within(page, where)

@@ -75,3 +75,9 @@ def test_random_requests_leave_what_a_reference_holds() -> None:
                 for each, flags in found:
                     assert not flags or not any(reference[each.start : each.end])
         assert content(backend, where) == reference[where.start : where.end]
+
+
+def test_extents_end_where_the_request_does_in_the_middle_of_a_page() -> None:
+    backend = MemoryBackend(GIB)
+    backend.write(Range(0, 100), memoryview(b"x" * 100))
+    assert backend.extents(Range(10, 90)) == [(Range(10, 90), 0)]
