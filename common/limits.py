@@ -267,6 +267,8 @@ SERVER_BYTES_MAX: Final = (
     32 * MIB
 )  # payload in memory, of all connections of a process: as much as one request may have
 SERVER_BYTES_RESERVE: Final = 2 * MIB  # beside that, for small requests while a large one waits for the rest
+HEAP_PIECE_BYTES_MAX: Final = 128 * KIB  # of memory that is kept for the next piece; what is larger goes back at once
+HEAP_ARENAS_MAX: Final = 2  # heaps of all threads, which take turns anyway
 SERVED_STALL_SECONDS: Final = (
     30.0  # a client that takes nothing for so long, holding memory others wait for, is cut off
 )

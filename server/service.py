@@ -30,6 +30,7 @@ from nbdshard.server.backends.base import Backend, Deferred
 from nbdshard.server.connection import Connection
 from nbdshard.server.exports import Exports
 from nbdshard.server.handling import NBD, Protocol
+from nbdshard.server.heap import give_back_large_pieces
 from nbdshard.server.notifying import notify
 from nbdshard.server.orders import AT_ONCE, Orders
 from nbdshard.server.peers import Peer
@@ -89,6 +90,7 @@ class Service:
     def run(self) -> int:
         """Until it is asked to end: 0, or 1 where not everything could be made durable."""
         threading.stack_size(CONNECTION_STACK_BYTES)
+        give_back_large_pieces()
         poll = select.poll()
         by_number = {listener.fileno(): listener for listener in self._listeners}
         for number in (self._orders.descriptor, *by_number):
