@@ -17,7 +17,7 @@ def resident():
 
 if sys.argv[1] == "yes":
     give_back_large_pieces()
-bytearray(32 << 20)  # freed at once: from now on, glibc by itself keeps pieces of that size
+bytearray(16 << 20)  # freed at once: from now on, glibc by itself keeps pieces of that size
 before = resident()
 large, small = [], []
 for _ in range(40):  # a heap gives back only what is at its end
