@@ -28,4 +28,4 @@ def hammered(uri: str, seed: int, requests: int) -> None:
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 def test_random_requests_leave_what_a_reference_holds(chain: Chain, seed: int, tmp_path: Path) -> None:
     with chain.ready(tmp_path) as conn, serving(conn, driver=chain.driver) as served:
-        hammered(served.uri(), seed, requests=1500)
+        hammered(served.uri(), seed, requests=chain.requests)

@@ -86,6 +86,7 @@ class Chain:
     conn: str
     needs: Callable[[Path], AbstractContextManager[Mapping[str, str]]] = _nothing
     is_quick: bool = True  # to make: a hundred of them in one test are no matter
+    requests: int = 1500  # of a random test: fewer where each takes its time
 
     def over(self, layers: str, parameters: str = "") -> Chain:
         """This with `layers` ("retry:error:") in front."""
@@ -107,8 +108,8 @@ STORES: Mapping[str, Chain] = {
 
 # Who was killed has not given its lock back, and is known to be gone.
 OBJECTS: Mapping[str, Chain] = {
-    "sharded s3": Chain("sharded", "{s3}?size={size}&chunk=64K&steal=yes", _object_store, is_quick=False),
-    "raw s3": Chain("raw", "{s3}/image?size={size}&steal=yes", _object_store, is_quick=False),
+    "sharded s3": Chain("sharded", "{s3}?size={size}&chunk=64K&steal=yes", _object_store, is_quick=False, requests=400),
+    "raw s3": Chain("raw", "{s3}/image?size={size}&steal=yes", _object_store, is_quick=False, requests=400),
 }
 
 # Layers over each of them: what stands before a CONN, and the parameters behind it.
