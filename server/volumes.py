@@ -136,6 +136,7 @@ def _of_old(store: Store) -> Volume | None:
     text = store.read(OLD_SIZE, Range(0, 64))
     if text is None:
         return None
+    text = bytes(text)
     digits = text.strip().decode("latin-1")
     if not _is_number(digits):
         raise UserError(f"holds {text[:20]!r} where the image's size in digits is expected", OLD_SIZE)

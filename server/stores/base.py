@@ -19,7 +19,7 @@ class Store(Protocol):
     def losses(self) -> int:
         """How often something that was written may have been lost, as `Backend.losses`."""
 
-    def read(self, key: str, where: Range) -> bytes | None:
+    def read(self, key: str, where: Range) -> bytes | memoryview | None:
         """What of `where` the object has, which may end before; None where there is no object."""
 
     def write(self, key: str, where: Range, data: memoryview) -> None:

@@ -70,12 +70,12 @@ class ObjectStore:
     def losses(self) -> int:
         return 0 if self._lease is None else self._lease.losses
 
-    def read(self, key: str, where: Range) -> bytes | None:
+    def read(self, key: str, where: Range) -> memoryview | None:
         if self._is_gone(key):
             return None
         with self._reads.one():
             found = self._bucket.get(key, where)
-        return None if found is None else bytes(found.data)
+        return None if found is None else found.data
 
     def write(self, key: str, where: Range, data: memoryview) -> None:
         if where.start == 0 and where.length == self._length(key):
