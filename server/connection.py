@@ -96,10 +96,15 @@ class Connection:
         transmission = Transmission(
             self._socket, device, self._exports, self._protocol.handlers, self._wake, self._is_leaving
         )
+        failed = None
         try:
             transmission.run()
+        except (NbdshardError, OSError) as error:
+            failed = error.with_traceback(None)  # its frames hold what was to be sent
         finally:
             transmission.close()
+        if failed is not None:
+            raise failed
 
     # -- bytes --------------------------------------------------------------------------------------------------------
 

@@ -136,6 +136,11 @@ class Transmission:
             self._take_answers()
             if self._away:
                 self._waking.poll()
+        self._out.clear()  # first, for what is given back is there for others at once
+        self._kept.clear()
+        self._device.data_to_send()
+        if self._device.incoming is not None:
+            self._device.incoming.payload = bytearray()
         self._share.leave()
         self._outward.close()
         self._inward.close()
