@@ -46,6 +46,10 @@ class Found(msgspec.Struct, frozen=True):
     modified: datetime | None
 
 
+class _Contradiction(OSError):
+    """Two things that the store said of one object do not go together."""
+
+
 class Bucket:
     """The objects below one prefix. Every error is an OSError that says what was done, and nothing secret.
 
@@ -67,6 +71,12 @@ class Bucket:
 
     def get(self, key: str, where: Range) -> Found | None:
         """What of `where` the object has; None where there is none."""
+        for _ in range(OBJECT_RETRIES_MAX):
+            with contextlib.suppress(_Contradiction):  # the object may just have become another one: ask again
+                return self._get(key, where)
+        return self._get(key, where)
+
+    def _get(self, key: str, where: Range) -> Found | None:
         doing = f"reading {key}"
         try:
             result = obstore.get(self._open(), key, options={"range": (where.start, where.end)})
@@ -75,19 +85,22 @@ class Bucket:
             if is_missing(error):
                 return None
             if is_beyond_the_end(error):
-                return self._nothing_of(key)
+                return self._nothing_of(key, where)
             raise _told(error, doing) from None
         if len(found.data) != min(found.size, where.end) - where.start:
-            raise OSError(errno.EIO, f"{doing}: the object store answered with another length")
+            raise _Contradiction(errno.EIO, f"{doing}: the object store answered with another length")
         return found
 
-    def _nothing_of(self, key: str) -> Found | None:
+    def _nothing_of(self, key: str, where: Range) -> Found | None:
+        """What an object has of a range that is said to be beyond its end; zeroes only if the store stays with it."""
         try:
             found = obstore.head(self._open(), key)
         except FileNotFoundError:  # it was there a moment ago
             return None
         except Exception as error:
             raise _told(error, f"reading {key}") from None
+        if found["size"] > where.start:
+            raise _Contradiction(errno.EIO, f"reading {key}: the object store finds nothing where the object has bytes")
         return Found(memoryview(b""), found["size"], found["last_modified"])
 
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:

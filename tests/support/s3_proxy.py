@@ -120,14 +120,17 @@ def proxied(upstream: S3) -> Iterator[Proxied]:
             reply = connection.getresponse()
             content = reply.read()
             connection.close()
-            dropped = ("transfer-encoding", "connection", "content-length", "date", "server")
+            dropped = ["transfer-encoding", "connection", "date", "server"]
+            if self.command != "HEAD":  # it tells the length of what a GET would bring
+                dropped.append("content-length")
             return reply.status, [(n, v) for n, v in reply.getheaders() if n.lower() not in dropped], content
 
         def answer(self, status: int, headers: list[tuple[str, str]], content: bytes, cut: int | None) -> None:
             self.send_response(status)
             for name, value in headers:
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
+            if "content-length" not in (name.lower() for name, _ in headers):
+                self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content[:cut])

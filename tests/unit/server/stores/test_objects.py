@@ -249,6 +249,17 @@ def test_parts_of_one_chunk_from_many_threads_are_all_there(opened: Open) -> Non
 # -- faults
 
 
+def test_a_store_that_finds_nothing_where_there_is_something_is_asked_again(opened: Open, store: Proxied) -> None:
+    image = opened()
+    write(image, 0, b"a" * CHUNK)
+    answers = iter([Answer(416, "InvalidRange")])
+    store.rule = lambda asked: next(answers, None) if asked.method == "GET" and asked.is_of_chunk else None
+    assert read(image, 0, CHUNK) == b"a" * CHUNK
+    store.rule = failing("GET", ".chunk", Answer(416, "InvalidRange"))
+    with pytest.raises(OSError, match="finds nothing where the object has bytes"):
+        read(image, 0, CHUNK)
+
+
 @pytest.mark.parametrize(
     ("answer", "number", "sentence"),
     [
