@@ -31,6 +31,10 @@ class FileBackend:
         try:
             self._claim = claim(path, alone=not read_only)
             try:
+                mode = os.fstat(self._claim.number).st_mode
+                self._is_device = stat.S_ISBLK(mode)
+                if not self._is_device and not stat.S_ISREG(mode):  # to open a FIFO would wait for who writes to it
+                    raise UserError("is neither a regular file nor a block device", str(path))
                 self._number = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
             except BaseException:
                 self._claim.close()
@@ -38,10 +42,6 @@ class FileBackend:
         except OSError as error:
             raise UserError(f"cannot be opened: {error.strerror}", str(path)) from None
         found = os.fstat(self._number)
-        self._is_device = stat.S_ISBLK(found.st_mode)
-        if not self._is_device and not stat.S_ISREG(found.st_mode):
-            self.close()
-            raise UserError("is neither a regular file nor a block device", str(path))
         self.size = os.lseek(self._number, 0, os.SEEK_END)
         self.flags = READS | (TransmissionFlag.READ_ONLY if read_only else WRITES)
         self.block_size = max(found.st_blksize, 512)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def opened(driver: str, conn: str, name: str = "disk") -> Backend:
 def test_an_export_that_cannot_be_is_told_in_a_line(driver: str, conn: str, what: str) -> None:
     with pytest.raises(UserError, match=what):
         opened(driver, conn)
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for read_only in ("yes", "no"):
+        with pytest.raises(UserError, match="is neither a regular file nor a block device"):
+            opened("raw", f"file:{tmp_path}/fifo?read-only={read_only}")
 
 
 def test_a_name_is_not_longer_than_the_protocol_allows() -> None:
