@@ -20,6 +20,7 @@ from nbdshard.server.stores import file as file_store
 from nbdshard.server.stores.file import FileStore
 from nbdshard.server.volumes import open_volume
 from support import processes
+from support.waiting import wait_for
 
 CHUNK = 65_536
 SIZE = 10 * CHUNK + 1000
@@ -264,6 +265,32 @@ def test_writes_to_one_chunk_from_many_threads_are_all_there(tmp_path: Path) -> 
     for thread in threads:
         thread.join()
     assert read(sharded, 0, CHUNK) == bytes(range(1, 9)) * (CHUNK // 8)
+
+
+def test_a_chunk_that_is_about_to_be_deleted_takes_no_write_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded = backend(tmp_path)
+    write(sharded, 0, b"x")
+    is_empty, may_go_on, zero = threading.Event(), threading.Event(), FileStore.zero
+
+    def paused(store: FileStore, key: str, where: Range, *, fast: bool = False) -> bool:
+        has_data = zero(store, key, where, fast=fast)
+        is_empty.set()
+        assert may_go_on.wait(60)
+        return has_data
+
+    monkeypatch.setattr(FileStore, "zero", paused)
+    clearing = threading.Thread(target=write, args=(sharded, 0, b"\0"))
+    writing = threading.Thread(target=write, args=(sharded, 10, b"y"))
+    clearing.start()
+    assert is_empty.wait(60)
+    writing.start()
+    wait_for("the write to wait", lambda: not writing.is_alive() or sharded._locks._taken[0][1] > 1)
+    may_go_on.set()
+    clearing.join()
+    writing.join()
+    assert read(sharded, 0, 20) == bytes(10) + b"y" + bytes(9)
 
 
 def test_a_chunk_that_comes_and_goes_while_it_is_read_is_a_file_whenever_it_is_there(tmp_path: Path) -> None:

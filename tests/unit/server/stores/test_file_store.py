@@ -167,6 +167,38 @@ def test_an_object_that_is_there_is_not_made_again(store: FileStore, tmp_path: P
     assert os.listdir(tmp_path) == ["note"]
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_an_object_that_is_put_is_durable_and_then_its_name(
+    store: FileStore, tmp_path: Path, is_new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[bool, bool]] = []
+
+    def fsync(number: int) -> None:
+        synced.append((os.path.samestat(os.fstat(number), tmp_path.stat()), (tmp_path / "note").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store.put("note", b"text", is_new=is_new)
+    assert synced == [(False, False), (True, True)]
+
+
+def test_what_is_written_while_its_file_is_synced_is_for_the_next_sync(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+
+    def fdatasync(number: int) -> None:
+        synced.append(number)
+        if len(synced) == 1:
+            write(store, "one")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    write(store, "one")
+    store.sync()
+    store.sync()
+    store.sync()
+    assert len(synced) == 2
+
+
 def test_a_directory_that_was_removed_holds_no_zeroes_and_nothing_that_is_durable(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
