@@ -6,11 +6,12 @@ one cache, which all its clients share, and which goes on whoever is connected.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 from nbdshard.common import logs
@@ -154,12 +155,25 @@ class Cache(Passing):
             raise
 
     def _fetch_all(self, fetches: list[Fetch]) -> None:
-        """Side by side; all have ended when it returns, or raises the error of one."""
-        others = [self._pool.submit(self._fetch, fetch) for fetch in fetches[1:]]
-        errors = [self._fetch(fetches[0]), *(other.result() for other in others)]
+        """Side by side, as far as there are threads; all have ended when it returns, or raises the error of one."""
+        others = [(fetch, self._begun(fetch)) for fetch in fetches[1:]]
+        errors = [self._fetch(fetches[0])]
+        errors += [self._fetch(fetch) if task.cancel() else task.result() for fetch, task in others]
         for error in errors:
             if error is not None:
                 raise error
+
+    def _begun(self, fetch: Fetch) -> Future[Exception | None]:
+        """By a thread of the pool; where it has none, it is not begun, and can be cancelled."""
+        task = Future[Exception | None]()
+
+        def carry_out() -> None:
+            if task.set_running_or_notify_cancel():
+                task.set_result(self._fetch(fetch))
+
+        with contextlib.suppress(RuntimeError):  # the system gives no more threads
+            self._pool.submit(carry_out)
+        return task
 
     def _fetch(self, fetch: Fetch) -> Exception | None:
         """Read it below, and put it where it is missed. Whoever waits for it is told either way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 
 import pytest
 
@@ -294,3 +295,18 @@ def test_a_bug_of_a_layer_below_is_an_error_of_the_flush(capfd: pytest.CaptureFi
         with pytest.raises(OSError, match="an internal error"):
             cache.flush()
     assert "ValueError: broken" in capfd.readouterr().err
+
+
+def test_a_read_for_which_there_are_no_further_threads_is_carried_out_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    below = Gated(SIZE)
+    below.below.write(Range(0, SIZE), memoryview(b"x" * SIZE))
+    with cached(below) as cache:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refused)
+            assert read(cache, 0, 16 * BLOCK) == b"x" * 16 * BLOCK
+        assert read(cache, 0, 16 * BLOCK) == b"x" * 16 * BLOCK
