@@ -175,14 +175,14 @@ def test_it_can_what_the_other_can(other: Other) -> None:
 
 
 def test_requests_of_many_threads_are_under_way_at_once_on_one_connection(other: Other) -> None:
-    class Meeting(MemoryBackend):
+    class Meeting(Passing):
         barrier = threading.Barrier(8)
 
         def read(self, where: Range) -> Sequence[memoryview | bytes | Hole]:
             self.barrier.wait(30)  # one after another they would never meet
             return super().read(where)
 
-    other.backend = Meeting(SIZE)
+    other.backend = Meeting(MemoryBackend(SIZE))
     backend = over(other, "&connections=1")
     with ThreadPoolExecutor(8) as pool:
         assert len(list(pool.map(backend.read, [BLOCK] * 8))) == 8
