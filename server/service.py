@@ -221,7 +221,10 @@ class Service:
             os.eventfd_write(self._changed, 1)
 
         for name, backend in backends.items():
-            threading.Thread(target=flush, args=(name, backend), name=f"flush of {name}", daemon=True).start()
+            try:
+                threading.Thread(target=flush, args=(name, backend), name=f"flush of {name}", daemon=True).start()
+            except RuntimeError:  # the system gives no more threads: one after the other, then
+                flush(name, backend)
         while not self._wait_until(lambda: len(ended) == len(backends), FLUSH_TOLD_SECONDS):
             left = ", ".join(repr(name) for name in backends if name not in ended)
             logs.warning(

@@ -198,6 +198,17 @@ def test_the_last_flush_is_waited_for_and_a_second_order_ends_that(
     assert "what no flush has covered may be lost" in capfd.readouterr().err
 
 
+def test_the_last_flush_needs_no_thread(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    running.backend.may_flush.set()
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    running.orders.ask(END)
+    assert running.ended() == 0
+    assert running.backend.story == ["flush", "close"]
+
+
 def test_a_second_order_ends_also_what_is_still_being_carried_out(running: Running) -> None:
     with running.connect() as connection:
         connection.client.write(1, Range(0, 4096), [b"x" * 4096])
