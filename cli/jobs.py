@@ -18,6 +18,7 @@ from nbdshard.cli.standard_streams import tell
 from nbdshard.common import logs
 from nbdshard.common.channel import CoordinatorChannel
 from nbdshard.common.limits import BACKOFF_SECONDS_MAX, BAR_DELAY_SECONDS, LOSS_SECONDS
+from nbdshard.common.logins import HIDDEN
 from nbdshard.common.machine import machine_id
 from nbdshard.coordinator.control_socket import ControlSocket
 from nbdshard.coordinator.job import Job, Outcome, Verdict
@@ -145,6 +146,8 @@ def conclude(ended: Ended, interrupted_code: int, report: Report | None = None) 
         code = EXIT_DIFFERENT
     if ended.resume:
         logs.say(f"to go on: {ended.resume}")
+        if HIDDEN in ended.resume:
+            logs.say(f"{HIDDEN} there takes the place of a login, which is not shown")
     if ended.export:
         logs.say(f"what could not be read is listed by: {ended.export}")
     return code

@@ -16,6 +16,7 @@ import msgspec
 from nbdshard.cli.grammar import UsageError
 from nbdshard.cli.setting import Setting
 from nbdshard.common.errors import UserError
+from nbdshard.common.logins import without_logins
 from nbdshard.common.messages import EndpointDescription
 from nbdshard.common.ranges import Range
 from nbdshard.coordinator.job import EarlierLeaves
@@ -98,14 +99,14 @@ def _check_new(path: str) -> None:
 
 
 def resume_command(words: Sequence[str], journal: str, *, forced: bool = False) -> str:
-    """The command that goes on where the one of `words` (without the program's name) ended.
+    """The command that goes on where the one of `words` (without the program's name) ended, without passwords.
 
     `forced`: that one was; what it was not stopped by is not as it was the next time either.
     """
     import shlex
 
     own = ["--force-resume" if forced else "--resume", "--journal", os.path.abspath(journal)]
-    return shlex.join([*_program(), words[0], *own, *_without_journal(words[1:])])
+    return shlex.join([*_program(), words[0], *own, *map(without_logins, _without_journal(words[1:]))])
 
 
 def export_command(journal: str) -> str:

@@ -46,6 +46,7 @@ from nbdshard.common.limits import (
     TIMEOUT_SECONDS_MIN,
     WORKERS_MAX,
 )
+from nbdshard.common.logins import without_logins
 from nbdshard.common.messages import DataPath, JobOptions
 from nbdshard.common.units import size_text
 
@@ -438,5 +439,7 @@ def parse_one_operand(args: argparse.Namespace, what: str) -> Endpoint:
 
 
 def words_of(operand: str, args: argparse.Namespace) -> str:
-    """How messages show an operand: a bracketed command with its brackets."""
-    return f"[ {' '.join(args.commands[operand])} ]" if operand in args.commands else operand
+    """How messages and journals show an operand: a bracketed command with its brackets, and without passwords."""
+    if operand not in args.commands:
+        return operand
+    return f"[ {' '.join(without_logins(word) for word in args.commands[operand])} ]"

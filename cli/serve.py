@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from nbdshard.cli.grammar import Parser, UsageError, count_between
-from nbdshard.cli.title import hide_logins
+from nbdshard.cli.title import warn_of_logins
 from nbdshard.common import logs
 from nbdshard.common.limits import SERVED_CONNECTIONS_MAX, SERVER_PROCESSES_MAX
 from nbdshard.common.logins import without_logins
@@ -86,8 +86,7 @@ def run(args: Namespace, extensions: Extensions | None = None) -> int:
         what = f"one word too many: {without_logins(args.operands[0])!r}"
         raise UsageError(what, advice="an export is -e NAME DRIVER CONN")
     logs.set_up("serve", logs.Level.DEBUG if args.verbose else logs.Level.WARNING)
-    if hide_logins(args.command_line):
-        logs.warning("a password on the command line is there for others to see; --credentials FILE is not")
+    warn_of_logins(args.command_line)
     from nbdshard.cli.serve_settings import settings_of
     from nbdshard.cli.serving import serve
 

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Final
 
+from nbdshard.common import logs
 from nbdshard.common.logins import without_logins
 
 _ARG_START: Final = 48  # the fields of /proc/self/stat, as proc(5) counts them
@@ -20,6 +21,12 @@ def hide_logins(words: Sequence[str]) -> bool:
         return False
     show_as("nbdshard", ["nbdshard", *shown])
     return True
+
+
+def warn_of_logins(words: Sequence[str]) -> None:
+    """Hide passwords in the command line `words`, and warn of those that were there."""
+    if hide_logins(words):
+        logs.warning("a password on the command line is there for others to see; --credentials FILE is not")
 
 
 def show_as(name: str, words: Sequence[str]) -> None:

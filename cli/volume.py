@@ -12,7 +12,7 @@ import msgspec
 
 from nbdshard.cli.grammar import EXIT_FAILURE, EXIT_OK, Parser, UsageError
 from nbdshard.cli.standard_streams import tell
-from nbdshard.cli.title import hide_logins
+from nbdshard.cli.title import warn_of_logins
 from nbdshard.common import logs
 from nbdshard.common.errors import UserError
 from nbdshard.common.logins import without_logins
@@ -59,7 +59,7 @@ def run(args: Namespace) -> int:
     """Do it. Raises UsageError and UserError."""
     action = _action(args)
     logs.set_up("", logs.Level.WARNING)
-    hide_logins(args.command_line)
+    warn_of_logins(args.command_line)
     from nbdshard.server.chain import open_store
     from nbdshard.server.credentials import load_credentials, of_environment
 

@@ -94,7 +94,12 @@ def test_what_cannot_be_done_is_told_in_a_line(words: list[str], line: str, tmp_
     volume("create", "disk", store, "--size=1M")
     said = refused(*(word.format(store=store) for word in words))
     assert line.format(store=store) in said
-    assert "secret" not in said
+
+
+def test_a_password_is_warned_of_and_not_shown() -> None:
+    ended = nbdshard("volume", "list", "s3:http://user:secret@/b")
+    ended.failed(1, saying=["a password on the command line"]).failed(1, saying=["s3:http://***@"])
+    assert "secret" not in ended.err
 
 
 def test_a_second_server_is_refused_and_so_is_a_second_export(tmp_path: Path) -> None:

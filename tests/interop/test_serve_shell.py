@@ -423,6 +423,27 @@ def test_a_password_is_shown_nowhere_and_warned_of(tmp_path: Path) -> None:
         assert "hunter2" not in run.err()
 
 
+def test_a_password_of_a_server_in_brackets_is_in_no_journal(tmp_path: Path) -> None:
+    source, journal = images.random_image(tmp_path / "source", MIB), tmp_path / "journal"
+    server = f"exec {EXECUTABLE} serve -e {NAME} raw memory:1M"
+    for more, password in (["--keep-journal"], "hunter2"), (["--resume", "--keep-journal"], "hunter3"):
+        bracketed = ["[", "sh", "-c", server, f"s3:http://me:{password}@host/x", "]"]
+        copy("--journal", journal, *more, source, *bracketed).succeeded()
+        assert b"hunter" not in journal.read_bytes()
+        assert "s3:http://***@host/x ]" in nbdshard("jobs", journal).succeeded().out
+
+
+def test_a_login_that_the_command_to_go_on_does_not_show_is_spoken_of(tmp_path: Path) -> None:
+    source, out = images.random_image(tmp_path / "source", 8 * MIB), tmp_path / "out"
+    server = ["[", "sh", "-c", f"exec {EXECUTABLE} serve -e {NAME} raw file:{source}", "http://me:hunter2@host/", "]"]
+    with started("copy", "--journal", tmp_path / "journal", "--rate", "1M", *server, out) as run:
+        run.until("something to be written", lambda: out.exists() and out.stat().st_blocks > 0)
+        run.process.send_signal(signal.SIGINT)
+        ended = run.wait().failed(130, saying=["to go on: ", "http://***@host/"])
+        ended.failed(130, saying=["a login, which is not shown"])
+    assert "hunter2" not in ended.err
+
+
 def test_names_that_are_not_utf_8_are_told_in_a_line() -> None:
     nbdshard("serve", "-e", "disk\udcff", "raw", "memory:1M").failed(1, saying=["a name in UTF-8 is needed"])
     ended = nbdshard("serve", "-e", NAME, "raw", "file:/nowhere/\udcff%41").failed(1, saying=["No such file"])

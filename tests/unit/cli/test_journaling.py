@@ -49,6 +49,13 @@ def test_the_command_is_that_of_the_copy_with_its_journal(words: list[str], expe
     assert (args.resume, args.force_resume, args.journal, len(args.operands)) == (True, False, "/tmp/j", 2)
 
 
+@pytest.mark.usefixtures("program")
+def test_a_password_of_a_server_in_brackets_is_not_in_it() -> None:
+    words = ["copy", "[", "nbdshard", "serve", "-e", "x", "raw", "s3:http://me:secret@host/b/x", "]", "b@c"]
+    command = shlex.split(resume_command(words, "/tmp/j"))
+    assert command[-3:] == ["s3:http://***@host/b/x", "]", "b@c"]
+
+
 def test_a_program_that_a_shell_does_not_find_is_told_by_its_path(program: Path) -> None:
     assert shlex.split(resume_command(["copy", "a", "b"], "/tmp/j")) == [str(program), *OWN, "a", "b"]
     assert shlex.split(export_command("/tmp/j")) == [str(program), "jobs", "export", "/tmp/j"]
