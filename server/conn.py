@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from urllib.parse import unquote
 
 import msgspec
@@ -26,7 +26,7 @@ class Conn(msgspec.Struct, frozen=True):
     parameters: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
-def parse_conn(text: str, layers: Container[str], stores: Container[str]) -> Conn:
+def parse_conn(text: str, layers: Collection[str], stores: Collection[str]) -> Conn:
     """What `text` says, where `layers` and `stores` are known. Raises UserError."""
     chain: list[str] = []
     rest = text
@@ -41,7 +41,8 @@ def parse_conn(text: str, layers: Container[str], stores: Container[str]) -> Con
                 raise UserError("there is a NUL in it", text)  # no path and no name holds one
             return conn
         if name not in layers:
-            raise UserError(f"{name!r} is neither a layer nor a store", text)
+            known = [f"stores are {', '.join(stores)}"] + ([f"layers {', '.join(layers)}"] if layers else [])
+            raise UserError(f"{name!r} is neither a layer nor a store here", text, ", ".join(known))
         chain.append(name)
         rest = after
 

@@ -78,6 +78,8 @@ def listen_unix(path: Path) -> socket.socket:
             sock = _bound(socket.AF_UNIX, str(path))
         sock.listen(LISTEN_BACKLOG)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE and not path.is_socket():
+            raise UserError("is there already, and no socket", str(path)) from None
         raise UserError(f"cannot be listened on: {error.strerror or error}", str(path)) from None
     return sock
 

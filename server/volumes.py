@@ -111,7 +111,7 @@ def describe(store: Store, volume: Volume) -> None:
 def check_name(name: str) -> None:
     """Raises UserError."""
     if "/" in name or not name:
-        raise UserError(f"an image called {name!r}", advice="its name is part of its chunks' names")
+        raise UserError(f"no volume can be called {name!r}", advice="a name is not empty and has no / in it")
 
 
 def _of(name: str, description: Description) -> Volume:

@@ -39,7 +39,9 @@ class FileStore:
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         try:
             self._number = os.open(folder, _FOLDER)
-        except (NotADirectoryError, FileNotFoundError):
+        except FileNotFoundError:
+            raise UserError("there is no such directory", str(folder), "make it first") from None
+        except NotADirectoryError:
             raise UserError("is no directory", str(folder)) from None
         except OSError as error:
             raise UserError(f"cannot be opened: {error.strerror}", str(folder)) from None

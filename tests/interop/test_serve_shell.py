@@ -163,6 +163,9 @@ def test_a_socket_of_a_server_that_was_killed_is_replaced_and_that_of_one_that_l
         with started("serve", *words) as second:
             listens(second)
             Connection(folder / "socket", DISK).close()
+        (folder / "socket").unlink(missing_ok=True)
+        (folder / "socket").touch()
+        nbdshard("serve", *words).failed(1, saying=[f"{folder / 'socket'}: is there already, and no socket"])
 
 
 def test_a_socket_that_another_server_has_put_there_is_not_removed() -> None:

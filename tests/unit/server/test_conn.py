@@ -73,8 +73,13 @@ def opened(driver: str, conn: str, name: str = "disk") -> Backend:
         ("raw", "file:/image%00", "there is a NUL in it"),
         ("raw", "memory:1M?description=%00", "there is a NUL in it"),
         ("raw", "file:/dev/null", "is neither a regular file nor a block device"),
-        ("sharded", "memory:1M", "'memory' is neither a layer nor a store"),
-        ("sharded", "file:/nowhere/at/all", "is no directory"),
+        (
+            "sharded",
+            "memory:1M",
+            "'memory' is neither a layer nor a store here; stores are file, s3, gs, az, layers cache, cow",
+        ),
+        ("sharded", "file:/nowhere/at/all", "/nowhere/at/all: there is no such directory; make it first"),
+        ("sharded", "file:/dev/null", "/dev/null: is no directory"),
     ],
 )
 def test_an_export_that_cannot_be_is_told_in_a_line(driver: str, conn: str, what: str) -> None:

@@ -207,7 +207,7 @@ def test_a_volume_that_cannot_be_is_told_in_a_line(
 
 @pytest.mark.parametrize("name", ["", "a/b"])
 def test_a_name_that_is_none_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="its name is part of its chunks' names"):
+    with pytest.raises(UserError, match="a name is not empty and has no / in it"):
         backend(tmp_path, name=name)
 
 
