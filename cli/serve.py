@@ -22,8 +22,10 @@ USAGE: Final = "nbdshard serve [-e NAME DRIVER CONN ...] [--config FILE] [OPTION
 EPILOG: Final = """\
 DRIVER says how the image lies in the store: raw, byte for byte, or sharded, in
 chunks. CONN is file:PATH for a file, a block device or a directory of chunks,
-or memory:SIZE for a disk that is forgotten at the end; layers may stand before
-it, and ?NAME=VALUE behind it. nbdshard(1) lists all of them.
+memory:SIZE for a disk that is forgotten at the end, nbd:URI for another server,
+or s3:http://HOST:PORT/BUCKET/PREFIX, gs: or az: for an object store; layers
+(cache:, cow:, retry: and others) may stand before it, and ?NAME=VALUE behind
+it, as in cache:file:/exports/disk/?size=100G. nbdshard(1) lists all of them.
 The first export is also the one for clients that name none. SIGTERM finishes
 what was asked, flushes, and ends; a second one ends it at once."""
 
