@@ -20,7 +20,7 @@ from nbdshard.common.logins import without_logins
 from nbdshard.common.nbd.constants import PORT_DEFAULT
 from nbdshard.common.secret_files import check_private, read_text
 from nbdshard.server.chain import Wanted
-from nbdshard.server.credentials import Credentials, credentials_of, load_credentials, of_environment
+from nbdshard.server.credentials import Credentials, credentials_of, load_credentials, of_environment, take_login
 from nbdshard.server.extensions import NOTHING, Extensions
 
 Place = tuple[str, int]  # host ("": every address) and port
@@ -122,9 +122,16 @@ def _load(path: str) -> tuple[_File, list[_Export]]:
     tables = []
     for number, table in enumerate(file.export, start=1):
         tables.append(_converted(table, _Export, f"{path}: export {number}"))
-    if file.credentials or any(table.credentials for table in tables):
+    if file.credentials or any(table.credentials or _has_login(table.conn) for table in tables):
         check_private(path, facts, "credentials")
     return file, tables
+
+
+def _has_login(conn: str) -> bool:
+    try:
+        return take_login(conn)[1] is not None
+    except UserError:  # told when the export is opened; what there is of a login is not for others
+        return True
 
 
 def _converted(content: dict[str, Any], kind: type[_Table], where: str) -> _Table:

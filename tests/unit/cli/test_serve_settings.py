@@ -121,10 +121,16 @@ def test_what_is_wrong_in_a_file_is_told_with_its_place(tmp_path: Path, text: st
 
 
 def test_a_file_with_credentials_in_it_is_for_its_owner_only(tmp_path: Path) -> None:
-    text = DISK + "credentials = { AWS_ACCESS_KEY_ID = 'me' }"
-    assert settings("--config", file_of(tmp_path, text)).exports[0].credentials.variables == {"AWS_ACCESS_KEY_ID": "me"}
-    with pytest.raises(UserError, match="holds credentials but its mode is 0644"):
-        settings("--config", file_of(tmp_path, text, 0o644))
+    table = DISK + "credentials = { AWS_ACCESS_KEY_ID = 'me' }"
+    found = settings("--config", file_of(tmp_path, table))
+    assert found.exports[0].credentials.variables == {"AWS_ACCESS_KEY_ID": "me"}
+    login = DISK.replace("memory:1M", "s3:http://me:secret@host/bucket/x")
+    assert settings("--config", file_of(tmp_path, login)).exports
+    for text in table, login, login.replace("secret", "se/cret"):
+        with pytest.raises(UserError, match="holds credentials but its mode is 0644"):
+            settings("--config", file_of(tmp_path, text, 0o644))
+    name = DISK.replace("memory:1M", "nbd:nbd://host/a@b")
+    assert settings("--config", file_of(tmp_path, name, 0o644)).exports
     assert settings("--config", file_of(tmp_path, DISK, 0o644)).exports
 
 
