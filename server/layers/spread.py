@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
+from threading import Lock
 from typing import TypeVar
 
 from nbdshard.common.limits import CHUNKS_WALKED_MAX, OBJECT_READS_AT_ONCE, OBJECT_WRITES_AT_ONCE
@@ -72,9 +73,12 @@ class Spread(Passing):
         found: list[_Result] = []
         parts = self._parts(where)
         while some := list(islice(parts, CHUNKS_WALKED_MAX)):
-            tasks: list[Future[_Result]] = [pool.submit(call, part) for part in some]
-            wait(tasks)
-            found += [task.result() for task in tasks]
+            tasks = [_begun(pool, call, part) for part in some]
+            for task, run in tasks:
+                if run is not None:  # no thread was to be had; one of the pool's may take it up yet, or we do
+                    run()
+                wait([task])
+            found += [task.result() for task, _ in tasks]
         return found
 
     def _parts(self, where: Range) -> Iterator[Range]:
@@ -83,3 +87,28 @@ class Spread(Passing):
             end = min(where.end, (at // self._chunk_bytes + 1) * self._chunk_bytes)
             yield Range(at, end)
             at = end
+
+
+def _begun(
+    pool: ThreadPoolExecutor, call: Callable[[Range], _Result], part: Range
+) -> tuple[Future[_Result], Callable[[], None] | None]:
+    """`call` of `part` as a task of the pool, and what has it done if the system gave the pool no thread for it.
+
+    The pool keeps such a task in its queue: whoever is first carries it out, and nobody a second time.
+    """
+    task = Future[_Result]()
+    taken = Lock()
+
+    def run() -> None:
+        if not taken.acquire(blocking=False):
+            return
+        try:
+            task.set_result(call(part))
+        except BaseException as error:
+            task.set_exception(error)
+
+    try:
+        pool.submit(run)
+    except RuntimeError:
+        return task, run
+    return task, None

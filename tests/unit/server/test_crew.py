@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from nbdshard.server.crew import Crew
-
-
-@contextmanager
-def no_threads() -> Iterator[None]:
-    """The system has no room for the stack of another thread."""
-    before = threading.stack_size(1 << 46)
-    try:
-        yield
-    finally:
-        threading.stack_size(before)
+from support.threads import no_threads
 
 
 def test_calls_are_made_side_by_side() -> None:

@@ -13,6 +13,7 @@ from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.device import Hole
 from nbdshard.server.layers.base import Passing
 from nbdshard.server.layers.spread import Spread
+from support.threads import no_threads
 
 CHUNK = 4096
 SIZE = 200 * CHUNK
@@ -66,6 +67,22 @@ def test_what_fails_for_one_has_failed_when_the_others_are_over(spread: Spread, 
     with pytest.raises(OSError, match="the seventh"):
         spread.write(Range(0, SIZE), memoryview(bytes(SIZE)))
     assert len(below.written) == CHUNKS_WALKED_MAX - 1  # those behind were not begun
+
+
+def test_without_threads_each_part_is_carried_out_once_and_none_later(spread: Spread, below: Meeting) -> None:
+    """What the pool has queued and found no thread for must not come behind a later write to the same place."""
+    five = Range(0, 5 * CHUNK)
+    with no_threads():
+        spread.write(five, memoryview(b"1" * five.length))
+        assert len(below.written) == 5
+        with pytest.raises(OSError, match="the seventh"):
+            spread.write(Range(5 * CHUNK, 9 * CHUNK), memoryview(b"1" * (4 * CHUNK)))
+        assert len(below.written) == 8
+    spread.write(five, memoryview(b"2" * five.length))  # threads again, which find the others in the queue
+    assert len(below.written) == 13
+    below.together = threading.Barrier(1)
+    found = spread.read(Range.of(0, CHUNK))
+    assert b"".join(bytes(part) for part in found if not isinstance(part, Hole)) == b"2" * CHUNK
 
 
 def test_it_says_what_a_whole_chunk_is(spread: Spread) -> None:
