@@ -51,6 +51,10 @@ class Connection:
                 logs.error(f"internal error: {error}")
         except OSError as error:
             logs.info(f"{self.client}: {error.strerror or error}")
+        except MemoryError:
+            logs.warning(f"{self.client}: it is cut off: there is no memory for what it asks")
+        except Exception as error:  # a bug, of an extension too: others are served all the same
+            logs.error(f"internal error: {self.client}: {type(error).__name__}: {error}")
         finally:
             part(self._socket)
 

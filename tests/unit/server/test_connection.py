@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from nbdshard.common.errors import ConnectionLost
 from nbdshard.common.nbd.commands import COMMANDS, CommandEntry
 from nbdshard.common.nbd.connecter import Wishes
 from nbdshard.common.nbd.constants import Errno, Option, OptionReply
@@ -134,3 +135,30 @@ def test_a_client_that_has_gone_is_nothing_to_do() -> None:
     assert connection._wait(time.monotonic(), is_wanted=True)
     ours.close()
     connection.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "the client: it is cut off: there is no memory for what it asks"),
+        (KeyError("x"), "internal error: the client: KeyError: 'x'"),
+    ],
+)
+def test_what_nobody_expects_ends_one_connection_and_is_told_in_a_line(
+    capfd: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    class Odd(MemoryBackend):
+        @property
+        def losses(self) -> int:
+            raise error
+
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours, Exports({"disk": Exported(Odd(512))}, uuid.uuid4()), "the client")
+    thread = threading.Thread(target=connection.serve, daemon=True)
+    thread.start()
+    with theirs, pytest.raises(ConnectionLost):
+        negotiate(theirs, PLAIN)
+    thread.join(30)
+    connection.close()
+    told = capfd.readouterr().err
+    assert said in told and "Traceback" not in told
