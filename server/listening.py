@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdshard.common.errors import UserError
-from nbdshard.common.limits import LISTEN_BACKLOG
+from nbdshard.common.limits import LISTEN_BACKLOG, UNIX_PATH_BYTES_MAX
 
 _LISTEN_FDS_START: Final = 3  # sd_listen_fds(3): the first of them
 _NO_SUCH_ADDRESS: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})  # IPv6 is switched off, say
@@ -68,6 +68,8 @@ def _one_port(family: int, address: tuple[object, ...], processes: int) -> list[
 
 def listen_unix(path: Path) -> socket.socket:
     """A socket that listens at `path`; one that a killed server has left there is replaced. Raises UserError."""
+    if len(os.fsencode(path)) > UNIX_PATH_BYTES_MAX:
+        raise UserError(f"a socket's path has at most {UNIX_PATH_BYTES_MAX} bytes", str(path), "choose a shorter one")
     try:
         try:
             sock = _bound(socket.AF_UNIX, str(path))

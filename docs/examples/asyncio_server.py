@@ -92,4 +92,6 @@ async def main(path: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} SOCKET")
     asyncio.run(main(sys.argv[1]))

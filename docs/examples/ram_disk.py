@@ -28,4 +28,6 @@ def handle_request(request: Request) -> Result:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} SOCKET")
     serve(listen_unix(Path(sys.argv[1])), EXPORT, handle_request)

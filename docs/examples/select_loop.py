@@ -73,4 +73,6 @@ def loop(listener: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} SOCKET")
     loop(listen_unix(Path(sys.argv[1])))

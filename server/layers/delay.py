@@ -40,6 +40,8 @@ def _wrap(below: Backend, opening: Opening) -> Backend:
         if seconds[operation] > LAYER_DELAY_SECONDS_MAX:
             what = f"{name}={parameters.text(name)}: at most {LAYER_DELAY_SECONDS_MAX:g}s are waited"
             raise UserError(what, parameters.where)
+    if not any(parameters.text(name) is not None for name in names_of(_NAME)):
+        raise UserError(f"{_NAME}: nothing is to wait", parameters.where, f"{_NAME}=100ms, say")
     return Delay(below, seconds, opening.ending)
 
 

@@ -104,6 +104,8 @@ def _wrap(below: Backend, opening: Opening) -> Backend:
     text = opening.parameters.text(_NAME)
     if text is not None and (not text or not Path(text).parent.is_dir()):
         raise UserError(f"{_NAME}={text}: there is no such directory", opening.parameters.where)
+    if text is not None and Path(text).is_dir():
+        raise UserError(f"{_NAME}={text}: is a directory, where a file is to be written", opening.parameters.where)
     return Stats(below, opening.name, None if text is None else Path(text))
 
 

@@ -171,3 +171,9 @@ def test_an_option_and_a_command_of_ones_own_are_known_to_both_sides(monkeypatch
                 assert isinstance(errors[1], RequestError)
                 assert errors[1].message == "it differs"
         tool("qemu-io", "-f", "raw", "-c", "write -P 7 0 64k", "-c", "read -P 7 0 64k", uri(path))
+
+
+@pytest.mark.parametrize("name", ["asyncio_server.py", "ram_disk.py", "select_loop.py"])
+def test_an_example_without_its_socket_says_how_it_is_used(name: str) -> None:
+    done = subprocess.run((sys.executable, str(EXAMPLES / name)), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, f"usage: {EXAMPLES / name} SOCKET\n")

@@ -166,6 +166,9 @@ def test_a_socket_of_a_server_that_was_killed_is_replaced_and_that_of_one_that_l
         (folder / "socket").unlink(missing_ok=True)
         (folder / "socket").touch()
         nbdshard("serve", *words).failed(1, saying=[f"{folder / 'socket'}: is there already, and no socket"])
+        long = str(folder / ("x" * 108))
+        said = f"{long}: a socket's path has at most 107 bytes; choose a shorter one"
+        nbdshard("serve", "-e", "disk", "raw", "memory:1M", "--unix", long).failed(1, saying=[said])
 
 
 def test_a_socket_that_another_server_has_put_there_is_not_removed() -> None:

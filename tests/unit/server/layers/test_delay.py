@@ -70,7 +70,11 @@ def test_nothing_waits_once_the_server_ends() -> None:
 
 @pytest.mark.parametrize(
     ("parameters", "what"),
-    [("delay=601s", "delay=601s: at most 600s are waited"), ("delay-read=5", "'5' is not a span of time")],
+    [
+        ("delay=601s", "delay=601s: at most 600s are waited"),
+        ("delay-read=5", "'5' is not a span of time"),
+        ("read-only=no", "memory:1M: delay: nothing is to wait; delay=100ms, say"),
+    ],
 )
 def test_a_delay_that_cannot_be_meant_is_refused(parameters: str, what: str) -> None:
     with pytest.raises(UserError, match=what):

@@ -91,3 +91,5 @@ def test_without_a_file_they_are_told_when_the_server_ends() -> None:
 def test_a_file_in_no_directory_is_told_before_anything_is_served() -> None:
     with pytest.raises(UserError, match="stats=/nowhere/at/all: there is no such directory"):
         counted("stats:memory:1M?stats=/nowhere/at/all")
+    with pytest.raises(UserError, match="stats=/: is a directory, where a file is to be written"):
+        counted("stats:memory:1M?stats=/")
