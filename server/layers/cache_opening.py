@@ -75,7 +75,8 @@ def _on_disk(below: Backend, opening: Opening, folder: Path, block: int) -> tupl
     limit = _limit(opening.parameters, "dir-limit", CACHE_DISK_BYTES_DEFAULT, block)
     grain = max(CACHE_DISK_GRAIN_BYTES, block // CACHE_DISK_GRAINS_MAX)
     export = _identity(f"export {opening.name!r} ({opening.driver} {opening.parameters.where})")
-    slots, dirty = open_folder(folder, Header(export, below.size, block, grain, limit // block))
+    count = min(limit // block, max(-(-below.size // block), CACHE_BLOCKS_MIN))  # more than all of it is no use
+    slots, dirty = open_folder(folder, Header(export, below.size, block, grain, count))
     header = slots.header
     core = CacheCore(_geometry(below, header.block, header.grain), header.slots)
     core.restore(dirty, time.monotonic())

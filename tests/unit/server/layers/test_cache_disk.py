@@ -14,6 +14,7 @@ from nbdshard.common.errors import UserError
 from nbdshard.common.nbd.constants import TransmissionFlag
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Deferred
+from nbdshard.server.chain import Wanted, open_backend
 from nbdshard.server.layers import cache_disk
 from nbdshard.server.layers.around import Operation
 from nbdshard.server.layers.cache import Cache
@@ -303,6 +304,11 @@ def test_a_disk_without_room_for_it_is_refused_at_the_start(tmp_path: Path) -> N
         large = Header("export 'disk'", SIZE, BLOCK, GRAIN, slots=1024)
         assert f"{folder}/cache: has no room for 16 MiB" in refused(folder / "cache", large)
         open_folder(folder / "cache", HEADER)[0].close()
+
+
+def test_a_small_disk_has_no_larger_cache(tmp_path: Path) -> None:
+    open_backend(Wanted("disk", "raw", f"cache:memory:8M?dir={tmp_path}/cache")).close()
+    assert os.path.getsize(tmp_path / "cache/data") == 8 << 20
 
 
 def test_a_place_that_is_no_directory_is_refused(tmp_path: Path) -> None:
