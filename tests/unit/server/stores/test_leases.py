@@ -90,8 +90,8 @@ def test_a_server_that_was_robbed_writes_nothing_any_more(bucket: Bucket, capfd:
     ):
         first.check()
     second.check()
+    first.release()  # which waits for the thread that tells it
     assert "nothing is written any more" in capfd.readouterr().err
-    first.release()
     assert not note(bucket, 2).free
     second.release()
 
