@@ -131,5 +131,5 @@ def test_without_descriptors_it_waits_for_some() -> None:
 def test_a_socket_that_is_not_served_in_the_end_is_not_left_behind(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     words = [word for name in ("one", "taken") for word in ("--unix", tmp_path / name)]
-    nbdshard("serve", "-e", NAME, "raw", "memory:1M", *words).failed(1, saying=["cannot be listened on"])
+    nbdshard("serve", "-e", NAME, "raw", "memory:1M", *words).failed(1, saying=["is there already, and no socket"])
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
