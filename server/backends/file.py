@@ -22,6 +22,7 @@ from nbdshard.server.backends.base import READS, WRITES, Place
 from nbdshard.server.backends.prompt_files import PromptFiles
 from nbdshard.server.claims import claim
 from nbdshard.server.device import Hole
+from nbdshard.server.write_back import WriteBack
 
 
 class FileBackend:
@@ -48,11 +49,11 @@ class FileBackend:
         self._map = FileMap(self._number)
         self._prompt = PromptFiles(self._number)
         self._flushing = threading.Lock()
-        self._lost: OSError | None = None
+        self._write_back = WriteBack(self._number, "a write-back")
 
     @property
     def losses(self) -> int:
-        return 0 if self._lost is None else 1
+        return self._write_back.losses
 
     def read(self, where: Range) -> Sequence[memoryview | bytes | Hole]:
         data = bytearray(where.length)
@@ -114,15 +115,8 @@ class FileBackend:
         os.posix_fadvise(self._number, where.start, where.length, os.POSIX_FADV_WILLNEED)
 
     def flush(self) -> None:
-        """The kernel tells a descriptor once of a write-back that failed: from then on no flush succeeds here."""
         with self._flushing:
-            if self._lost is None:
-                try:
-                    os.fdatasync(self._number)
-                except OSError as error:
-                    self._lost = error
-            if self._lost is not None:
-                raise OSError(self._lost.errno, f"a write-back failed: {self._lost.strerror}")
+            self._write_back.sync()
 
     def extents(self, where: Range) -> Extents:
         if self._is_device:

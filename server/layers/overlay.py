@@ -30,6 +30,7 @@ from nbdshard.common.file_map import FileMap
 from nbdshard.common.limits import OVERLAY_BLOCK_BYTES, OVERLAY_MAP_BYTES_MAX
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
+from nbdshard.server.write_back import WriteBack
 
 _HEADER_BYTES: Final = 4096
 _PAGE_BYTES: Final = 4096  # of the map, written at a time
@@ -62,12 +63,12 @@ class Overlay:
         self._lock = threading.Lock()  # of the map
         self._syncing = threading.Lock()
         self._map = FileMap(number)
-        self._lost: OSError | None = None
+        self._write_back = WriteBack(number, "a write-back of the overlay")
 
     @property
     def losses(self) -> int:
         """As a Backend's."""
-        return 0 if self._lost is None else 1
+        return self._write_back.losses
 
     # -- the map ------------------------------------------------------------------------------------------------------
 
@@ -141,26 +142,17 @@ class Overlay:
                 pages = {
                     page: bytes(self._bits[page * _PAGE_BYTES : (page + 1) * _PAGE_BYTES]) for page in self._changed
                 }
-            self._write_back()
+            self._write_back.sync()
             if self._is_kept and pages:
                 for page, content in pages.items():
                     _write_all(self._number, content, _HEADER_BYTES + page * _PAGE_BYTES)
-                self._write_back()
+                self._write_back.sync()
                 with self._lock:
                     self._changed -= {
                         page
                         for page, content in pages.items()
                         if self._bits[page * _PAGE_BYTES : (page + 1) * _PAGE_BYTES] == content
                     }
-
-    def _write_back(self) -> None:
-        if self._lost is None:
-            try:
-                os.fdatasync(self._number)
-            except OSError as error:
-                self._lost = error
-        if self._lost is not None:
-            raise OSError(self._lost.errno, f"a write-back of the overlay failed: {self._lost.strerror}")
 
     def close(self) -> None:
         """Nothing is asked any more."""

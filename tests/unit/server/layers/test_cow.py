@@ -18,6 +18,7 @@ import pytest
 from nbdshard.common.errors import UserError
 from nbdshard.common.nbd.constants import STATE_HOLE, STATE_ZERO, TransmissionFlag
 from nbdshard.common.ranges import Range
+from nbdshard.server import write_back
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.backends.memory import MemoryBackend
 from nbdshard.server.chain import Wanted, open_backend
@@ -310,6 +311,7 @@ def test_a_loss_of_power_leaves_what_was_flushed_and_of_the_rest_what_was_there_
     disk = Disk(base.parent / "overlay", syncs=chance.randrange(8))
     disk.settle()
     monkeypatch.setattr(overlay, "os", disk)
+    monkeypatch.setattr(write_back, "os", disk)
     monkeypatch.setattr(overlay, "zero_file", disk.zero_file)
     backend = kept(base)
     content = base.read_bytes()
@@ -348,6 +350,7 @@ def test_a_write_back_that_failed_is_told_by_every_flush_from_then_on(
     disk = Disk(base.parent / "overlay")
     disk.fails = OSError(errno.EIO, "the disk is broken")
     monkeypatch.setattr(overlay, "os", disk)
+    monkeypatch.setattr(write_back, "os", disk)
     backend.write(Range(0, 10), memoryview(b"0123456789"))
     for _ in range(2):
         with pytest.raises(OSError, match="a write-back of the overlay failed: the disk is broken"):
