@@ -312,25 +312,26 @@ class Transmission:
 
     def _receive_into_pipe(self, request: Request) -> bool:
         """As `_receive`: until all of the payload is in its file, or no more of it has come."""
-        device, has_come = self._device, False
+        device, has_moved = self._device, False
         while self._piped is request:
             count = self._inward.receive(self._number, device.incoming_left)
             if count:
-                has_come = True
+                has_moved = True
                 if device.moved(count):
                     self._piped = None
                     self._store(request)
             elif count == 0:
                 device.end_of_stream()
                 return True
-            elif self._inward.held and is_readable(self._number):  # so it is the pipe that is full
+            elif self._inward.held and is_readable(self._number):  # so it is the pipe that is full, or some just came
+                has_moved = True  # and if that failed there is an answer to be sent
                 self._store(request)
             else:
                 self._events = select.POLLIN
                 break
-        if has_come:
+        if has_moved:
             self._share.moved_at = time.monotonic()
-        return has_come
+        return has_moved
 
     def _store(self, request: Request) -> None:
         """What is in the pipe into the file, and the request is done when that was all of it."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import errno
+import fcntl
 import os
 import random
 import socket
+import termios
 import threading
 import time
 import uuid
@@ -174,6 +177,29 @@ def test_a_write_that_fails_before_all_of_it_has_come_is_answered_and_the_next_o
         assert visitor.write(Range.of(0, 5 * MIB), bytes(5 * MIB)) == "ENOSPC"
         assert visitor.write(Range.of(0, 100), b"x" * 100) == ""
         assert visitor.read(Range.of(0, 100)) == b"x" * 100
+
+
+def test_a_write_that_fails_just_when_the_pipe_is_full_is_answered(image: Path) -> None:
+    data = bytes(3 * MIB)
+    with visiting(Full(image)) as visitor:
+        visitor.client.write(0, Range.of(0, len(data)), [data])
+        stream = b"".join(map(bytes, in_memory(visitor.client.data_to_send())))
+        at, piece = 0, 4096
+        while at < len(stream):  # each piece is in the pipe before the next one comes, as long as it takes any
+            visitor.socket.sendall(stream[at : at + piece])
+            at += piece
+            wait_for("the piece to be taken", lambda: not unread_bytes(visitor.socket))
+        visitor.client.sent(len(stream))
+        (done,) = visitor.answers(1)
+        assert done.error is not None
+        assert done.error.errno_name == "ENOSPC"
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """That the other end of a unix socket has not taken yet."""
+    count = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
+    return count[0]
 
 
 def test_half_a_write_is_not_answered(image: Path) -> None:
