@@ -179,6 +179,7 @@ YIELDS_MAX: Final = 4  # of the processor, to a sender, before the rest of a pay
 SPLICED_PER_CONNECTION: Final = 4  # operations with a pipe; more of them do not stay in the CPU's cache (measured) ...
 SPLICED_BYTES_PER_SECOND: Final = GIB  # ... but as many as this rate takes of a source that is slow to answer
 SPLICE_BYTES_MIN: Final = 256 * KIB  # shorter payload is copied sooner than it is spliced (measured)
+STORED_BYTES_MIN: Final = 64 * KIB  # of a WRITE whose payload still comes: so much of it goes to its file at a time
 LANE_DEPTH: Final = 4  # reads asked ahead and writes unanswered of a lane, unless its servers are slow to answer
 LANE_LOOK_SECONDS: Final = 0.25  # for a lane's thread to see that it is to stop
 LANE_FEED_MAX: Final = 64  # stretches a lane is given at a time ...

@@ -113,18 +113,18 @@ class Conduit:
         self.held += count
         return count
 
-    def store(self, place: Place) -> int:
+    def store(self, number: int, offset: int) -> int:
         """All that is in the pipe into a file: how much. Raises OSError, and the pipe is empty then."""
-        at = place.offset
+        at = offset
         try:
             while self.held:
-                count = self._store_some(place.number, at)
+                count = self._store_some(number, at)
                 at += count
                 self.held -= count
         except OSError:
             self.close()
             raise
-        return at - place.offset
+        return at - offset
 
     def _store_some(self, number: int, at: int) -> int:
         try:

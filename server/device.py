@@ -88,6 +88,8 @@ class Device:
         self._is_shutting_down = False
         # Receiving: headers, with what of a payload came along, or payload alone.
         self._head = bytearray(HEAD_BYTES_MAX)
+        self._head_view = memoryview(self._head)
+        self._offered = 0  # bytes of the last target
         self._filled = 0
         self.incoming: Request | None = None  # its payload comes
         self.incoming_left = 0  # bytes of it that have not come yet
@@ -106,18 +108,22 @@ class Device:
 
     def receive_target(self) -> memoryview:
         """Where the next bytes go. Empty while none are wanted."""
+        target = self._target()
+        self._offered = len(target)
+        return target
+
+    def _target(self) -> memoryview:
         if self.state is not DeviceState.RUNNING:
             return _NOTHING
         if self._skip:
-            return memoryview(self._head)[: min(self._skip, len(self._head))]
+            return self._head_view[: min(self._skip, len(self._head))]
         if self.incoming is not None:
             return self._place(self.incoming)
         if self.is_busy:
             return _NOTHING
-        head = memoryview(self._head)
         if self._is_narrow and self._filled < self._header.size:
-            return head[self._filled : self._header.size]
-        return head[self._filled :]
+            return self._head_view[self._filled : self._header.size]
+        return self._head_view[self._filled :]
 
     def _place(self, request: Request) -> memoryview:
         """Where the rest of the payload of `request` belongs: room for it is made when it is first asked for."""
@@ -139,9 +145,9 @@ class Device:
         """
         if self.state is not DeviceState.RUNNING:
             raise IllegalEvent("device", self.state.name, "received", DEVICE_STATES[self.state].sentence)
-        offered = self.receive_target()
-        if not 0 < count <= len(offered):
-            raise BugError(f"{count} bytes received of {len(offered)} offered")
+        if not 0 < count <= self._offered:
+            raise BugError(f"{count} bytes received of {self._offered} offered")
+        self._offered = 0
         requests: list[Request] = []
         if self._skip:
             self._skip -= count
@@ -188,8 +194,7 @@ class Device:
 
     def _parse(self, requests: list[Request]) -> None:
         """Take as many headers out of `_head` as are whole; what follows one may be the start of its payload."""
-        at, size = 0, self._header.size
-        head = memoryview(self._head)
+        at, size, head = 0, self._header.size, self._head_view
         while self.state is DeviceState.RUNNING and self.incoming is None:
             if self._skip:
                 dropped = min(self._skip, self._filled - at)
@@ -212,7 +217,8 @@ class Device:
                 self._came(piece, requests)
         if at:
             rest = self._filled - at
-            head[:rest] = bytes(head[at : self._filled])
+            if rest:
+                head[:rest] = bytes(head[at : self._filled])
             self._filled = rest
 
     def _take(self, request: Request, requests: list[Request]) -> None:
@@ -305,7 +311,7 @@ class Device:
         """Whether an answer to `request` goes anywhere. Raises BugError where it has one already."""
         if request.answered:
             raise BugError(f"a second answer to {request!r}")
-        if self.state in (DeviceState.RUNNING, DeviceState.DISCONNECTING):
+        if self.state is DeviceState.RUNNING or self.state is DeviceState.DISCONNECTING:
             return True
         request.answered = True
         self.under_way -= 1
@@ -365,7 +371,7 @@ class Device:
 
     def data_to_send(self) -> list[Piece]:
         """What is queued and not handed out yet, in order. A piece that is `Elsewhere` is for the caller to move."""
-        if self.state in (DeviceState.CLOSED, DeviceState.FAILED):
+        if self._handed == self._queued or self.state is DeviceState.CLOSED or self.state is DeviceState.FAILED:
             return []
         self._cut_replies()
         out, self._out = self._out, []
@@ -387,6 +393,8 @@ class Device:
     @property
     def finished(self) -> bool:
         """Nothing is left to be answered or sent, and the client wants nothing more: close the connection."""
+        if self.state is DeviceState.RUNNING:
+            return False
         if self.state in (DeviceState.CLOSED, DeviceState.FAILED):
             return True
         return self.state is DeviceState.DISCONNECTING and not self.under_way and self._sent == self._queued

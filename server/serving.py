@@ -72,14 +72,15 @@ class ServingRules:
     """The table of commands as `export` serves them, worked out once: enums are slow to calculate with."""
 
     def __init__(self, export: Export, commands: CommandTable) -> None:
-        self._export = export
+        self._size, self._extended = export.size, export.extended
+        self._minimum = export.block_sizes.minimum
         self._rules = {number: _rule(export, entry) for number, entry in commands.items()}
         maximum = export.block_sizes.maximum
         self.payload_max = BLOCK_BYTES_MAX_DEFAULT if maximum == BLOCK_BYTES_UNLIMITED else maximum
 
     def payload_bytes(self, request: Request) -> int:
         """How much payload follows the header of `request`, wanted or not."""
-        if self._export.extended:
+        if self._extended:
             return request.length if request.flags & _PAYLOAD_LEN else 0
         rule = self._rules.get(request.command)
         return request.length if rule is not None and rule.entry.sends_payload else 0
@@ -104,7 +105,7 @@ class ServingRules:
         if rule.refusal is not None:
             return rule.refusal
         flags, entry = request.flags, rule.entry
-        if self._export.extended:
+        if self._extended:
             if entry.sends_payload != bool(flags & _PAYLOAD_LEN):
                 return Refused(Errno.EINVAL, f"{entry.name} and NBD_CMD_FLAG_PAYLOAD_LEN do not fit together")
             flags &= ~_PAYLOAD_LEN
@@ -116,12 +117,12 @@ class ServingRules:
         length, end = request.length, request.offset + request.length
         if length == 0:
             return Refused(Errno.EINVAL, f"{entry.name} of 0 bytes")
-        if end > self._export.size:
+        if end > self._size:
             # "SHOULD return ENOSPC if it receives a write request including ... sectors beyond the size of the device"
             outside = Errno.ENOSPC if entry.writes and entry.command != Command.TRIM else Errno.EINVAL
-            return Refused(outside, f"{entry.name} up to {end}, and the export ends at {self._export.size}")
-        minimum = self._export.block_sizes.minimum
-        if request.offset % minimum or (length % minimum and end != self._export.size):
+            return Refused(outside, f"{entry.name} up to {end}, and the export ends at {self._size}")
+        minimum = self._minimum
+        if request.offset % minimum or (length % minimum and end != self._size):
             return Refused(Errno.EINVAL, f"{entry.name} that does not fit blocks of {minimum} bytes")
         if length > self.payload_max and (entry.sends_payload or entry.receives_payload):
             return Refused(Errno.EINVAL, f"{entry.name} of {length} bytes, at most {self.payload_max} are served")

@@ -35,6 +35,7 @@ from nbdshard.common.limits import (
     SERVED_STALL_LOOKS,
     SERVED_STALL_SECONDS,
     SPLICE_BYTES_MIN,
+    STORED_BYTES_MIN,
 )
 from nbdshard.common.nbd.constants import Command
 from nbdshard.common.nbd.payload import Elsewhere
@@ -75,6 +76,7 @@ class Transmission:
         self._wake = wake
         self._share = exports.budget.join(wake.notify, self._cut)
         self._is_leaving = is_leaving
+        self._leaves = False  # it knows of that
         self._is_stalled = False  # it is said to be, by others
         self._answers: deque[Answer] = deque()  # of other threads; appending and popping are atomic
         self._out: deque[memoryview | PipeRun] = deque()
@@ -111,15 +113,16 @@ class Transmission:
         """Until the connection ends. Raises NbdshardError and OSError."""
         device = self._device
         self._share.moved_at = time.monotonic()
+        self._listen()
         while not device.finished:
-            self._wake.clear()
-            self._take_answers()
-            if self._is_leaving.is_set():
-                device.shut_down()
-            self._keep(device.resume())
-            self._go_on()
+            if self._wake.clear():
+                self._listen()
+            if requests := device.resume():
+                self._keep(requests)
+            if self._kept:
+                self._go_on()
             has_sent = self._send()
-            if self._is_leaving.is_set() and not device.under_way and not self._out and not is_readable(self._number):
+            if self._leaves and not device.under_way and not self._out and not is_readable(self._number):
                 return  # only now: what was just answered has left too, and what had come is refused
             if device.finished:
                 return
@@ -128,6 +131,13 @@ class Transmission:
                 return
             if not self._receive() and not has_sent and not self._wait():
                 return
+
+    def _listen(self) -> None:
+        """To what other threads say."""
+        self._take_answers()
+        if self._is_leaving.is_set() and not self._leaves:
+            self._leaves = True
+            self._device.shut_down()
 
     def close(self) -> None:
         """After `run`: waits for the calls that are still made for it."""
@@ -312,18 +322,20 @@ class Transmission:
 
     def _receive_into_pipe(self, request: Request) -> bool:
         """As `_receive`: until all of the payload is in its file, or no more of it has come."""
-        device, has_moved = self._device, False
+        device, inward, has_moved = self._device, self._inward, False
         while self._piped is request:
-            count = self._inward.receive(self._number, device.incoming_left)
+            count = inward.receive(self._number, device.incoming_left)
             if count:
                 has_moved = True
                 if device.moved(count):
                     self._piped = None
                     self._store(request)
+                elif inward.held >= STORED_BYTES_MIN:  # while the client sends more
+                    self._store(request)
             elif count == 0:
                 device.end_of_stream()
                 return True
-            elif self._inward.held and is_readable(self._number):  # so it is the pipe that is full, or some just came
+            elif inward.held and is_readable(self._number):  # so it is the pipe that is full, or some just came
                 has_moved = True  # and if that failed there is an answer to be sent
                 self._store(request)
             else:
@@ -337,12 +349,11 @@ class Transmission:
         """What is in the pipe into the file, and the request is done when that was all of it."""
         began = time.monotonic()
         assert self._writes_directly is not None
-        where = Range.of(request.offset, request.length)
         try:
-            with self._writes_directly.writing(where) as place:
-                if not self._stored:  # what came along with the header
+            with self._writes_directly.writing(Range(request.offset, request.offset + request.length)) as place:
+                if not self._stored and request.payload:  # it came along with the header
                     self._stored = _write_all(place, request.payload)
-                self._stored += self._inward.store(Place(place.number, place.offset + self._stored))
+                self._stored += self._inward.store(place.number, place.offset + self._stored)
         except Exception as error:
             self._inward.close()
             self._piped = None
@@ -364,48 +375,57 @@ class Transmission:
                 out.append(memoryview(piece))
         while out:
             first = out[0]
-            if not isinstance(first, PipeRun):
-                count = self._send_memory()
-            else:
+            if isinstance(first, PipeRun):
                 count = first.conduit.send(self._number, more=len(out) > 1)
                 first.length -= count
                 if not first.length:
                     out.popleft()
+            else:
+                count = self._send_memory(first)
             if not count:
                 break
             sent += count
         if not sent:
             return False
         free = self._device.sent(sent)
-        self._share.give(free)
         self._share.moved_at = time.monotonic()
         if free:
+            self._share.give(free)
             self._share.got_on_at = self._share.moved_at
         if not out:
             self._made = 0
         return True
 
-    def _send_memory(self) -> int:
+    def _send_memory(self, first: memoryview) -> int:
         """The pieces in memory at the head of the queue, as far as the socket takes them."""
-        out, pieces, flags = self._out, list[memoryview](), 0
-        for piece in out:
-            if isinstance(piece, PipeRun):
-                flags = socket.MSG_MORE  # a header, to share a segment with its payload
-                break
-            if len(pieces) == SENT_PIECES_MAX:
-                break
-            pieces.append(piece)
+        out = self._out
         try:
-            count = left = self._socket.sendmsg(pieces, (), flags)
+            if len(out) == 1:
+                count = left = self._socket.send(first)
+            else:
+                count = left = self._send_pieces()
         except BlockingIOError:
             return 0
-        for piece in pieces:
+        while left:
+            piece = out[0]
+            assert isinstance(piece, memoryview)
             if left < len(piece):
                 out[0] = piece[left:]
                 break
             left -= len(piece)
             out.popleft()
         return count
+
+    def _send_pieces(self) -> int:
+        pieces, flags = list[memoryview](), 0
+        for piece in self._out:
+            if isinstance(piece, PipeRun):
+                flags = socket.MSG_MORE  # a header, to share a segment with its payload
+                break
+            if len(pieces) == SENT_PIECES_MAX:
+                break
+            pieces.append(piece)
+        return self._socket.sendmsg(pieces, (), flags)
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 

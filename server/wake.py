@@ -23,12 +23,14 @@ class Wake:
                 self._is_set = True
                 os.eventfd_write(self.number, 1)
 
-    def clear(self) -> None:
-        """Before looking at what it may be about."""
-        if self._is_set:
-            with self._lock:
-                self._is_set = False
-                os.eventfd_read(self.number)
+    def clear(self) -> bool:
+        """Before looking at what it may be about: whether it was notified."""
+        if not self._is_set:
+            return False
+        with self._lock:
+            self._is_set = False
+            os.eventfd_read(self.number)
+        return True
 
     def close(self) -> None:
         """Nobody hears it any more. Who notifies all the same, because what it is about was seen before it said so,

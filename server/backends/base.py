@@ -97,10 +97,16 @@ class Prompt(Protocol):
 
 
 class Place(NamedTuple):
-    """Where a range begins: an open file, and an offset in it."""
+    """Where a range begins: an open file, and an offset in it. A block's own where it is there anyway."""
 
     number: int
     offset: int
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 @runtime_checkable

@@ -86,11 +86,12 @@ class FileBackend:
         return True
 
     def reading(self, where: Range) -> AbstractContextManager[Place | None]:
-        is_ready = self._prompt.is_ready(self._number, where)
-        return contextlib.nullcontext(Place(self._number, where.start) if is_ready else None)
+        if self._prompt.is_ready(self._number, where):
+            return Place(self._number, where.start)
+        return contextlib.nullcontext(None)
 
     def writing(self, where: Range) -> AbstractContextManager[Place]:
-        return contextlib.nullcontext(Place(self._number, where.start))
+        return Place(self._number, where.start)
 
     # -- what changes more than bytes
 
