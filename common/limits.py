@@ -291,7 +291,7 @@ PARTING_SECONDS: Final = 1.0  # for a client to close its end, so that it can re
 PARTING_BYTES: Final = 64 * KIB  # of what it still sends, read and dropped at a time
 SERVED_CONNECTIONS_MAX: Final = 4096  # as many bytes as any pipe holds
 CONNECTION_DESCRIPTORS: Final = 6  # of a client: its socket, what wakes its thread, a pipe for either direction
-EXPORT_DESCRIPTORS: Final = 1040  # of an export: STORE_FILES_OPEN and some
+EXPORT_DESCRIPTORS: Final = 4112  # of an export: STORE_FILES_OPEN and some
 SERVER_DESCRIPTORS: Final = 64  # of everything else
 SERVER_PROCESSES_MAX: Final = 64
 CONFIG_BYTES_MAX: Final = MIB
@@ -319,7 +319,9 @@ LAYER_RETRY_PAUSE_SECONDS_MAX: Final = 5.0  # ... up to this
 LAYER_RETRY_SECONDS: Final = 20.0  # from a request to its last try: below the time after which clients give it up
 LAYER_RETRY_SECONDS_MAX: Final = 3600.0  # where the clients are known to be as patient
 LAYER_RETRY_ENDING_SECONDS: Final = 5.0  # for what is to be written, once the server ends; the drain takes 30 at most
-STORE_FILES_OPEN: Final = 1024  # chunks kept open, for one that is closed is synced; some more for a moment
+STORE_FILES_OPEN: Final = (
+    4096  # chunks kept open, 16 GiB of them: one that is closed is synced, one that is opened goes another way
+)
 CHUNKS_WALKED_MAX: Final = 64  # of one request; where it covers more, a list of those that are there is made first
 CHUNKS_PAGE: Final = 4096  # of that list are kept together, a bit each
 CHUNK_BYTES_DEFAULT: Final = 4 * MIB

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 
 class Locks:
@@ -12,20 +11,49 @@ class Locks:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken: dict[int, tuple[threading.Lock, int]] = {}  # and by how many it is wanted
+        self._taken: dict[int, _Taken] = {}
 
-    @contextmanager
-    def of(self, part: int) -> Iterator[None]:
+    def of(self, part: int) -> AbstractContextManager[None]:
+        """A block's own, by which it has `part` alone."""
+        return _Turn(self, part)
+
+    def take(self, part: int) -> None:
+        """Wait for `part`; to be followed by `give`."""
         with self._lock:
-            lock, wanted = self._taken.get(part, (threading.Lock(), 0))
-            self._taken[part] = (lock, wanted + 1)
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                wanted = self._taken[part][1] - 1
-                if wanted:
-                    self._taken[part] = (lock, wanted)
-                else:
-                    del self._taken[part]
+            taken = self._taken.get(part)
+            if taken is None:
+                taken = self._taken[part] = _Taken()
+            taken.wanted += 1
+        taken.lock.acquire()
+
+    def give(self, part: int) -> None:
+        """Have `part` no more."""
+        with self._lock:
+            taken = self._taken[part]
+            taken.wanted -= 1
+            if not taken.wanted:
+                del self._taken[part]
+        taken.lock.release()
+
+
+class _Taken:
+    __slots__ = ("lock", "wanted")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.wanted = 0  # by how many threads, who has it included
+
+
+class _Turn:
+    """Not a generator: it is taken for each write."""
+
+    __slots__ = ("_locks", "_part")
+
+    def __init__(self, locks: Locks, part: int) -> None:
+        self._locks, self._part = locks, part
+
+    def __enter__(self) -> None:
+        self._locks.take(self._part)
+
+    def __exit__(self, *_: object) -> None:
+        self._locks.give(self._part)

@@ -98,7 +98,8 @@ class Transmission:
         self._writes_directly = direct if can_write else None
         self._outward, self._inward = Conduit(), Conduit()
         self._stored = 0  # bytes of the payload of what is incoming that are in its file
-        self._piped: Request | None = None  # it is incoming, and its payload goes through a pipe
+        self._piped: Request | None = None  # it is incoming, and its payload goes through a pipe ...
+        self._piped_to = Range(0, 1)  # ... to there
         self._poll, self._waking = select.poll(), select.poll()
         self._poll.register(wake.number, select.POLLIN)
         self._waking.register(wake.number, select.POLLIN)
@@ -314,10 +315,12 @@ class Transmission:
             return False
         if self._pause:
             return False
-        if not direct.is_direct(Range.of(request.offset, request.length)) or not self._inward.is_open_for(1):
+        where = Range(request.offset, request.offset + request.length)
+        if not direct.is_direct(where) or not self._inward.is_open_for(1):
             return False
-        self._piped, self._stored = request, 0
-        self._need_none()
+        self._piped, self._piped_to, self._stored = request, where, 0
+        if self._is_short:
+            self._need_none()
         return True
 
     def _receive_into_pipe(self, request: Request) -> bool:
@@ -350,7 +353,7 @@ class Transmission:
         began = time.monotonic()
         assert self._writes_directly is not None
         try:
-            with self._writes_directly.writing(Range(request.offset, request.offset + request.length)) as place:
+            with self._writes_directly.writing(self._piped_to, is_all=self._piped is None) as place:
                 if not self._stored and request.payload:  # it came along with the header
                     self._stored = _write_all(place, request.payload)
                 self._stored += self._inward.store(place.number, place.offset + self._stored)

@@ -120,6 +120,6 @@ class Direct(Protocol):
         """Where `where`, which is direct, is, all of it and for as long as the block lasts, to be read without waiting;
         None where it is not so."""
 
-    def writing(self, where: Range) -> AbstractContextManager[Place]:
-        """Where to write `where`, which is direct, in the block. After it, all is as if `write` had returned, or raised
-        what the block raised."""
+    def writing(self, where: Range, *, is_all: bool) -> AbstractContextManager[Place]:
+        """Where to write something of `where`, which is direct, in the block; with `is_all` all of it is there then.
+        After that block, all is as if `write` had returned, or raised what the block raised."""

@@ -90,7 +90,7 @@ class FileBackend:
             return Place(self._number, where.start)
         return contextlib.nullcontext(None)
 
-    def writing(self, where: Range) -> AbstractContextManager[Place]:
+    def writing(self, where: Range, *, is_all: bool) -> AbstractContextManager[Place]:
         return Place(self._number, where.start)
 
     # -- what changes more than bytes

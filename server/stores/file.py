@@ -48,8 +48,8 @@ class FileStore:
         self._folder = folder
         self._prompt = PromptFiles(self._number)
         self._mode = _READ if read_only else _WRITE
-        self._files: OrderedDict[str, _File] = OrderedDict()  # the one used last is last
-        self._leaving: set[_File] = set()  # not in that table any more, and not closed yet
+        self._files: OrderedDict[str, OpenFile] = OrderedDict()  # the one used last is last
+        self._leaving: set[OpenFile] = set()  # not in that table any more, and not closed yet
         self._deletions = 0
         self._lock = threading.Lock()  # of these; never held during a system call
         self._has_changed = False  # the directory, since it was synced
@@ -77,24 +77,25 @@ class FileStore:
             self._let_go(file)
 
     def write(self, key: str, where: Range, data: memoryview) -> None:
-        file = self._take_to_write(key)
+        file = self.take_to_write(key)
         try:
             at = os.pwrite(file.number, data, where.start)
             while at < where.length:
                 at += os.pwrite(file.number, data[at:], where.start + at)
         finally:
-            file.is_dirty = True  # now, not before: a sync in between would take it for its own
-            self._let_go(file)
+            self.take_back(file)
 
     # -- without waiting: see PromptFiles, and ShardedFiles for what it is used for
 
     def is_open(self, key: str, where: Range | None = None) -> bool:
         """Whether its file is open, and, if asked for, `where` of it at hand."""
+        if where is None:
+            return key in self._files
         file = self._take_open(key)
         if file is None:
             return False
         try:
-            return where is None or self._prompt.is_ready(file.number, where)
+            return self._prompt.is_ready(file.number, where)
         finally:
             self._let_go(file)
 
@@ -121,28 +122,16 @@ class FileStore:
         finally:
             self._let_go(file)
 
-    @contextlib.contextmanager
-    def writing(self, key: str) -> Iterator[int]:
-        """A descriptor to write to in the block, by the only one who changes the object."""
-        file = self._take_to_write(key)
-        try:
-            yield file.number
-        finally:
-            file.is_dirty = True
-            self._let_go(file)
+    def take_to_write(self, key: str) -> OpenFile:
+        """Its file, made if need be, by the only one who changes the object: to be followed by `take_back`."""
+        file = self._take(key, changes=True) or self._take(key, changes=True, make=True)
+        assert file is not None
+        return file
 
-    def is_zero(self, key: str, where: Range) -> bool:
-        """Whether all of `where`, which was just written, is zeroes: nearly always a byte or two say that it is not."""
-        file = self._take_open(key)
-        if file is None:
-            return False
-        try:
-            if any(os.pread(file.number, 1, at) != b"\0" for at in (where.end - 1, where.start)):
-                return False
-            pieces = (os.pread(file.number, piece.length, piece.start) for piece in where.split(_LOOKED_AT_BYTES))
-            return all(piece == bytes(len(piece)) for piece in pieces)
-        finally:
-            self._let_go(file)
+    def take_back(self, file: OpenFile) -> None:
+        """It was written to, or that was tried."""
+        file.is_dirty = True  # now, not before: a sync in between would take it for its own
+        self._let_go(file)
 
     # -- what changes more than bytes
 
@@ -186,8 +175,7 @@ class FileStore:
                 _zero(file.number, Range(where.start, min(where.end, size)), fast=fast)
             return _has_data(file.number)
         finally:
-            file.is_dirty = True
-            self._let_go(file)
+            self.take_back(file)
 
     def cut(self, key: str, length: int) -> None:
         file = self._take(key, changes=True)
@@ -197,8 +185,7 @@ class FileStore:
             if os.fstat(file.number).st_size > length:
                 os.ftruncate(file.number, length)
         finally:
-            file.is_dirty = True
-            self._let_go(file)
+            self.take_back(file)
 
     def delete(self, key: str) -> bool:
         try:
@@ -213,7 +200,8 @@ class FileStore:
     def sync(self) -> None:
         """Files, and then the directory: without that a new file may be gone after a crash, or a deleted one back."""
         with self._lock:
-            files = list(self._files.values())
+            # Of many files few are written to between two flushes. One that another flush has begun with is waited for.
+            files = [file for file in self._files.values() if file.is_dirty or file.syncing.locked()]
             leaving = list(self._leaving)  # their last users sync them
             held = [file for file in (*files, *leaving) if file.users]
             for file in held:
@@ -236,7 +224,7 @@ class FileStore:
             key, lost = next(iter(self._lost.items()))
             raise OSError(lost.errno, f"a write-back of {key} failed: {lost.strerror}")
 
-    def _sync_file(self, file: _File) -> None:
+    def _sync_file(self, file: OpenFile) -> None:
         """Never raises: what failed is in the table of what is lost, before anybody else can find the file clean."""
         with file.syncing:
             if not file.is_dirty:
@@ -315,7 +303,7 @@ class FileStore:
 
     # -- open files
 
-    def _take_open(self, key: str) -> _File | None:
+    def _take_open(self, key: str) -> OpenFile | None:
         """As `_take`, where the file is open already."""
         with self._lock:
             file = self._files.get(key)
@@ -323,12 +311,7 @@ class FileStore:
                 file.users += 1
             return file
 
-    def _take_to_write(self, key: str) -> _File:
-        file = self._take(key, changes=True) or self._take(key, changes=True, make=True)
-        assert file is not None
-        return file
-
-    def _take(self, key: str, *, changes: bool = False, make: bool = False) -> _File | None:
+    def _take(self, key: str, *, changes: bool = False, make: bool = False) -> OpenFile | None:
         """The file of `key`, not to be closed before it is let go; None where there is none and none is to be made.
 
         `changes`: by the only one who changes it, so nobody deletes it meanwhile.
@@ -347,7 +330,7 @@ class FileStore:
             return None
         if make:
             self._has_changed = True
-        file, old = _File(number, key), None
+        file, old = OpenFile(number, key), None
         with self._lock:
             there = self._files.get(key)
             if there is not None:
@@ -387,7 +370,7 @@ class FileStore:
             for file in closing:
                 self._let_go(file)
 
-    def _let_go(self, file: _File) -> None:
+    def _let_go(self, file: OpenFile) -> None:
         with self._lock:
             file.users -= 1
             if file.users:
@@ -409,7 +392,7 @@ class FileStore:
         self._let_go(file)
 
 
-class _File:
+class OpenFile:
     """An open file, closed when its last user lets it go; the table it is in is one of them."""
 
     __slots__ = ("is_dirty", "is_gone", "key", "number", "syncing", "users")
@@ -421,6 +404,14 @@ class _File:
         self.is_dirty = False  # something was written, and not synced
         self.is_gone = False  # it has no name any more, so nothing of it is to be kept
         self.syncing = threading.Lock()
+
+
+def is_zero_part(number: int, where: Range) -> bool:
+    """Whether all of `where`, which was just written, is zeroes: nearly always a byte or two say that it is not."""
+    if os.pread(number, 1, where.end - 1) != b"\0" or os.pread(number, 1, where.start) != b"\0":
+        return False
+    pieces = (os.pread(number, piece.length, piece.start) for piece in where.split(_LOOKED_AT_BYTES))
+    return all(piece == bytes(len(piece)) for piece in pieces)
 
 
 def _zero(number: int, where: Range, *, fast: bool) -> None:

@@ -286,7 +286,7 @@ def test_a_chunk_that_is_about_to_be_deleted_takes_no_write_meanwhile(
     clearing.start()
     assert is_empty.wait(60)
     writing.start()
-    wait_for("the write to wait", lambda: not writing.is_alive() or sharded._locks._taken[0][1] > 1)
+    wait_for("the write to wait", lambda: not writing.is_alive() or sharded._locks._taken[0].wanted > 1)
     may_go_on.set()
     clearing.join()
     writing.join()

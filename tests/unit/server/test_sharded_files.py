@@ -79,9 +79,9 @@ def test_what_is_written_to_a_place_is_there_and_synced_by_a_flush(
     sharded.flush()
     synced: list[int] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
-    with sharded.writing(Range(PAGE, 3 * PAGE)) as place:
+    with sharded.writing(Range(PAGE, 3 * PAGE), is_all=True) as place:
         put(place, b"y" * PAGE)
-    with sharded.writing(Range(PAGE, 3 * PAGE)) as place:
+    with sharded.writing(Range(PAGE, 3 * PAGE), is_all=True) as place:
         put(place, b"z" * PAGE, at=PAGE)
         sharded.flush()
     sharded.flush()
@@ -95,7 +95,7 @@ def test_a_write_to_a_place_that_fails_is_synced_too(sharded: ShardedFiles, monk
     places: list[Place] = []
 
     def write_and_fail() -> None:
-        with sharded.writing(FIRST) as place:
+        with sharded.writing(FIRST, is_all=True) as place:
             places.append(place)
             put(place, b"y")
             raise OSError(28, "full")
@@ -108,10 +108,10 @@ def test_a_write_to_a_place_that_fails_is_synced_too(sharded: ShardedFiles, monk
 
 def test_zeroes_that_were_written_to_a_place_are_not_kept(sharded: ShardedFiles, tmp_path: Path) -> None:
     fill(sharded, Range(0, CHUNK))
-    with sharded.writing(Range(0, CHUNK // 2)) as place:
+    with sharded.writing(Range(0, CHUNK // 2), is_all=True) as place:
         put(place, bytes(CHUNK // 2))
     assert (tmp_path / "disk.0.chunk").stat().st_blocks * 512 == CHUNK // 2
-    with sharded.writing(Range(CHUNK // 2, CHUNK)) as place:
+    with sharded.writing(Range(CHUNK // 2, CHUNK), is_all=True) as place:
         put(place, bytes(CHUNK // 2))
     assert chunks(tmp_path) == []
 
@@ -119,7 +119,7 @@ def test_zeroes_that_were_written_to_a_place_are_not_kept(sharded: ShardedFiles,
 @pytest.mark.parametrize("at", [0, 1, CHUNK // 2, CHUNK - 1])
 def test_one_byte_of_data_among_zeroes_is_kept(sharded: ShardedFiles, at: int) -> None:
     data = bytes(at) + b"x" + bytes(CHUNK - 1 - at)
-    with sharded.writing(Range(0, CHUNK)) as place:
+    with sharded.writing(Range(0, CHUNK), is_all=True) as place:
         put(place, data)
     assert content_of(sharded, Range(0, CHUNK)) == data
 

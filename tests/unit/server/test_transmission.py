@@ -133,7 +133,7 @@ def test_half_a_write_is_not_answered(image: Path) -> None:
 class Full(FileBackend):
     """Nothing larger than a page can be written."""
 
-    def writing(self, where: Range) -> AbstractContextManager[Place]:
+    def writing(self, where: Range, *, is_all: bool) -> AbstractContextManager[Place]:
         raise OSError(errno.ENOSPC, "no room")
 
 

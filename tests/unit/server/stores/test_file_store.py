@@ -45,6 +45,9 @@ class LoudLock:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
+    def locked(self) -> bool:
+        return self._lock.locked()
+
 
 def test_a_file_that_is_being_closed_is_waited_for_by_a_sync(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel tells of a lost write-back once: to the one who closes the file, and the sync must hear of it."""
@@ -79,6 +82,32 @@ def test_a_file_that_is_being_closed_is_waited_for_by_a_sync(store: FileStore, m
     closing.join()
     assert [str(error) for error in told] == ["[Errno 5] a write-back of one failed: Input/output error"]
     assert store.losses == 1
+
+
+def test_a_sync_waits_for_what_another_one_has_begun_with(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is dirty any more by then, and nothing is durable yet."""
+    is_syncing, may_end, has_ended = threading.Event(), threading.Event(), threading.Event()
+
+    def sync_slowly(_number: int) -> None:
+        is_syncing.set()
+        assert may_end.wait(60)
+
+    def sync_second() -> None:
+        store.sync()
+        has_ended.set()
+
+    write(store, "one")
+    lock = store._files["one"].syncing = LoudLock()  # type: ignore[assignment]
+    monkeypatch.setattr(file_store.os, "fdatasync", sync_slowly)
+    threads = [threading.Thread(target=store.sync), threading.Thread(target=sync_second)]
+    threads[0].start()
+    assert is_syncing.wait(60)
+    threads[1].start()
+    wait_for("the second to wait, or to end", lambda: lock.is_wanted.is_set() or has_ended.is_set())
+    assert not has_ended.is_set()
+    may_end.set()
+    for thread in threads:
+        thread.join()
 
 
 def test_what_is_written_during_a_sync_is_synced_by_the_next(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
