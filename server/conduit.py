@@ -118,7 +118,12 @@ class Conduit:
         at = offset
         try:
             while self.held:
-                count = self._store_some(number, at)
+                try:
+                    count = os.splice(self._read_end, number, self.held, offset_dst=at, flags=os.SPLICE_F_MOVE)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    count = self._copy_some(number, at)
                 at += count
                 self.held -= count
         except OSError:
@@ -126,13 +131,9 @@ class Conduit:
             raise
         return at - offset
 
-    def _store_some(self, number: int, at: int) -> int:
-        try:
-            return os.splice(self._read_end, number, self.held, offset_dst=at, flags=os.SPLICE_F_MOVE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-        data = memoryview(os.read(self._read_end, min(self.held, SPLICE_BYTES_MIN)))  # this file cannot be spliced to
+    def _copy_some(self, number: int, at: int) -> int:
+        """The same for a file that cannot be spliced to."""
+        data = memoryview(os.read(self._read_end, min(self.held, SPLICE_BYTES_MIN)))
         done = 0
         while done < len(data):
             done += os.pwrite(number, data[done:], at + done)

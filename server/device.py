@@ -158,13 +158,17 @@ class Device:
         self._parse(requests)
         return requests
 
-    def moved(self, count: int) -> list[Request]:
-        """`count` bytes of the payload of `incoming` were moved from the stream to elsewhere. As `received`."""
+    def moved(self, count: int) -> bool:
+        """`count` bytes of the payload of `incoming` were moved from the stream to elsewhere: whether that was the rest
+        of it. Then the request is whole, and to be answered.
+        """
         if self.incoming is None or not 0 < count <= self.incoming_left:
             raise BugError(f"{count} bytes moved of {self.incoming_left} that are to come")
-        requests: list[Request] = []
-        self._came(count, requests)
-        return requests
+        self.incoming_left -= count
+        if self.incoming_left:
+            return False
+        self.incoming = None
+        return True
 
     def resume(self) -> list[Request]:
         """To be called when `is_busy` has ended: the requests that had come, and were not looked at."""

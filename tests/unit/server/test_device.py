@@ -324,8 +324,8 @@ def test_payload_may_go_elsewhere() -> None:
     incoming = served.incoming
     assert incoming is not None
     assert (incoming.payload, served.incoming_left) == (b"ab", 299_998)
-    assert served.moved(299_997) == []
-    assert served.moved(1) == [incoming]
+    assert not served.moved(299_997)
+    assert served.moved(1)
     assert incoming.payload == b"ab"
     assert len(served.receive_target()) == 28  # the payload of the next one may go there too
     served.done(incoming)
