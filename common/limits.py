@@ -262,6 +262,7 @@ KEEPALIVE_IDLE_SECONDS: Final = (
 )
 KEEPALIVE_PROBE_SECONDS: Final = 10  # between two questions
 KEEPALIVE_PROBES: Final = 6  # without an answer; then it has gone. One that is there, and only silent, stays for ever
+SAID_TOGETHER_BYTES: Final = 64  # of answers without payload, held back while requests come one after the other
 SENT_PIECES_MAX: Final = 64  # of answers in one sendmsg
 SERVED_AT_ONCE: Final = 16  # requests of one connection that are carried out side by side
 SERVER_BYTES_MAX: Final = (

@@ -382,6 +382,11 @@ class Device:
         self._handed = self._queued
         return out
 
+    @property
+    def unsaid(self) -> int:
+        """Bytes that `data_to_send` has."""
+        return self._queued - self._handed
+
     def sent(self, count: int) -> int:
         """`count` more of the bytes handed out have left: what was `held` for the requests answered by them, in sum."""
         if not 0 < count <= self._handed - self._sent:

@@ -30,6 +30,7 @@ from nbdshard.common.limits import (
     INLINE_BYTES_MAX,
     INLINE_PAUSE,
     INLINE_SECONDS_MAX,
+    SAID_TOGETHER_BYTES,
     SENT_PIECES_MAX,
     SERVED_AT_ONCE,
     SERVED_STALL_LOOKS,
@@ -115,6 +116,7 @@ class Transmission:
         device = self._device
         self._share.moved_at = time.monotonic()
         self._listen()
+        has_come = False  # something that may be followed by more: then what is to be said is said together
         while not device.finished:
             if self._wake.clear():
                 self._listen()
@@ -122,15 +124,18 @@ class Transmission:
                 self._keep(requests)
             if self._kept:
                 self._go_on()
-            has_sent = self._send()
-            if self._leaves and not device.under_way and not self._out and not is_readable(self._number):
+            has_waited = has_come and not self._out and device.unsaid <= SAID_TOGETHER_BYTES
+            has_sent = not has_waited and self._send()
+            is_idle = not (device.under_way or device.unsaid or self._out)
+            if self._leaves and is_idle and not is_readable(self._number):
                 return  # only now: what was just answered has left too, and what had come is refused
             if device.finished:
                 return
             if self._is_stalled and self._is_in_the_way():
                 logs.warning(f"{device.client}: takes nothing while others wait for the memory it holds: it is cut off")
                 return
-            if not self._receive() and not has_sent and not self._wait():
+            has_come = self._receive()
+            if not (has_come or has_sent or has_waited or self._wait()):
                 return
 
     def _listen(self) -> None:
