@@ -119,7 +119,7 @@ FIRST: Final = Row(
     NULL,
     8 * GIB,
     Figure(speed_min=1.5, cpu_share_max=0.45),
-    weight=96,
+    weight=86,
     variants=(("--ring", "epoll"), ("--data-path=buffer",)),
 )
 
@@ -132,7 +132,7 @@ ROWS: Final[Sequence[Row]] = (
         NULL,
         8 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.75),
-        weight=78,
+        weight=70,
         detects_zeroes=True,
     ),
     Row(
@@ -142,7 +142,7 @@ ROWS: Final[Sequence[Row]] = (
         Nbdkit("null", tcp=True),
         8 * GIB,
         Figure(speed_min=1.2, cpu_share_max=0.8),
-        weight=88,
+        weight=80,
     ),
     Row(
         "memory",
@@ -301,7 +301,7 @@ SERVED_WORKS: Final = (
 
 # Parts that are no rows, with their weights.
 PARTS: Final = {
-    "serving": 40.0,
+    "serving": 64.0,
     "scaling": 18.0,
     "requests": 18.0,
     "checkpoints": 8.0,

@@ -37,6 +37,7 @@ from nbdshard.common.limits import (
     SERVED_STALL_SECONDS,
     SPLICE_BYTES_MIN,
     STORED_BYTES_MIN,
+    YIELDS_MAX,
 )
 from nbdshard.common.nbd.constants import Command
 from nbdshard.common.nbd.payload import Elsewhere
@@ -330,11 +331,11 @@ class Transmission:
 
     def _receive_into_pipe(self, request: Request) -> bool:
         """As `_receive`: until all of the payload is in its file, or no more of it has come."""
-        device, inward, has_moved = self._device, self._inward, False
+        device, inward, has_moved, yields = self._device, self._inward, False, 0
         while self._piped is request:
             count = inward.receive(self._number, device.incoming_left)
             if count:
-                has_moved = True
+                has_moved, yields = True, 0
                 if device.moved(count):
                     self._piped = None
                     self._store(request)
@@ -346,6 +347,11 @@ class Transmission:
             elif inward.held and is_readable(self._number):  # so it is the pipe that is full, or some just came
                 has_moved = True  # and if that failed there is an answer to be sent
                 self._store(request)
+            elif (
+                yields < YIELDS_MAX
+            ):  # the client is in the middle of sending: it may be done with it before we would sleep
+                yields += 1
+                os.sched_yield()
             else:
                 self._events = select.POLLIN
                 break
