@@ -179,7 +179,7 @@ YIELDS_MAX: Final = 4  # of the processor, to a sender, before the rest of a pay
 SPLICED_PER_CONNECTION: Final = 4  # operations with a pipe; more of them do not stay in the CPU's cache (measured) ...
 SPLICED_BYTES_PER_SECOND: Final = GIB  # ... but as many as this rate takes of a source that is slow to answer
 SPLICE_BYTES_MIN: Final = 256 * KIB  # shorter payload is copied sooner than it is spliced (measured)
-STORED_BYTES_MIN: Final = 64 * KIB  # of a WRITE whose payload still comes: so much of it goes to its file at a time
+STORED_BYTES_MIN: Final = 64 * KIB  # of a WRITE whose payload comes: so much goes to its file before the rest is there
 LANE_DEPTH: Final = 4  # reads asked ahead and writes unanswered of a lane, unless its servers are slow to answer
 LANE_LOOK_SECONDS: Final = 0.25  # for a lane's thread to see that it is to stop
 LANE_FEED_MAX: Final = 64  # stretches a lane is given at a time ...
@@ -262,7 +262,8 @@ KEEPALIVE_IDLE_SECONDS: Final = (
 )
 KEEPALIVE_PROBE_SECONDS: Final = 10  # between two questions
 KEEPALIVE_PROBES: Final = 6  # without an answer; then it has gone. One that is there, and only silent, stays for ever
-SAID_TOGETHER_BYTES: Final = 64  # of answers without payload, held back while requests come one after the other
+HELD_BACK_BYTES_MAX: Final = 64  # of answers without payload, while requests come without a gap ...
+HELD_BACK_PAYLOAD_MAX: Final = 512 * KIB  # ... and none of them is larger than this
 SENT_PIECES_MAX: Final = 64  # of answers in one sendmsg
 SERVED_AT_ONCE: Final = 16  # requests of one connection that are carried out side by side
 SERVER_BYTES_MAX: Final = (
@@ -320,9 +321,9 @@ LAYER_RETRY_PAUSE_SECONDS_MAX: Final = 5.0  # ... up to this
 LAYER_RETRY_SECONDS: Final = 20.0  # from a request to its last try: below the time after which clients give it up
 LAYER_RETRY_SECONDS_MAX: Final = 3600.0  # where the clients are known to be as patient
 LAYER_RETRY_ENDING_SECONDS: Final = 5.0  # for what is to be written, once the server ends; the drain takes 30 at most
-STORE_FILES_OPEN: Final = (
-    4096  # chunks kept open, 16 GiB of them: one that is closed is synced, one that is opened goes another way
-)
+# Of each store, and half of what the process may have for all: one that is closed is synced, one that is not open is
+# written by way of memory.
+STORE_FILES_OPEN: Final = 4096
 CHUNKS_WALKED_MAX: Final = 64  # of one request; where it covers more, a list of those that are there is made first
 CHUNKS_PAGE: Final = 4096  # of that list are kept together, a bit each
 CHUNK_BYTES_DEFAULT: Final = 4 * MIB

@@ -113,27 +113,26 @@ class Conduit:
         self.held += count
         return count
 
-    def store(self, number: int, offset: int) -> int:
-        """All that is in the pipe into a file: how much. Raises OSError, and the pipe is empty then."""
-        at = offset
+    def store(self, number: int, offset: int, length: int) -> None:
+        """The first `length` bytes in the pipe into a file. Raises OSError, and the pipe is empty then."""
+        at, end = offset, offset + length
         try:
-            while self.held:
+            while at < end:
                 try:
-                    count = os.splice(self._read_end, number, self.held, offset_dst=at, flags=os.SPLICE_F_MOVE)
+                    count = os.splice(self._read_end, number, end - at, offset_dst=at, flags=os.SPLICE_F_MOVE)
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
-                    count = self._copy_some(number, at)
+                    count = self._copy_some(number, at, end - at)
                 at += count
                 self.held -= count
         except OSError:
             self.close()
             raise
-        return at - offset
 
-    def _copy_some(self, number: int, at: int) -> int:
+    def _copy_some(self, number: int, at: int, length: int) -> int:
         """The same for a file that cannot be spliced to."""
-        data = memoryview(os.read(self._read_end, min(self.held, SPLICE_BYTES_MIN)))
+        data = memoryview(os.read(self._read_end, min(length, SPLICE_BYTES_MIN)))
         done = 0
         while done < len(data):
             done += os.pwrite(number, data[done:], at + done)

@@ -375,8 +375,8 @@ class Device:
 
     def data_to_send(self) -> list[Piece]:
         """What is queued and not handed out yet, in order. A piece that is `Elsewhere` is for the caller to move."""
-        if self._handed == self._queued or self.state is DeviceState.CLOSED or self.state is DeviceState.FAILED:
-            return []
+        if self._handed == self._queued:
+            return []  # nothing is queued any more once it is CLOSED or FAILED; what was before may still be sent
         self._cut_replies()
         out, self._out = self._out, []
         self._handed = self._queued

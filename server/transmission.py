@@ -9,12 +9,14 @@ There are four ways for a request:
 - away: the crew's threads carry it out, side by side, and wake this one when there is an answer;
 - later: it is kept until the socket takes what is queued, a place at the crew or memory is free.
 
-A WRITE goes to its file as it comes, a pipe at a time: who leaves in the middle of one may leave a part of it behind,
-as the protocol allows for what was not answered; it is never answered as done.
+What has come of a WRITE goes to its file while the rest comes: who leaves in the middle of one may leave a part of it
+behind, as the protocol allows for what was not answered; it is never answered as done. Answers without payload are held
+back, a few of them, while small requests come without a gap, and said before anything is waited for.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import socket
@@ -26,11 +28,13 @@ from functools import partial
 from typing import Final
 
 from nbdshard.common import logs
+from nbdshard.common.errors import NbdshardError
 from nbdshard.common.limits import (
+    HELD_BACK_BYTES_MAX,
+    HELD_BACK_PAYLOAD_MAX,
     INLINE_BYTES_MAX,
     INLINE_PAUSE,
     INLINE_SECONDS_MAX,
-    SAID_TOGETHER_BYTES,
     SENT_PIECES_MAX,
     SERVED_AT_ONCE,
     SERVED_STALL_LOOKS,
@@ -125,7 +129,7 @@ class Transmission:
                 self._keep(requests)
             if self._kept:
                 self._go_on()
-            has_waited = has_come and not self._out and device.unsaid <= SAID_TOGETHER_BYTES
+            has_waited = has_come and not self._out and self._may_wait()
             has_sent = not has_waited and self._send()
             is_idle = not (device.under_way or device.unsaid or self._out)
             if self._leaves and is_idle and not is_readable(self._number):
@@ -135,9 +139,19 @@ class Transmission:
             if self._is_stalled and self._is_in_the_way():
                 logs.warning(f"{device.client}: takes nothing while others wait for the memory it holds: it is cut off")
                 return
-            has_come = self._receive()
+            try:
+                has_come = self._receive()
+            except NbdshardError:
+                self._send()  # what was done before has its answer
+                raise
             if not (has_come or has_sent or has_waited or self._wait()):
                 return
+
+    def _may_wait(self) -> bool:
+        """Whether what is to be said may be held back while more requests come: they are little, and it is."""
+        incoming = self._device.incoming
+        is_little = incoming is None or incoming.length <= HELD_BACK_PAYLOAD_MAX
+        return is_little and self._device.unsaid <= HELD_BACK_BYTES_MAX
 
     def _listen(self) -> None:
         """To what other threads say."""
@@ -271,13 +285,17 @@ class Transmission:
         except Exception as error:
             failure(request, error)(self._device)
             return True
-        self._wrote(request, began)
+        self._took(began)
+        self._wrote(request)
         return True
 
-    def _wrote(self, request: Request, began: float) -> None:
-        """The bytes are in their place; they may have to be durable, too."""
+    def _took(self, began: float) -> None:
+        """This thread has written since then."""
         if time.monotonic() - began > INLINE_SECONDS_MAX:
             self._pause = INLINE_PAUSE
+
+    def _wrote(self, request: Request) -> None:
+        """The bytes are in their place; they may have to be durable, too."""
         if request.fua:
             self._hand_over(lambda: flushed(self._backend, request), is_flush=True)
         else:
@@ -309,7 +327,7 @@ class Transmission:
             self._share.moved_at = time.monotonic()
             self._keep(device.received(count))
             incoming = device.incoming
-            if incoming is not None and not self._kept and self._goes_by_pipe(incoming):
+            if incoming is not None and not self._kept and self._may_wait() and self._goes_by_pipe(incoming):
                 self._receive_into_pipe(incoming)  # which is nearly always there already
         else:
             device.end_of_stream()
@@ -338,18 +356,18 @@ class Transmission:
                 has_moved, yields = True, 0
                 if device.moved(count):
                     self._piped = None
-                    self._store(request)
+                    self._store(request, inward.held)
                 elif inward.held >= STORED_BYTES_MIN:  # while the client sends more
-                    self._store(request)
+                    self._store(request, self._whole_pages(request) or inward.held)
             elif count == 0:
                 device.end_of_stream()
                 return True
             elif inward.held and is_readable(self._number):  # so it is the pipe that is full, or some just came
                 has_moved = True  # and if that failed there is an answer to be sent
-                self._store(request)
+                self._store(request, self._whole_pages(request) or inward.held)
             elif (
-                yields < YIELDS_MAX
-            ):  # the client is in the middle of sending: it may be done with it before we would sleep
+                yields < YIELDS_MAX and not device.unsaid
+            ):  # the client is in the middle of sending, and may soon be done
                 yields += 1
                 os.sched_yield()
             else:
@@ -359,22 +377,29 @@ class Transmission:
             self._share.moved_at = time.monotonic()
         return has_moved
 
-    def _store(self, request: Request) -> None:
-        """What is in the pipe into the file, and the request is done when that was all of it."""
+    def _whole_pages(self, request: Request) -> int:
+        """How much of what is in the pipe ends with a page of the file: to write a part of one may take reading it."""
+        at = request.offset + (self._stored or len(request.payload))
+        return max((at + self._inward.held) // mmap.PAGESIZE * mmap.PAGESIZE - at, 0)
+
+    def _store(self, request: Request, length: int) -> None:
+        """The first `length` bytes in the pipe into the file, and the request is done when that was the rest of it."""
         began = time.monotonic()
         assert self._writes_directly is not None
         try:
             with self._writes_directly.writing(self._piped_to, is_all=self._piped is None) as place:
                 if not self._stored and request.payload:  # it came along with the header
                     self._stored = _write_all(place, request.payload)
-                self._stored += self._inward.store(place.number, place.offset + self._stored)
+                self._inward.store(place.number, place.offset + self._stored, length)
+                self._stored += length
         except Exception as error:
             self._inward.close()
             self._piped = None
             failure(request, error)(self._device)
             return
+        self._took(began)
         if self._piped is None:
-            self._wrote(request, began)
+            self._wrote(request)
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
@@ -385,7 +410,7 @@ class Transmission:
             if isinstance(piece, Elsewhere):
                 assert isinstance(piece, PipeRun)  # nothing else is given to the device
                 out.append(piece)
-            else:
+            elif piece:
                 out.append(memoryview(piece))
         while out:
             first = out[0]

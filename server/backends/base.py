@@ -122,4 +122,5 @@ class Direct(Protocol):
 
     def writing(self, where: Range, *, is_all: bool) -> AbstractContextManager[Place]:
         """Where to write something of `where`, which is direct, in the block; with `is_all` all of it is there then.
-        After that block, all is as if `write` had returned, or raised what the block raised."""
+        After that block, all is as if `write` had returned, or raised what the block raised. After each other one, what
+        was written is made durable by the next `flush`."""

@@ -1,6 +1,7 @@
 """An image in chunks that are files: what is within one of them goes between it and a socket like a file's own bytes.
 
-Only with files that are open already: to open one, and to sync the one that makes room for it, may take its time.
+Only with files that are open when a request comes: to open one, and to sync the one that makes room for it, may take
+its time. One that is closed or deleted while the payload of a WRITE comes is opened again all the same.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -31,10 +32,11 @@ _WRITE: Final = os.O_RDWR | os.O_CLOEXEC
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _LOOKED_AT_BYTES: Final = 1 << 18
 _WHOLE: Final = Range(0, EXPORT_BYTES_MAX)
+_open_stores: Final[set[int]] = set()  # of this process: they share its descriptors
 
 
 class FileStore:
-    """The files of `folder`, which must be there. Files are kept open, STORE_FILES_OPEN of them at most."""
+    """The files of `folder`, which must be there. Some are kept open (`_files_max`)."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         try:
@@ -45,6 +47,7 @@ class FileStore:
             raise UserError("is no directory", str(folder)) from None
         except OSError as error:
             raise UserError(f"cannot be opened: {error.strerror}", str(folder)) from None
+        _open_stores.add(id(self))
         self._folder = folder
         self._prompt = PromptFiles(self._number)
         self._mode = _READ if read_only else _WRITE
@@ -289,6 +292,7 @@ class FileStore:
         self._claims[key] = claim(self._folder / key, alone=alone)
 
     def close(self) -> None:
+        _open_stores.discard(id(self))
         with self._lock:
             files, self._files = list(self._files.values()), OrderedDict()
             self._leaving.update(files)
@@ -338,7 +342,7 @@ class FileStore:
             elif changes or deletions == self._deletions:  # else it may have no name any more: a reader's own
                 self._files[key] = file
                 file.users += 1
-                if len(self._files) > STORE_FILES_OPEN:
+                if len(self._files) > self._files_max():
                     _, old = self._files.popitem(last=False)
                     self._leaving.add(old)
         if old is not None:
@@ -347,6 +351,11 @@ class FileStore:
             os.close(number)
             return there
         return file
+
+    def _files_max(self) -> int:
+        """How many may stay open: its share of half the descriptors that there are, for clients need some, too."""
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return min(STORE_FILES_OPEN, max(descriptors // 2 // max(len(_open_stores), 1), 1))
 
     def _check_folder(self) -> None:
         """Raises OSError where the directory was removed: then nothing is known of what was in it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 
 from nbdshard.coordinator.journal import Journal
 from support import images
-from support.command import copy, nbdshard
+from support.command import copy, nbdshard, started
 from support.doubles import CMD_WRITE, OPT_LIST_META_CONTEXT, Double, Request, Talk
+from support.served import serving
 from support.servers import Server, nbd_server, nbdkit, qemu_nbd
 
 SIZE = 4 * images.MIB
@@ -27,13 +29,6 @@ class Asked(Double):
         with self.lock:
             self.options = [*getattr(self, "options", []), option]
         return super().option(talk, option, data)
-
-
-class Silent(Double):
-    """Answers no read."""
-
-    def read(self, talk: Talk, request: Request) -> None:
-        """Nothing is said."""
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +61,16 @@ def test_servers_that_know_no_hints_are_copied_as_ever(
 
 
 def test_info_shows_the_hints() -> None:
-    with Double(bytearray(SIZE), hints=HINTS).running() as listening:
-        shown = nbdshard("info", listening.uri).succeeded().out
-        told = json.loads(nbdshard("info", "--json", listening.uri).succeeded().out)
-    assert f"hints: request 30 s, loss 120 s, backoff 0.2 to 5 s, instance {UUID}\n" in shown
+    with serving("memory:4M?hint-request=30s&hint-loss=2m&hint-backoff=200ms-5s") as served:
+        shown = nbdshard("info", served.uri()).succeeded().out
+        told = json.loads(nbdshard("info", "--json", served.uri()).succeeded().out)
+    instance = told["hints"].pop("instance")
+    assert f"hints: request 30 s, loss 120 s, backoff 0.2 to 5 s, instance {uuid.UUID(instance)}\n" in shown
     assert told["hints"] == {
         "request_seconds": 30.0,
         "loss_seconds": 120.0,
         "backoff_seconds_min": 0.2,
         "backoff_seconds_max": 5.0,
-        "instance": UUID,
     }
     assert told["contexts"] == ["base:allocation"]
 
@@ -94,9 +89,9 @@ def test_each_connection_asks_once() -> None:
 def test_a_request_may_become_as_old_as_the_server_hints_unless_the_user_says_something_else(
     options: tuple[str, ...], seconds: str
 ) -> None:
-    double = Silent(bytearray(64 * images.KIB), hints="x-nbdshard:hints;v=1;request_ms=1000")
-    with double.running() as listening:
-        outcome = copy("--loss-timeout", "0", *options, listening.uri, "null:")
+    with serving("delay:memory:64K?delay-read=20s&hint-request=1s") as served:
+        outcome = copy("--loss-timeout", "0", *options, served.uri(), "null:")
+        served.run.process.kill()  # it would wait for its own answer
     outcome.failed(1, saying=["source", "timed out while reading", f"no answer within {seconds}"])
 
 
@@ -104,20 +99,13 @@ def test_a_request_may_become_as_old_as_the_server_hints_unless_the_user_says_so
 def test_a_server_is_waited_for_as_long_as_it_hints_unless_the_user_says_something_else(
     options: tuple[str, ...],
 ) -> None:
-    class Leaving(Double):
-        """Serves one connection."""
-
-        def negotiate(self, talk: Talk) -> bool:
-            if talk.number > 1:
-                talk.hang_up()
-            return super().negotiate(talk)
-
-        def read(self, talk: Talk, request: Request) -> None:
-            talk.hang_up()
-
-    double = Leaving(bytearray(images.MIB), hints="x-nbdshard:hints;v=1;loss_ms=1000;backoff_ms=50-100")
-    with double.running() as listening:
-        outcome = copy(*options, listening.uri, "null:")
+    with (
+        serving("memory:64M?hint-loss=1s&hint-backoff=50ms-100ms") as served,
+        started("copy", "-v", *options, "--rate", "4M", served.uri(), "null:") as run,
+    ):
+        run.until("the copy to be under way", lambda: "worker 0" in run.err())
+        served.run.process.kill()
+        outcome = run.wait()
     outcome.failed(75, saying=["source", f"it was waited for {'2' if options else '1'} s"])
 
 

@@ -26,7 +26,7 @@ from nbdshard.server.chain import Wanted, open_backend
 from nbdshard.server.device import Hole
 from nbdshard.server.exports import Exports
 from nbdshard.server.layers.base import Passing
-from support.visitor import WAYS, Visitor, exporting, unread_bytes, visiting
+from support.visitor import WAYS, Visitor, exporting, visiting
 from support.waiting import wait_for
 
 SIZE = 8 * MIB
@@ -94,47 +94,6 @@ def test_a_file_that_became_shorter_is_an_error_and_the_next_request_is_served(
         os.truncate(image, 5000)
         assert visitor.read(Range.of(4000, length)) == "EIO"
         assert visitor.read(Range(0, 5000)) == image.read_bytes()
-
-
-def test_a_write_that_fails_before_all_of_it_has_come_is_answered_and_the_next_one_served(image: Path) -> None:
-    with visiting(Full(image)) as visitor:
-        assert visitor.write(Range.of(0, 5 * MIB), bytes(5 * MIB)) == "ENOSPC"
-        assert visitor.write(Range.of(0, 100), b"x" * 100) == ""
-        assert visitor.read(Range.of(0, 100)) == b"x" * 100
-
-
-def test_a_write_that_fails_just_when_the_pipe_is_full_is_answered(image: Path) -> None:
-    data = bytes(3 * MIB)
-    with visiting(Full(image)) as visitor:
-        visitor.client.write(0, Range.of(0, len(data)), [data])
-        stream = b"".join(map(bytes, in_memory(visitor.client.data_to_send())))
-        at, piece = 0, 4096
-        while at < len(stream):  # each piece is in the pipe before the next one comes, as long as it takes any
-            visitor.socket.sendall(stream[at : at + piece])
-            at += piece
-            wait_for("the piece to be taken", lambda: not unread_bytes(visitor.socket))
-        visitor.client.sent(len(stream))
-        (done,) = visitor.answers(1)
-        assert done.error is not None
-        assert done.error.errno_name == "ENOSPC"
-
-
-def test_half_a_write_is_not_answered(image: Path) -> None:
-    backend = FileBackend(image)
-    with visiting(backend) as visitor:
-        visitor.client.write(0, Range.of(0, MIB), [b"x" * MIB])
-        stream = b"".join(map(bytes, in_memory(visitor.client.data_to_send())))
-        visitor.socket.sendall(stream[: MIB // 2])
-        visitor.socket.shutdown(socket.SHUT_WR)
-        assert visitor.socket.recv(1) == b""
-    assert image.read_bytes().strip(b"x")  # some of it may be there
-
-
-class Full(FileBackend):
-    """Nothing larger than a page can be written."""
-
-    def writing(self, where: Range, *, is_all: bool) -> AbstractContextManager[Place]:
-        raise OSError(errno.ENOSPC, "no room")
 
 
 # -- at once, and away

@@ -84,6 +84,25 @@ def test_a_file_that_is_being_closed_is_waited_for_by_a_sync(store: FileStore, m
     assert store.losses == 1
 
 
+def test_stores_leave_half_of_the_descriptors_to_others(store: FileStore, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = FileStore(tmp_path / "other")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (80, before[1]))
+    try:
+        for each in (store, other):
+            for number in range(30):
+                write(each, str(number))
+        held = [sum(str(tmp_path) in target for target in processes.descriptors("self").values())]
+        other.close()
+        for number in range(60):
+            write(store, str(number))
+        held.append(sum(str(tmp_path) in target for target in processes.descriptors("self").values()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert held == [2 * 20 + 2, 40 + 1]  # and the directories
+
+
 def test_a_sync_waits_for_what_another_one_has_begun_with(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is dirty any more by then, and nothing is durable yet."""
     is_syncing, may_end, has_ended = threading.Event(), threading.Event(), threading.Event()
