@@ -97,13 +97,13 @@ def test_a_request_may_become_as_old_as_the_server_hints_unless_the_user_says_so
 
 @pytest.mark.parametrize("options", [(), ("--loss-timeout", "2")])
 def test_a_server_is_waited_for_as_long_as_it_hints_unless_the_user_says_something_else(
-    options: tuple[str, ...],
+    options: tuple[str, ...], image: Path
 ) -> None:
     with (
-        serving("memory:64M?hint-loss=1s&hint-backoff=50ms-100ms") as served,
-        started("copy", "-v", *options, "--rate", "4M", served.uri(), "null:") as run,
+        serving(f"file:{image}?hint-loss=1s&hint-backoff=50ms-100ms", "-v") as served,
+        started("copy", "-v", *options, "--rate", "256K", served.uri(), "null:") as run,
     ):
-        run.until("the copy to be under way", lambda: "worker 0" in run.err())
+        run.until("the copy to be under way", lambda: "serves 'disk'" in served.run.err())
         served.run.process.kill()
         outcome = run.wait()
     outcome.failed(75, saying=["source", f"it was waited for {'2' if options else '1'} s"])
