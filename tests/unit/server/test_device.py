@@ -385,6 +385,8 @@ def test_an_answer_that_does_not_fit_is_a_fault_of_ours() -> None:
         served.done(flush)
     with pytest.raises(BugError, match="1 bytes sent of 0"):
         served.sent(1)
+    with pytest.raises(BugError, match="1 bytes received of 0 offered"):
+        served.received(1)  # no target was asked for
     with pytest.raises(BugError, match="bytes received of"):
         served.received(1 << 20)
     closed = device()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbdshard.common.ranges import Range
-from nbdshard.server.backends import prompt_files
+from nbdshard.server.backends import prompt_files, sharded_files
 from nbdshard.server.backends.base import Direct, Place, Prompt
 from nbdshard.server.backends.sharded_files import ShardedFiles
 from nbdshard.server.stores.file import FileStore
@@ -114,6 +114,43 @@ def test_zeroes_that_were_written_to_a_place_are_not_kept(sharded: ShardedFiles,
     with sharded.writing(Range(CHUNK // 2, CHUNK), is_all=True) as place:
         put(place, bytes(CHUNK // 2))
     assert chunks(tmp_path) == []
+
+
+def test_what_is_not_all_there_is_not_looked_at(sharded: ShardedFiles, tmp_path: Path) -> None:
+    fill(sharded, FIRST)
+    with sharded.writing(FIRST, is_all=False) as place:
+        put(place, bytes(FIRST.length))
+    assert chunks(tmp_path) == ["disk.0.chunk"]
+    with sharded.writing(FIRST, is_all=True) as place:
+        pass
+    assert chunks(tmp_path) == []
+
+
+def test_a_chunk_that_is_deleted_between_two_pieces_is_there_again(sharded: ShardedFiles) -> None:
+    fill(sharded, FIRST)
+    assert sharded.extents(Range(0, SIZE))[0][1] == 0  # from now on it is known which chunks there are
+    with sharded.writing(FIRST, is_all=False) as place:
+        put(place, b"y" * PAGE)
+    sharded.trim(Range(0, CHUNK))
+    with sharded.writing(FIRST, is_all=True) as place:
+        put(place, b"z" * PAGE, at=PAGE)
+    assert content_of(sharded, Range(0, 3 * PAGE)) == bytes(PAGE) + b"z" * PAGE + bytes(PAGE)
+    assert sharded.extents(Range(0, SIZE))[0][0].end <= 2 * PAGE
+
+
+@pytest.mark.parametrize(("place", "call"), [(FileStore, "take_to_write"), (sharded_files, "is_zero_part")])
+def test_a_chunk_whose_file_makes_trouble_is_free_for_others(
+    sharded: ShardedFiles, monkeypatch: pytest.MonkeyPatch, place: object, call: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "trouble")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, call, fail)
+        with pytest.raises(OSError, match="trouble"), sharded.writing(FIRST, is_all=True):
+            pass
+    assert sharded._locks._taken == {}
+    fill(sharded, FIRST)
 
 
 @pytest.mark.parametrize("at", [0, 1, CHUNK // 2, CHUNK - 1])

@@ -6,13 +6,16 @@ import errno
 import mmap
 import random
 import socket
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
-from nbdshard.common.limits import MIB
+from nbdshard.common.limits import INLINE_SECONDS_MAX, MIB
 from nbdshard.common.nbd.client import Done
 from nbdshard.common.nbd.payload import in_memory
 from nbdshard.common.ranges import Range
@@ -114,6 +117,15 @@ def test_pieces_end_where_pages_do(image: Path, monkeypatch: pytest.MonkeyPatch)
     assert {end % mmap.PAGESIZE for end in ends} == {0}
 
 
+def test_after_a_piece_that_took_long_others_do_not_wait_for_the_next_ones(image: Path) -> None:
+    backend = Throttled(image)
+    with visiting(backend) as visitor:
+        assert visitor.write(Range.of(0, MIB), b"x" * MIB) == ""
+        assert visitor.write(Range.of(MIB, 4096), b"y" * 4096) == ""
+        assert backend.threads == [visitor.thread.ident, ANY]
+        assert backend.threads[1] != visitor.thread.ident
+
+
 @pytest.mark.parametrize("what_follows", ["rubbish", "half", "the end", "goodbye"])
 def test_what_was_done_is_answered_whatever_follows(image: Path, what_follows: str) -> None:
     length = 300_000
@@ -165,3 +177,22 @@ class FullLater(FileBackend):
 class Padding(FileBackend):
     def read_now(self, where: Range) -> Sequence[memoryview]:
         return (*self.read(where), memoryview(b""))  # type: ignore[return-value]
+
+
+class Throttled(FileBackend):
+    """Its first piece takes long. `threads`: which ones wrote that, and whatever came another way."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.threads: list[int | None] = []
+
+    def writing(self, where: Range, *, is_all: bool) -> AbstractContextManager[Place]:
+        if not self.threads:
+            assert not is_all
+            self.threads.append(threading.get_ident())
+            time.sleep(2 * INLINE_SECONDS_MAX)
+        return super().writing(where, is_all=is_all)
+
+    def write(self, where: Range, data: memoryview) -> None:
+        self.threads.append(threading.get_ident())
+        super().write(where, data)

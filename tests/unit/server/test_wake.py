@@ -10,10 +10,11 @@ from nbdshard.server.wake import Wake, is_readable
 def test_it_is_readable_until_it_is_cleared() -> None:
     wake = Wake()
     assert not is_readable(wake.number)
+    assert not wake.clear()
     wake.notify()
     wake.notify()
     assert is_readable(wake.number)
-    wake.clear()
+    assert wake.clear()
     assert not is_readable(wake.number)
     wake.close()
 

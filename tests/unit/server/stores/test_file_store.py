@@ -103,6 +103,18 @@ def test_stores_leave_half_of_the_descriptors_to_others(store: FileStore, tmp_pa
     assert held == [2 * 20 + 2, 40 + 1]  # and the directories
 
 
+def test_a_sync_leaves_clean_files_alone(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, "one")
+    write(store, "two")
+    store.sync()
+    synced: list[int] = []
+    monkeypatch.setattr(file_store.os, "fdatasync", synced.append)
+    write(store, "two")
+    store.sync()
+    store.sync()
+    assert synced == [store._files["two"].number]
+
+
 def test_a_sync_waits_for_what_another_one_has_begun_with(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is dirty any more by then, and nothing is durable yet."""
     is_syncing, may_end, has_ended = threading.Event(), threading.Event(), threading.Event()
