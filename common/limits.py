@@ -321,8 +321,7 @@ LAYER_RETRY_PAUSE_SECONDS_MAX: Final = 5.0  # ... up to this
 LAYER_RETRY_SECONDS: Final = 20.0  # from a request to its last try: below the time after which clients give it up
 LAYER_RETRY_SECONDS_MAX: Final = 3600.0  # where the clients are known to be as patient
 LAYER_RETRY_ENDING_SECONDS: Final = 5.0  # for what is to be written, once the server ends; the drain takes 30 at most
-# Of each store, and half of what the process may have for all: one that is closed is synced, one that is not open is
-# written by way of memory.
+# Of each store, and half of what the process may have for all: one that is closed for another is synced first.
 STORE_FILES_OPEN: Final = 4096
 CHUNKS_WALKED_MAX: Final = 64  # of one request; where it covers more, a list of those that are there is made first
 CHUNKS_PAGE: Final = 4096  # of that list are kept together, a bit each

@@ -1,7 +1,7 @@
 """An image in chunks that are files: what is within one of them goes between it and a socket like a file's own bytes.
 
-Only with files that are open when a request comes: to open one, and to sync the one that makes room for it, may take
-its time. One that is closed or deleted while the payload of a WRITE comes is opened again all the same.
+Not where another file would have to be closed, and synced, for it first: that may take its time. One that is closed or
+deleted while the payload of a WRITE comes is opened again all the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ShardedFiles(ShardedBackend):
 
     def is_direct(self, where: Range) -> bool:
         chunk, part = self._first(where)
-        return part.length == where.length and self._files.is_open(self._key_of(chunk))
+        return part.length == where.length and self._files.may_open(self._key_of(chunk))
 
     @contextlib.contextmanager
     def reading(self, where: Range) -> Iterator[Place | None]:

@@ -102,6 +102,10 @@ class FileStore:
         finally:
             self._let_go(file)
 
+    def may_open(self, key: str) -> bool:
+        """Whether its file is open, or would be without another one's being closed, and synced, for it."""
+        return key in self._files or len(self._files) < self._files_max()
+
     def read_now(self, key: str, where: Range) -> memoryview | None:
         """All of `where`; None where the file is not open, ends before, or would have to be waited for."""
         file = self._take_open(key)

@@ -13,6 +13,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.server.backends import prompt_files, sharded_files
 from nbdshard.server.backends.base import Direct, Place, Prompt
 from nbdshard.server.backends.sharded_files import ShardedFiles
+from nbdshard.server.stores import file as file_store
 from nbdshard.server.stores.file import FileStore
 from nbdshard.server.volumes import open_volume
 from support.backends import content_of
@@ -44,13 +45,33 @@ def test_it_is_prompt_and_direct(sharded: ShardedFiles) -> None:
     assert isinstance(sharded, Direct)
 
 
-def test_only_what_is_in_one_file_that_is_open_is_direct(sharded: ShardedFiles) -> None:
-    assert not sharded.is_direct(FIRST)
+def test_only_what_is_in_one_file_is_direct(sharded: ShardedFiles) -> None:
+    assert sharded.is_direct(FIRST)
     fill(sharded, FIRST)
     assert sharded.is_direct(FIRST)
     assert sharded.is_direct(Range(0, CHUNK))
     assert not sharded.is_direct(Range(0, CHUNK + 1))
-    assert not sharded.is_direct(Range(CHUNK, CHUNK + 1))
+    assert not sharded.is_direct(Range(CHUNK - 1, CHUNK + 1))
+
+
+def test_nothing_is_direct_for_which_another_file_had_to_be_closed(
+    sharded: ShardedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_store, "STORE_FILES_OPEN", 1)
+    fill(sharded, FIRST)
+    assert sharded.is_direct(FIRST)
+    assert not sharded.is_direct(Range(CHUNK, CHUNK + PAGE))
+
+
+def test_a_chunk_that_is_not_there_is_written_to_a_place_and_not_read_from_one(
+    sharded: ShardedFiles, tmp_path: Path
+) -> None:
+    with sharded.reading(FIRST) as place:
+        assert place is None
+    assert chunks(tmp_path) == []
+    with sharded.writing(FIRST, is_all=True) as made:
+        put(made, b"y" * FIRST.length)
+    assert content_of(sharded, Range(0, 3 * PAGE)) == b"y" * FIRST.length + bytes(PAGE)
 
 
 def test_a_place_to_read_from_is_of_all_that_is_asked_or_none(sharded: ShardedFiles) -> None:

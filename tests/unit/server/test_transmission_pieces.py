@@ -190,7 +190,8 @@ class Throttled(FileBackend):
         if not self.threads:
             assert not is_all
             self.threads.append(threading.get_ident())
-            time.sleep(2 * INLINE_SECONDS_MAX)
+            end = time.monotonic() + INLINE_SECONDS_MAX
+            wait_for("the clock to go on", lambda: time.monotonic() > end)
         return super().writing(where, is_all=is_all)
 
     def write(self, where: Range, data: memoryview) -> None:
