@@ -26,6 +26,7 @@ from nbdshard.server.chain import Wanted, open_backend
 from nbdshard.server.device import Hole
 from nbdshard.server.exports import Exports
 from nbdshard.server.layers.base import Passing
+from support import images
 from support.visitor import WAYS, Visitor, exporting, visiting
 from support.waiting import wait_for
 
@@ -34,9 +35,7 @@ SIZE = 8 * MIB
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image"
-    path.write_bytes(random.Random(1).randbytes(SIZE))
-    return path
+    return images.random_image(tmp_path / "image", SIZE)
 
 
 # -- through pipes and past them

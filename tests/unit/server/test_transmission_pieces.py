@@ -22,6 +22,7 @@ from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Place
 from nbdshard.server.backends.file import FileBackend
 from nbdshard.server.conduit import Conduit
+from support import images
 from support.visitor import WAYS, unread_bytes, visiting
 from support.waiting import wait_for
 
@@ -30,9 +31,7 @@ SIZE = 8 * MIB
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image"
-    path.write_bytes(random.Random(1).randbytes(SIZE))
-    return path
+    return images.random_image(tmp_path / "image", SIZE)
 
 
 def test_a_write_that_fails_before_all_of_it_has_come_is_answered_and_the_next_one_served(image: Path) -> None:
