@@ -16,6 +16,7 @@ back, a few of them, while small requests come without a gap, and said before an
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import select
@@ -142,7 +143,8 @@ class Transmission:
             try:
                 has_come = self._receive()
             except NbdshardError:
-                self._send()  # what was done before has its answer
+                with contextlib.suppress(OSError):  # what went wrong before is what is to be told
+                    self._send()  # what was done before has its answer
                 raise
             if not (has_come or has_sent or has_waited or self._wait()):
                 return
@@ -249,7 +251,7 @@ class Transmission:
         where = Range.of(request.offset, length)
         direct, prompt, device = self._reads_directly, self._reads_now, self._device
         try:
-            if direct is not None and length >= SPLICE_BYTES_MIN and direct.is_direct(where):
+            if direct is not None and length >= SPLICE_BYTES_MIN and direct.is_direct(where, to_write=False):
                 if self._out or self._outward.held:
                     return False
                 with direct.reading(where) as place:
@@ -340,7 +342,7 @@ class Transmission:
         if self._pause:
             return False
         where = Range(request.offset, request.offset + request.length)
-        if not direct.is_direct(where) or not self._inward.is_open_for(1):
+        if not direct.is_direct(where, to_write=True) or not self._inward.is_open_for(1):
             return False
         self._piped, self._piped_to, self._stored = request, where, 0
         if self._is_short:

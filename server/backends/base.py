@@ -113,8 +113,8 @@ class Place(NamedTuple):
 class Direct(Protocol):
     """Its bytes are in files of this machine, so they may be moved from and to a socket without a look at them."""
 
-    def is_direct(self, where: Range) -> bool:
-        """Whether all of `where` is in one file, or would be if it were written."""
+    def is_direct(self, where: Range, *, to_write: bool) -> bool:
+        """Whether all of `where` is in one file that is at hand, or will be when it is written (`to_write`)."""
 
     def reading(self, where: Range) -> AbstractContextManager[Place | None]:
         """Where `where`, which is direct, is, all of it and for as long as the block lasts, to be read without waiting;

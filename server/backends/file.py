@@ -82,7 +82,7 @@ class FileBackend:
         self.write(where, data)
         return True
 
-    def is_direct(self, where: Range) -> bool:
+    def is_direct(self, where: Range, *, to_write: bool) -> bool:
         return True
 
     def reading(self, where: Range) -> AbstractContextManager[Place | None]:

@@ -1,7 +1,8 @@
 """An image in chunks that are files: what is within one of them goes between it and a socket like a file's own bytes.
 
-Not where another file would have to be closed, and synced, for it first: that may take its time. One that is closed or
-deleted while the payload of a WRITE comes is opened again all the same.
+What is read is in a file that is open already; to write one is opened, but not where another would have to be closed,
+and synced, for it first: that may take its time. One that is closed or deleted while the payload of a WRITE comes is
+opened again all the same.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class ShardedFiles(ShardedBackend):
         self.write(where, data)
         return True
 
-    def is_direct(self, where: Range) -> bool:
+    def is_direct(self, where: Range, *, to_write: bool) -> bool:
         chunk, part = self._first(where)
-        return part.length == where.length and self._files.may_open(self._key_of(chunk))
+        is_at_hand = self._files.may_open if to_write else self._files.is_open
+        return part.length == where.length and is_at_hand(self._key_of(chunk))
 
     @contextlib.contextmanager
     def reading(self, where: Range) -> Iterator[Place | None]:

@@ -46,12 +46,14 @@ def test_it_is_prompt_and_direct(sharded: ShardedFiles) -> None:
 
 
 def test_only_what_is_in_one_file_is_direct(sharded: ShardedFiles) -> None:
-    assert sharded.is_direct(FIRST)
+    assert sharded.is_direct(FIRST, to_write=True)
+    assert not sharded.is_direct(FIRST, to_write=False)  # it is not open: others can look for it meanwhile
     fill(sharded, FIRST)
-    assert sharded.is_direct(FIRST)
-    assert sharded.is_direct(Range(0, CHUNK))
-    assert not sharded.is_direct(Range(0, CHUNK + 1))
-    assert not sharded.is_direct(Range(CHUNK - 1, CHUNK + 1))
+    for to_write in (False, True):
+        assert sharded.is_direct(FIRST, to_write=to_write)
+        assert sharded.is_direct(Range(0, CHUNK), to_write=to_write)
+        assert not sharded.is_direct(Range(0, CHUNK + 1), to_write=to_write)
+        assert not sharded.is_direct(Range(CHUNK - 1, CHUNK + 1), to_write=to_write)
 
 
 def test_nothing_is_direct_for_which_another_file_had_to_be_closed(
@@ -59,8 +61,8 @@ def test_nothing_is_direct_for_which_another_file_had_to_be_closed(
 ) -> None:
     monkeypatch.setattr(file_store, "STORE_FILES_OPEN", 1)
     fill(sharded, FIRST)
-    assert sharded.is_direct(FIRST)
-    assert not sharded.is_direct(Range(CHUNK, CHUNK + PAGE))
+    assert sharded.is_direct(FIRST, to_write=True)
+    assert not sharded.is_direct(Range(CHUNK, CHUNK + PAGE), to_write=True)
 
 
 def test_a_chunk_that_is_not_there_is_written_to_a_place_and_not_read_from_one(

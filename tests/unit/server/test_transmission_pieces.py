@@ -15,6 +15,7 @@ from unittest.mock import ANY
 
 import pytest
 
+from nbdshard.common import logs
 from nbdshard.common.limits import INLINE_SECONDS_MAX, MIB
 from nbdshard.common.nbd.client import Done
 from nbdshard.common.nbd.payload import in_memory
@@ -146,6 +147,22 @@ def test_what_was_done_is_answered_whatever_follows(image: Path, what_follows: s
     assert len(said) == count * 16
 
 
+def test_what_a_client_did_wrong_is_told_though_it_takes_no_answer(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(logs, "info", told.append)
+    backend = Gated(image)
+    with visiting(backend) as visitor:
+        visitor.client.write(0, Range.of(0, 300_000), [b"x" * 300_000])
+        stream = b"".join(map(bytes, in_memory(visitor.client.data_to_send())))
+        visitor.socket.sendall(stream + b"?" * 28)
+        visitor.socket.close()
+        backend.may_write.set()
+        visitor.thread.join(30)
+    assert "magic number 0x3f3f3f3f instead of" in told[-1]
+
+
 def test_an_empty_piece_of_an_answer_stops_nothing(image: Path) -> None:
     with visiting(Padding(image)) as visitor:
         for _ in range(3):
@@ -157,6 +174,19 @@ class Full(FileBackend):
 
     def writing(self, where: Range, *, is_all: bool) -> AbstractContextManager[Place]:
         raise OSError(errno.ENOSPC, "no room")
+
+
+class Gated(FileBackend):
+    """What is written last of a WRITE waits until it may be."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.may_write = threading.Event()
+
+    def writing(self, where: Range, *, is_all: bool) -> AbstractContextManager[Place]:
+        if is_all:
+            assert self.may_write.wait(60)
+        return super().writing(where, is_all=is_all)
 
 
 class FullLater(FileBackend):
