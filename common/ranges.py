@@ -45,6 +45,16 @@ class Range(msgspec.Struct, frozen=True, order=True):
             yield Range(start, end)
             start = end
 
+    def parts(self, unit: int) -> Iterator[Range]:
+        """A part of a unit, whole units in one, a part of a unit: those that there are, in order."""
+        start, end = self.start + -self.start % unit, self.end - self.end % unit
+        if start > end:
+            yield self
+            return
+        for first, last in ((self.start, start), (start, end), (end, self.end)):
+            if first < last:
+                yield Range(first, last)
+
     def __str__(self) -> str:
         return f"[{self.start}, {self.end})"
 

@@ -41,7 +41,7 @@ class Aligned(Passing):
 
     def write(self, where: Range, data: memoryview) -> None:
         with self._changing(where):
-            for part in self._parts(where):
+            for part in where.parts(self._minimum):
                 content = data[part.start - where.start : part.end - where.start]
                 if self._around(part) == part:
                     self.below.write(part, content)
@@ -52,7 +52,7 @@ class Aligned(Passing):
         if fast and self._around(where) != where:
             raise OSError(errno.ENOTSUP, "a part of a block would be written")
         with self._changing(where):
-            for part in self._parts(where):
+            for part in where.parts(self._minimum):
                 if self._around(part) == part:
                     self.below.zero(part, may_punch=may_punch, fast=fast)
                 else:
@@ -88,16 +88,6 @@ class Aligned(Passing):
             for region in range(where.start // self._region, (where.end - 1) // self._region + 1):
                 stack.enter_context(self._locks.of(region))
             yield
-
-    def _parts(self, where: Range) -> Iterator[Range]:
-        """A part of a block, whole blocks, a part of a block: those that there are."""
-        start, end = where.start + -where.start % self._minimum, where.end - where.end % self._minimum
-        if start > end:
-            yield where
-            return
-        for first, last in ((where.start, start), (start, end), (end, where.end)):
-            if first < last:
-                yield Range(first, last)
 
 
 def _joined(parts: Sequence[memoryview | bytes | Hole], length: int) -> memoryview:

@@ -64,7 +64,7 @@ class Backend(Protocol):
         """Put `data` there. It is durable after the next `flush` that begins when this has returned."""
 
     def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
-        """Make it read as zeroes. `fast`: fail with ENOTSUP rather than be as slow as a write."""
+        """Make it read as zeroes. `fast`: fail with ENOTSUP, and change nothing, rather than be as slow as a write."""
 
     def trim(self, where: Range) -> None:
         """What is there is not needed any more."""

@@ -119,7 +119,20 @@ class RemoteBackend:
             for part in where.split(REMOTE_PIECE_BYTES):
                 self.write(part, memoryview(bytes(part.length)))
             return
-        self._change_ranges("zeroing", where, partial(_zero, not may_punch, fast))
+
+        def zero(piece: Range, fast: bool) -> None:
+            self._call("zeroing", piece, partial(_zero, not may_punch, fast, piece), payload=False)
+
+        def pieces() -> None:
+            for piece in where.split(REMOTE_RANGE_BYTES):
+                try:
+                    zero(piece, fast)
+                except _Refused as refused:
+                    if piece.start == where.start or refused.errno != errno.ENOTSUP:
+                        raise
+                    zero(piece, fast=False)  # what is before it is zeroes already: too late to say no
+
+        self._change(pieces, 0)
 
     def trim(self, where: Range) -> None:
         if self._export.flags & TransmissionFlag.SEND_TRIM:  # else it is a hint that cannot be followed

@@ -70,9 +70,10 @@ class ShardedBackend:
     def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
         """A chunk of nothing but zeroes is deleted, unless its room is to be kept: then they are written."""
         if may_punch:
-            for chunk, part in self._present(where):
-                with self._locks.of(chunk):
-                    self._clear(chunk, part, fast=fast)
+            for some in parts_first(where, self._chunk_bytes) if fast else (where,):
+                for chunk, part in self._present(some):
+                    with self._locks.of(chunk):
+                        self._clear(chunk, part, fast=fast)
             return
         if fast:
             raise OSError(errno.ENOTSUP, "zeroes that take room are written here")
@@ -148,6 +149,13 @@ class ShardedBackend:
         if data[0] or data[-1] or any(data[::_SAMPLED_BYTES]):
             return False
         return bytes(data) == bytes(len(data))  # a memcmp, which comparing memoryviews is not
+
+
+def parts_first(where: Range, chunk_bytes: int) -> list[Range]:
+    """The parts of chunks, of which a store may refuse to make zeroes fast, and then the whole ones, which it deletes:
+    a request that is refused has changed nothing.
+    """
+    return sorted(where.parts(chunk_bytes), key=lambda some: some.length >= chunk_bytes)
 
 
 def _append(found: Extents, where: Range, flags: int) -> None:

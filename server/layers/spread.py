@@ -5,7 +5,7 @@ It is no layer that a user names: the openers of such stores put it in front of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from threading import Lock
@@ -15,6 +15,7 @@ from nbdshard.common.limits import CHUNKS_WALKED_MAX, OBJECT_READS_AT_ONCE, OBJE
 from nbdshard.common.nbd.extents import Extents
 from nbdshard.common.ranges import Range
 from nbdshard.server.backends.base import Backend
+from nbdshard.server.backends.sharded import parts_first
 from nbdshard.server.device import Hole
 from nbdshard.server.layers.base import Passing
 
@@ -48,7 +49,8 @@ class Spread(Passing):
         def zero(part: Range) -> None:
             self.below.zero(part, may_punch=may_punch, fast=fast)
 
-        self._each(self._writers, zero, where)
+        for some in parts_first(where, self._chunk_bytes) if fast else (where,):
+            self._each(self._writers, zero, some)
 
     def trim(self, where: Range) -> None:
         self._each(self._writers, self.below.trim, where)
@@ -71,7 +73,7 @@ class Spread(Passing):
         if where.end <= (where.start // self._chunk_bytes + 1) * self._chunk_bytes:
             return [call(where)]
         found: list[_Result] = []
-        parts = self._parts(where)
+        parts = where.split(self._chunk_bytes)
         while some := list(islice(parts, CHUNKS_WALKED_MAX)):
             tasks = [_begun(pool, call, part) for part in some]
             for task, run in tasks:
@@ -80,13 +82,6 @@ class Spread(Passing):
                 wait([task])
             found += [task.result() for task, _ in tasks]
         return found
-
-    def _parts(self, where: Range) -> Iterator[Range]:
-        at = where.start
-        while at < where.end:
-            end = min(where.end, (at // self._chunk_bytes + 1) * self._chunk_bytes)
-            yield Range(at, end)
-            at = end
 
 
 def _begun(

@@ -36,3 +36,15 @@ def test_fewer_ranges_hold_all_of_the_set(ranges: list[Range], most: int) -> Non
     assert len(coarse) <= most
     assert list(coarse) == list(RangeSet(coarse))
     assert covered(whole) <= covered(RangeSet(coarse))
+
+
+@given(st.integers(0, 90), st.integers(1, 40), st.integers(1, 20))
+def test_parts_of_units_and_whole_ones_are_told_apart(start: int, length: int, unit: int) -> None:
+    whole = Range.of(start, length)
+    parts = list(whole.parts(unit))
+    assert [part.start for part in parts] == [start, *(part.end for part in parts[:-1])]
+    assert parts[-1].end == whole.end
+    for part in parts:
+        is_units = part.start % unit == part.end % unit == 0
+        assert is_units or part.start // unit == (part.end - 1) // unit
+    assert sum(part.start % unit == part.end % unit == 0 for part in parts) <= 1

@@ -91,6 +91,23 @@ def test_calls_of_many_threads_leave_what_a_reference_holds(chain: Chain, seed: 
         assert content_of(backend, Range(0, SIZE)) == lots.reference
 
 
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("where", [Range(0, SIZE - 1000), Range(1000, SIZE), Range(70_000, 1_000_000), Range(0, SIZE)])
+def test_zeroes_that_cannot_be_fast_change_nothing(chain: Chain, where: Range, tmp_path: Path) -> None:
+    data = images.random_bytes(SIZE, 7)
+    with opened(chain, tmp_path) as backend:
+        backend.write(Range(0, SIZE), memoryview(data))
+        expected = bytearray(data)
+        try:
+            backend.zero(where, may_punch=True, fast=True)
+            expected[where.start : where.end] = bytes(where.length)
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+        assert content_of(backend, Range(0, SIZE)) == expected
+
+
 def offsets() -> st.SearchStrategy[int]:
     """Near the edges of blocks and chunks, where mistakes are made."""
     near = st.builds(int.__add__, st.sampled_from(EDGES), st.integers(-2, 2))

@@ -174,6 +174,31 @@ def test_it_can_what_the_other_can(other: Other) -> None:
         assert flags & FLAGS.READ_ONLY and not flags & (FLAGS.SEND_WRITE_ZEROES | FLAGS.SEND_FAST_ZERO)
 
 
+@pytest.mark.parametrize("refused_from", [0, 1, 3, 4])
+def test_zeroes_are_fast_for_all_of_a_request_or_refused_for_all_of_it(
+    other: Other, monkeypatch: pytest.MonkeyPatch, refused_from: int
+) -> None:
+    class Sometimes(Passing):
+        def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
+            if fast and where.start >= refused_from << 16:
+                raise OSError(errno.ENOTSUP, "not there")
+            super().zero(where, may_punch=may_punch, fast=fast)
+
+    monkeypatch.setattr(remote, "REMOTE_RANGE_BYTES", 1 << 16)  # what is longer is asked in so many requests
+    other.backend = Sometimes(MemoryBackend(SIZE))
+    backend = over(other)
+    write(backend, b"x" * (1 << 18))
+    where = Range(0, 1 << 18)
+    if not refused_from:
+        with pytest.raises(OSError, match="not there") as failed:
+            backend.zero(where, may_punch=True, fast=True)
+        assert failed.value.errno == errno.ENOTSUP
+        assert content_of(backend, where) == b"x" * (1 << 18)
+        return
+    backend.zero(where, may_punch=True, fast=True)
+    assert content_of(backend, where) == bytes(1 << 18)
+
+
 def test_requests_of_many_threads_are_under_way_at_once_on_one_connection(other: Other) -> None:
     class Meeting(Passing):
         barrier = threading.Barrier(8)

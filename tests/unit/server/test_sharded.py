@@ -153,6 +153,22 @@ def test_fast_zeroes_are_not_written_where_no_holes_are_punched(
     assert failed.value.errno == errno.ENOTSUP
 
 
+def test_fast_zeroes_that_are_refused_at_the_end_of_a_request_change_nothing_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(file_store, "zero_file", refuse)
+    sharded = backend(tmp_path)
+    write(sharded, CHUNK, b"a" * 3 * CHUNK)  # of the first chunk there is nothing: that could be fast
+    with pytest.raises(OSError, match="zeroes are written here"):
+        sharded.zero(Range(4096, 4 * CHUNK - 4096), may_punch=True, fast=True)
+    assert read(sharded, CHUNK, 3 * CHUNK) == b"a" * 3 * CHUNK
+    sharded.zero(Range(4096, 3 * CHUNK), may_punch=True, fast=True)
+    assert read(sharded, 0, 4 * CHUNK) == bytes(3 * CHUNK) + b"a" * CHUNK
+
+
 def test_what_is_there_is_told_as_extents(tmp_path: Path) -> None:
     sharded = backend(tmp_path)
     write(sharded, 4 * CHUNK, b"a" * 2 * CHUNK)
