@@ -103,10 +103,10 @@ class Bucket:
             raise _Contradiction(errno.EIO, f"reading {key}: the object store finds nothing where the object has bytes")
         return Found(memoryview(b""), found["size"], found["last_modified"])
 
-    def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
-        """Make it the object, whole or not at all."""
+    def put(self, key: str, *pieces: bytes | memoryview) -> None:
+        """Make them the object, one behind the other, whole or not at all. They are not copied."""
         with _telling(f"writing {key}"):
-            obstore.put(self._open(), key, data, use_multipart=False)
+            obstore.put(self._open(), key, iter(pieces), use_multipart=False)
 
     def create(self, key: str, data: bytes) -> bool:
         """Make it the object unless there is one; whether that was done."""

@@ -83,11 +83,9 @@ class ObjectStore:
                 self._put(key, data)
             return
         with self._merges.one(), self._writes.one():
-            content = self._whole(key) or bytearray()
-            if len(content) < where.end:
-                content.extend(bytes(where.end - len(content)))
-            content[where.start : where.end] = data
-            self._put(key, content)
+            old = self._whole(key) or memoryview(b"")
+            gap = bytes(max(where.start - len(old), 0))
+            self._put(key, old[: where.start], gap, data, old[where.end :])
 
     def put(self, key: str, data: bytes, *, is_new: bool) -> None:
         with self._writes.one():
@@ -100,18 +98,15 @@ class ObjectStore:
 
     def zero(self, key: str, where: Range, *, fast: bool = False) -> bool:
         with self._merges.one(), self._writes.one():
-            content = self._whole(key)
-            if content is None:
+            old = self._whole(key)
+            if old is None:
                 return False
             if fast:
                 raise OSError(errno.ENOTSUP, "zeroes in a part of a chunk take as long as data there")
-            if where.end < len(content):
-                content[where.start : where.end] = bytes(where.length)
-            else:
-                del content[where.start :]
-            if _is_zero(content):
+            before, behind = old[: where.start], old[where.end :]
+            if _is_zero(before) and _is_zero(behind):
                 return False
-            self._put(key, content)
+            self._put(key, before, bytes(where.length if behind else 0), behind)
             return True
 
     def cut(self, key: str, length: int) -> None:
@@ -179,8 +174,7 @@ class ObjectStore:
         if self._lease is not None:
             self._lease.check()
 
-    def _whole(self, key: str) -> bytearray | None:
-        """A copy of the whole object, which takes the place of what came: one of each is enough memory."""
+    def _whole(self, key: str) -> memoryview | None:
         if self._is_gone(key):
             return None
         length = self._length(key)
@@ -189,16 +183,17 @@ class ObjectStore:
             return None
         if found.size > length:
             raise OSError(errno.EIO, f"{key} has {found.size} bytes, and a chunk {length}")
-        return bytearray(found.data)
+        return found.data
 
-    def _put(self, key: str, content: bytes | bytearray | memoryview) -> None:
+    def _put(self, key: str, *pieces: bytes | memoryview) -> None:
+        """The object is these from now on, one behind the other. None of them is copied: each may be a chunk long."""
         self._may_write()
         number = self._number(key)
         if number is not None:
             with self._lock:  # before: who asks in between must not be told that there is nothing
                 self._there.add(number)
                 self._gone.discard(number)
-        self._bucket.put(key, content)
+        self._bucket.put(key, *pieces)
 
     def _length(self, key: str) -> int:
         """How many bytes the object may have."""
@@ -263,8 +258,7 @@ class _Places:
             self._free.release()
 
 
-def _is_zero(content: bytes | bytearray | memoryview) -> bool:
-    view = memoryview(content)
+def _is_zero(view: memoryview) -> bool:
     if any(view[at] for at in range(len(view) - 1, -1, -_PROBE_BYTES)):  # data shows itself at once
         return False
     return all(

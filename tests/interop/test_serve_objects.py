@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from support.command import copy, nbdshard
 from support.images import MIB
 from support.nbd_blocking import Connection
 from support.s3 import S3, content, keys, new_prefix
-from support.s3_proxy import Answer, Proxied, proxied
-from support.served import NAME, Served, serving
+from support.s3_proxy import Answer, Asked, Proxied, proxied
+from support.served import NAME, Served, serving, tool
 from support.servers import nbdkit
 from support.waiting import wait_for
 
@@ -244,3 +245,22 @@ def test_the_memory_of_a_busy_server_is_bounded(store: Proxied) -> None:
             assert not any(done.error for done in connection.run())
         assert processes.resident_peak_bytes(served.run.pid) - base < OBJECT_TRANSFER_BYTES_MAX + 64 * MIB
         connection.close()
+
+
+def test_a_small_cache_in_front_of_a_slow_store_takes_its_limit_and_64_mib(store: Proxied, tmp_path: Path) -> None:
+    """All that the process takes, before a request comes, too. What is written comes in parts of chunks."""
+    size, limit, pause = 96 * MIB, 16 * MIB, threading.Event()
+    source = images.filled_image(tmp_path / "source", size, 0x5A)
+    target = f"cache:{store.s3.conn(new_prefix(), f'?size={size}&limit={limit}')}"
+
+    def slow(asked: Asked) -> None:
+        pause.wait(0.05 * asked.is_of_chunk)
+
+    with serving(target, driver="sharded") as served:
+        store.rule = slow
+        tool("nbdcopy", "--flush", source, served.uri())
+        assert processes.resident_peak_bytes(served.run.pid) < limit + 64 * MIB
+        pause.set()
+        tool("nbdcopy", served.uri(), tmp_path / "back")
+        assert processes.resident_peak_bytes(served.run.pid) < limit + 64 * MIB
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
