@@ -367,10 +367,8 @@ class Transmission:
             elif inward.held and is_readable(self._number):  # so it is the pipe that is full, or some just came
                 has_moved = True  # and if that failed there is an answer to be sent
                 self._store(request, self._whole_pages(request) or inward.held)
-            elif (
-                yields < YIELDS_MAX and not device.unsaid
-            ):  # the client is in the middle of sending, and may soon be done
-                yields += 1
+            elif yields < YIELDS_MAX and not device.unsaid:
+                yields += 1  # the client is in the middle of sending, and may soon be done
                 os.sched_yield()
             else:
                 self._events = select.POLLIN

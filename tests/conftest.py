@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from support.s3 import S3
 
 SEED_VARIABLE = "NBDSHARD_SEED"
-LEAK_SECONDS = 30.0
+LEAK_SECONDS = 30
 TEMPORARY_FOLDER_VARIABLE = "PYTEST_DEBUG_TEMPROOT"  # where pytest makes each test's tmp_path
 
 
@@ -100,13 +101,16 @@ def _new_descriptors(before: dict[int, str]) -> dict[int, str]:
 
 
 def _await_gone(what: str, leaked: Callable[[], dict[int, str]]) -> None:
-    """Cycles may hold what a test has dropped: collect them before blaming anyone."""
-    if not leaked():
-        return
-    gc.collect()
-    try:
-        wait_for(f"leaked {what} to go", lambda: not leaked(), LEAK_SECONDS)
-    except TimeoutError:
+    """Cycles may hold what a test has dropped, and threads that end meanwhile leave more of them: collect those before
+    blaming anyone.
+    """
+    for _ in range(LEAK_SECONDS):
+        if not leaked():
+            return
+        gc.collect()
+        with contextlib.suppress(TimeoutError):
+            wait_for(f"leaked {what} to go", lambda: not leaked(), 1.0)
+    if leaked():
         pytest.fail(f"leaked {what}: {leaked()}")
 
 

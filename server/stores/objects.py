@@ -47,7 +47,7 @@ class ObjectStore:
         self._volume: Volume | None = None
         self._reads = _Places(OBJECT_READS_AT_ONCE)
         self._writes = _Places(OBJECT_WRITES_AT_ONCE)
-        self._merges = _Places(OBJECT_WRITES_AT_ONCE // 2)  # those that read first: a chunk is in memory twice then
+        self._merges = _Places(OBJECT_WRITES_AT_ONCE // 2)  # that read first: what came is in memory, too
         self._lock = threading.Lock()  # of these three
         self._there = ChunkMap()  # chunks that are there, or were when they were looked for
         self._gone = ChunkMap()  # chunks that are not: it is we who deleted them
