@@ -113,7 +113,7 @@ def handle(backend: Backend, request: Request, handlers: HandlerTable = HANDLERS
     try:
         answer = handlers[request.command](backend, request)
         if request.fua and request.command in _WRITING:
-            backend.flush()
+            _make_durable(backend)
         return answer
     except Exception as error:
         return failure(request, error)
@@ -132,10 +132,20 @@ def flushes(request: Request) -> bool:
 def flushed(backend: Backend, request: Request) -> Answer:
     """Make durable what `request`, which is carried out otherwise, has written. Never raises."""
     try:
-        backend.flush()
+        _make_durable(backend)
     except Exception as error:
         return failure(request, error)
     return lambda device: device.done(request)
+
+
+def _make_durable(backend: Backend) -> None:
+    """ENOTSUP of a flush would tell a client whose zeroes were to be fast that nothing has changed."""
+    try:
+        backend.flush()
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            raise OSError(errno.EIO, error.strerror) from None
+        raise
 
 
 class Protocol(msgspec.Struct, frozen=True):

@@ -120,19 +120,12 @@ class RemoteBackend:
                 self.write(part, memoryview(bytes(part.length)))
             return
 
-        def zero(piece: Range, fast: bool) -> None:
-            self._call("zeroing", piece, partial(_zero, not may_punch, fast, piece), payload=False)
+        def ask(piece: Range, client: Client, handle: int) -> None:
+            nonlocal fast
+            client.write_zeroes(handle, piece, no_hole=not may_punch, fast_zero=fast)
+            fast = False  # what was asked once may have been done, whatever became of the answer: too late to say no
 
-        def pieces() -> None:
-            for piece in where.split(REMOTE_RANGE_BYTES):
-                try:
-                    zero(piece, fast)
-                except _Refused as refused:
-                    if piece.start == where.start or refused.errno != errno.ENOTSUP:
-                        raise
-                    zero(piece, fast=False)  # what is before it is zeroes already: too late to say no
-
-        self._change(pieces, 0)
+        self._change_ranges("zeroing", where, ask)
 
     def trim(self, where: Range) -> None:
         if self._export.flags & TransmissionFlag.SEND_TRIM:  # else it is a hint that cannot be followed
@@ -332,10 +325,6 @@ def _read(where: Range, into: memoryview, client: Client, handle: int) -> None:
 
 def _write(where: Range, data: memoryview, client: Client, handle: int) -> None:
     client.write(handle, where, [data])
-
-
-def _zero(no_hole: bool, fast: bool, where: Range, client: Client, handle: int) -> None:
-    client.write_zeroes(handle, where, no_hole=no_hole, fast_zero=fast)
 
 
 def _trim(where: Range, client: Client, handle: int) -> None:

@@ -99,6 +99,16 @@ class Retry(Around):
                 pause = min(2 * pause, LAYER_RETRY_PAUSE_SECONDS_MAX)
         raise failure
 
+    def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
+        """Only the first try may be refused for being slow: others come after half of it was done, perhaps."""
+
+        def call() -> None:
+            nonlocal fast
+            is_first, fast = fast, False
+            self.below.zero(where, may_punch=may_punch, fast=is_first)
+
+        self.carry_out(Operation.ZERO, where, call)
+
     def close(self) -> None:
         self._closed.set()
         super().close()

@@ -104,7 +104,10 @@ class Bucket:
         return Found(memoryview(b""), found["size"], found["last_modified"])
 
     def put(self, key: str, *pieces: bytes | memoryview) -> None:
-        """Make them the object, one behind the other, whole or not at all. They are not copied."""
+        """Make them the object, one behind the other, whole or not at all.
+
+        They are not copied, and may be held for a moment when a call has failed: nobody changes them any more.
+        """
         with _telling(f"writing {key}"):
             obstore.put(self._open(), key, iter(pieces), use_multipart=False)
 

@@ -97,12 +97,16 @@ class ObjectStore:
                 raise FileExistsError(errno.EEXIST, f"{key} is there already")
 
     def zero(self, key: str, where: Range, *, fast: bool = False) -> bool:
+        if fast:
+            if self.read(key, Range(0, 1)) is None:
+                return False
+            raise OSError(errno.ENOTSUP, "zeroes in a part of a chunk take as long as data there")
         with self._merges.one(), self._writes.one():
             old = self._whole(key)
             if old is None:
                 return False
-            if fast:
-                raise OSError(errno.ENOTSUP, "zeroes in a part of a chunk take as long as data there")
+            if where.start >= len(old):
+                return not _is_zero(old)
             before, behind = old[: where.start], old[where.end :]
             if _is_zero(before) and _is_zero(behind):
                 return False

@@ -96,6 +96,13 @@ def test_what_was_to_be_durable_and_is_not_is_an_error(command: int) -> None:
     assert len(backend.heard) == 1  # what failed is not flushed
 
 
+def test_a_flush_that_is_not_supported_does_not_say_so_of_zeroes_that_were_made() -> None:
+    backend = Listening("flush", OSError(errno.ENOTSUP, "no flushes"))
+    assert answered(backend, asked(Command.WRITE_ZEROES, F.FAST_ZERO | F.FUA)) == Errno.EIO
+    backend = Listening("zero", OSError(errno.ENOTSUP, "slow"))
+    assert answered(backend, asked(Command.WRITE_ZEROES, F.FAST_ZERO | F.FUA)) == Errno.ENOTSUP
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

@@ -199,6 +199,33 @@ def test_zeroes_are_fast_for_all_of_a_request_or_refused_for_all_of_it(
     assert content_of(backend, where) == bytes(1 << 18)
 
 
+@pytest.mark.parametrize("is_started_again", [False, True])
+def test_zeroes_that_may_have_been_made_before_are_not_refused_when_they_are_asked_again(
+    other: Other, monkeypatch: pytest.MonkeyPatch, is_started_again: bool
+) -> None:
+    class Fickle(Passing):
+        calls = 0
+
+        def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
+            self.calls += 1
+            if self.calls > 1 and fast:
+                raise OSError(errno.ENOTSUP, "not any more")
+            super().zero(where, may_punch=may_punch, fast=fast)
+            if is_started_again and self.calls == 2:
+                other.start_again(self)
+            elif not is_started_again and self.calls == 1:
+                other.cut()  # before it is answered
+
+    monkeypatch.setattr(remote, "REMOTE_RANGE_BYTES", 1 << 16)
+    fickle = other.backend = Fickle(MemoryBackend(SIZE))
+    backend = over(other)
+    write(backend, b"x" * (1 << 17))
+    backend.flush()
+    backend.zero(Range(0, 1 << 17), may_punch=True, fast=True)
+    assert content_of(backend, Range(0, 1 << 17)) == bytes(1 << 17)
+    assert fickle.calls > 2
+
+
 def test_requests_of_many_threads_are_under_way_at_once_on_one_connection(other: Other) -> None:
     class Meeting(Passing):
         barrier = threading.Barrier(8)

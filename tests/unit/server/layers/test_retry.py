@@ -17,6 +17,7 @@ from nbdshard.server.chain import Wanted, open_backend
 from nbdshard.server.device import Hole
 from nbdshard.server.layers.base import Passing
 from nbdshard.server.layers.retry import PASSING, Patience, Retry
+from support.backends import content_of
 
 BLOCK = Range(0, 4096)
 QUICK = Patience(retries=5, delay=0.001)
@@ -50,6 +51,13 @@ class Shaky(Passing):
         self._call()
         super().write(where, data)
 
+    def zero(self, where: Range, *, may_punch: bool, fast: bool) -> None:
+        super().zero(Range(where.start, where.start + where.length // 2), may_punch=may_punch, fast=fast)
+        self._call()
+        if fast:
+            raise OSError(errno.ENOTSUP, "slow")
+        super().zero(where, may_punch=may_punch, fast=fast)
+
     def flush(self) -> None:
         self._call()
 
@@ -71,6 +79,18 @@ def test_what_stays_wrong_is_told_at_once(number: int) -> None:
     with pytest.raises(OSError) as caught:
         over(shaky).write(BLOCK, memoryview(bytes(4096)))
     assert (caught.value.errno, shaky.calls) == (number, 1)
+
+
+def test_zeroes_are_refused_for_being_slow_at_the_first_try_only() -> None:
+    """Half of it may be done by then."""
+    shaky = Shaky([errno.EIO])
+    retry = over(shaky)
+    retry.write(BLOCK, memoryview(b"x" * BLOCK.length))
+    shaky.failures = [errno.EIO]
+    retry.zero(BLOCK, may_punch=True, fast=True)
+    assert content_of(retry, BLOCK) == bytes(BLOCK.length)
+    with pytest.raises(OSError, match="slow"):
+        retry.zero(BLOCK, may_punch=True, fast=True)
 
 
 def test_after_so_many_tries_the_last_error_is_told() -> None:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import msgspec
 import pytest
 
 from nbdshard.common import limits
@@ -18,14 +17,12 @@ from nbdshard.common.ranges import Range
 from nbdshard.server import volume_changes
 from nbdshard.server.backends.base import Backend
 from nbdshard.server.chain import STORES, sharded
-from nbdshard.server.credentials import Credentials
 from nbdshard.server.stores import objects
 from nbdshard.server.stores.base import Store
 from nbdshard.server.stores.bucket import Bucket
-from nbdshard.server.stores.clouds import open_bucket, parse_place
 from nbdshard.server.volumes import Volume
 from support.s3 import PASSWORD, S3, content, keys, read, write
-from support.s3_proxy import Answer, Asked, Proxied, proxied
+from support.s3_proxy import Answer, Asked, Proxied
 from support.waiting import wait_for
 
 MIB = 1 << 20
@@ -108,6 +105,26 @@ def test_a_chunk_of_nothing_but_zeroes_is_deleted(opened: Open, bucket: Bucket) 
     write(image, 2 * CHUNK, bytes(CHUNK))
     assert chunks(bucket) == ["disk.3.chunk"]
     assert read(image, 0, 4 * CHUNK) == bytes(3 * CHUNK) + b"a" * CHUNK
+
+
+def test_zeroes_that_cannot_be_fast_are_refused_without_a_transfer(opened: Open, store: Proxied) -> None:
+    image = opened()
+    write(image, 0, b"x" * CHUNK)
+    store.asked.clear()
+    with pytest.raises(OSError, match="take as long as data") as caught:
+        image.zero(Range(10, 20), may_punch=True, fast=True)
+    assert caught.value.errno == errno.ENOTSUP
+    image.zero(Range(CHUNK + 10, CHUNK + 20), may_punch=True, fast=True)  # of a chunk that is not there
+    assert {asked.method for asked in store.asked if asked.is_of_chunk} <= {"GET", "DELETE"}
+
+
+def test_zeroes_behind_the_end_of_an_object_leave_it_as_it_is(opened: Open, bucket: Bucket, store: Proxied) -> None:
+    image = opened()
+    write(image, 0, b"x" * 100)
+    store.asked.clear()
+    image.zero(Range(100, 200), may_punch=True, fast=False)
+    assert store.count("PUT", ".chunk") == 0
+    assert content(bucket, "disk.0.chunk") == b"x" * 100
 
 
 def test_zeroes_with_something_behind_them_are_kept(opened: Open, bucket: Bucket) -> None:
@@ -385,86 +402,6 @@ def test_a_volume_is_listed_resized_and_deleted(store: Proxied, prefix: str, buc
 
 
 # -- opening
-
-
-def test_who_is_let_in(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a login in the CONN, else by the environment; and by one of them only."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    opening = msgspec.structs.replace(s3.opening("x"), credentials=Credentials())
-    with pytest.raises(UserError, match="no credentials are given; AWS_ACCESS_KEY_ID and"):
-        open_bucket("s3", opening)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PASSWORD)
-    with pytest.raises(UserError, match="there is one of a key's id and its secret"):
-        open_bucket("s3", opening)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
-    bucket = open_bucket("s3", opening)
-    assert bucket.get("nothing", Range(0, 1)) is None
-    bucket.close()
-
-
-def test_what_the_environment_says_of_another_store_is_not_for_this_one(
-    s3: S3, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "of another account")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
-    monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "true")
-    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
-    with proxied(s3) as store:
-        bucket = store.s3.bucket("x")
-        assert bucket.get("nothing", Range(0, 1)) is None
-        bucket.close()
-        (asked,) = store.asked
-    assert "authorization" in asked.headers and "x-amz-security-token" not in asked.headers
-
-
-@pytest.mark.parametrize("name", ["a b", "ü", "a%2Fb", "..", "a?b#c", "a\\b", "a+b&c=d", "{<*~:", "é" * 100])
-def test_any_name_of_an_export_can_be_part_of_a_key(bucket: Bucket, name: str) -> None:
-    key = f"{name}.0.chunk"
-    bucket.put(key, b"x")
-    assert (content(bucket, key), keys(bucket)) == (b"x", [key])
-    bucket.delete(key)
-    assert keys(bucket) == []
-
-
-def test_a_name_that_no_object_can_have_is_told_on_one_line(bucket: Bucket) -> None:
-    with pytest.raises(OSError, match=r"writing a\\nb\.0\.chunk: an object cannot have this name"):
-        bucket.put("a\nb.0.chunk", b"x")
-
-
-@pytest.mark.parametrize("seconds", ["0s", "31s", "1h"])
-def test_a_time_out_that_leaves_no_time_for_a_lock_is_refused(s3: S3, seconds: str) -> None:
-    with pytest.raises(UserError, match="1s to 30s is expected"):
-        open_bucket("s3", s3.opening("x", timeout=seconds))
-
-
-@pytest.mark.parametrize(
-    ("place", "expected"),
-    [
-        ("http://host:9000/bucket/a/b", ("http://host:9000", "bucket", "a/b")),
-        ("https://host/bucket", ("https://host", "bucket", "")),
-        ("bucket/a//b/", ("", "bucket", "a/b")),
-        ("bucket", ("", "bucket", "")),
-    ],
-)
-def test_where_a_volume_is(place: str, expected: tuple[str, str, str]) -> None:
-    found = parse_place(place)
-    assert (found.endpoint, found.bucket, found.prefix) == expected
-
-
-@pytest.mark.parametrize(
-    ("place", "what"),
-    [
-        ("", "no bucket is named"),
-        ("http://host:9000", "no bucket is named"),
-        ("http:///bucket", "http://HOST:PORT/BUCKET/PREFIX is expected"),
-        ("ftp://host/bucket", "http://HOST:PORT/BUCKET/PREFIX is expected"),
-        ("bucket/a/../b", "a prefix with . or .. in it"),
-    ],
-)
-def test_where_no_volume_can_be(place: str, what: str) -> None:
-    with pytest.raises(UserError, match=what):
-        parse_place(place)
 
 
 def test_a_volume_that_is_not_there(opened: Open) -> None:
