@@ -134,13 +134,15 @@ def test_zeroes_that_are_to_take_room_take_it(tmp_path: Path) -> None:
     assert read(sharded, 0, 2 * CHUNK) == bytes(2 * CHUNK)
 
 
+def refuse(*_: object) -> None:
+    """A file system without holes."""
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_fast_zeroes_are_not_written_where_no_holes_are_punched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
     monkeypatch.setattr(file_store, "zero_file", refuse)
     sharded = backend(tmp_path)
     write(sharded, 0, b"a" * 8192)
@@ -156,9 +158,6 @@ def test_fast_zeroes_are_not_written_where_no_holes_are_punched(
 def test_fast_zeroes_that_are_refused_at_the_end_of_a_request_change_nothing_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
     monkeypatch.setattr(file_store, "zero_file", refuse)
     sharded = backend(tmp_path)
     write(sharded, CHUNK, b"a" * 3 * CHUNK)  # of the first chunk there is nothing: that could be fast
